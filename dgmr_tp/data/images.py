@@ -1,0 +1,128 @@
+"""Unlabelled images from folders and webdataset tars, each found once and read by its place.
+
+A record is a file, an offset and a length, so that a sample inside a tar costs one seek. Files that are no images are
+counted; images that do not decode are skipped, counted and named. Knows nothing of models: ``preprocess`` comes in.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgmr_tp.errors import DgmrError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One encoded image: ``length`` bytes at ``offset`` of ``file``; ``name`` is what a message calls it."""
+
+    name: str
+    file: Path
+    offset: int
+    length: int
+
+    def read(self) -> Any:
+        """Decode to an RGB PIL image. Raises OSError or another of pillow's errors if it is damaged."""
+        from PIL import Image
+
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read(self.length)
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")
+
+
+@dataclass
+class Images:
+    """All images below a folder, or in a tar or a folder of tars, in the order of their names."""
+
+    source: Path
+    records: Sequence[Record]
+    other_files: int
+    """Files and tar members that are no images; captions and labels beside images in tars are not counted."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Name and error of every image that did not decode so far."""
+
+    @classmethod
+    def find(cls, source: str | Path) -> Images:
+        """List the images of ``source``.
+
+        Raises:
+            DgmrError: it does not exist, or holds no image.
+        """
+        source = Path(source)
+        if not source.exists():
+            raise DgmrError(f"{source} does not exist; give a folder of images, a .tar of them, or a folder of .tar shards")
+        files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+        records: list[Record] = []
+        other = 0
+        for path in files:
+            if path.suffix == ".tar":
+                records += _tar_records(path)
+            elif path.suffix.lower() in EXTENSIONS:
+                records.append(Record(str(path), path, 0, path.stat().st_size))
+            else:
+                other += 1
+        if not records:
+            raise DgmrError(
+                f"{source} holds no image ({other} other files); image endings: {', '.join(EXTENSIONS)}, or .tar shards of them"
+            )
+        return cls(source, records, other)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def read(self, index: int) -> Any | None:
+        """The image at ``index``; None, and remembered in ``broken``, if it does not decode."""
+        try:
+            return self.records[index].read()
+        except Exception as error:  # pillow and its codecs raise many kinds for damaged files
+            self.broken[self.records[index].name] = str(error) or type(error).__name__
+            return None
+
+    def sample(self, count: int, seed: int, preprocess: Callable[[Any], Tensor], batch_size: int = 64) -> Iterator[Tensor]:
+        """``count`` random images (all of them, if there are fewer) as batches ``[batch, 3, height, width]``.
+
+        The choice depends on ``seed`` alone; a broken image is replaced by the next of the same random order.
+
+        Raises:
+            DgmrError: not one image decodes.
+        """
+        order = np.random.default_rng(seed).permutation(len(self.records))
+        batch: list[Tensor] = []
+        taken = 0
+        for index in order:
+            image = self.read(int(index))
+            if image is None:
+                continue
+            batch.append(preprocess(image))
+            taken += 1
+            if len(batch) == batch_size:
+                yield torch.stack(batch)
+                batch = []
+            if taken == count:
+                break
+        if batch:
+            yield torch.stack(batch)
+        if not taken:
+            name, error = next(iter(self.broken.items()))
+            raise DgmrError(f"none of the {len(self)} images in {self.source} can be read; the first: {name}: {error}")
+
+
+def _tar_records(path: Path) -> list[Record]:
+    try:
+        with tarfile.open(path) as tar:
+            members = [member for member in tar if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS]
+    except (tarfile.TarError, OSError) as error:
+        raise DgmrError(f"cannot read the shard {path}: {error}; remove it or fetch it again") from error
+    return [Record(f"{path}:{member.name}", path, member.offset_data, member.size) for member in members]

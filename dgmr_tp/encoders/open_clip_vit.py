@@ -1,0 +1,34 @@
+"""open_clip's own ViT as a walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import Block
+
+
+class OpenCLIPViT:
+    """The vision tower ``visual`` of an open_clip model (``open_clip.transformer.VisionTransformer``)."""
+
+    def __init__(self, module: VisionTransformer, name: str) -> None:
+        if not module.transformer.batch_first:
+            raise DgmrError(f"{name}: a tower built with batch_first=False is not supported; build it with batch_first=True")
+        self.name = name
+        self.module = module
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.module._embeds(images)
+
+    def blocks(self) -> Sequence[Block]:
+        return [Block(f"transformer.resblocks.{i}", block, block) for i, block in enumerate(self.module.transformer.resblocks)]
+
+    def features(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        return state[:, 0], state[:, 1:]
+
+    def embed(self, state: Tensor) -> Tensor:
+        pooled, _ = self.module._pool(state)
+        return pooled if self.module.proj is None else pooled @ self.module.proj

@@ -1,0 +1,32 @@
+"""timm's ViT as a walk: ViT, DeiT, DINOv2 and whatever else is a ``timm.models.VisionTransformer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from dgmr_tp.pruning import Block
+
+
+class TimmViT:
+    """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
+
+    def __init__(self, module: VisionTransformer, name: str) -> None:
+        self.name = name
+        self.module = module
+
+    def stem(self, images: Tensor) -> Tensor:
+        model = self.module
+        return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+    def blocks(self) -> Sequence[Block]:
+        return [Block(f"blocks.{i}", block, block) for i, block in enumerate(self.module.blocks)]
+
+    def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        class_token = state[:, 0] if self.module.has_class_token else None
+        return class_token, state[:, self.module.num_prefix_tokens :]
+
+    def embed(self, state: Tensor) -> Tensor:
+        return self.module.forward_head(self.module.norm(state))

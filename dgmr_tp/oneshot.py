@@ -1,0 +1,154 @@
+"""Prune and recover in one call: the Python face of ``dgmr-tp prune``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import DGMRImportance, Encoder, MLPPruner, Plan, find_sites, recover
+
+CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
+    "dgmr": DGMRImportance,
+    "l2": lambda: tp.importance.MagnitudeImportance(p=2),
+    "l1": lambda: tp.importance.MagnitudeImportance(p=1),
+    "random": tp.importance.RandomImportance,
+}
+
+
+class SiteRow(NamedTuple):
+    """One site in the table that :func:`prune` returns; the errors are None where nothing was recovered."""
+
+    site: str
+    width: int
+    hidden: int
+    kept: int
+    cut_error: float | None
+    recovered_error: float | None
+    kept_cut: bool
+
+
+class Pruned(NamedTuple):
+    """What :func:`prune` returns."""
+
+    model: Any
+    """Of the kind that was given: an OpenedModel for a name or an OpenedModel, a module for a module."""
+    plan: Plan
+    table: list[SiteRow]
+
+
+def prune(
+    model: str | OpenedModel | nn.Module,
+    images: str | Path | Iterable[Tensor] | None = None,
+    *,
+    pretrained: str | None = None,
+    criterion: str | tp.importance.Importance = "dgmr",
+    mlp_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    keep: int | Mapping[str, int] | None = None,
+    plan: Plan | None = None,
+    calibration: int = 1024,
+    damping: float = 1e-3,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Pruned:
+    """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
+
+    Args:
+        model: anything :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
+        images: unlabelled images for recovery: a folder, a tar or a folder of tars, or preprocessed batches
+            ``[batch, 3, height, width]``. None: no recovery.
+        pretrained: weights, for a model given by its library's name.
+        criterion: ``dgmr``, ``l1``, ``l2``, ``random``, or any torch-pruning importance.
+        mlp_ratio, keep_ratio, keep: how many neurons stay (see :func:`keep_counts`). Default: ``mlp_ratio=1``.
+        plan: apply this plan and decide nothing.
+        calibration: how many images recovery reads from a folder.
+        damping: see :func:`recover`.
+        seed: of ``random`` and of the choice of images.
+        device: where to compute; default: where the model is.
+
+    Returns:
+        The pruned model, its plan, and a row per site with the held-out errors.
+
+    Raises:
+        DgmrError: bad input; says what and what to do.
+    """
+    opened = open_model(model, pretrained) if isinstance(model, str) else model
+    original = opened.encoder if isinstance(opened, OpenedModel) else None
+    result: OpenedModel | nn.Module = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
+    tower = result.encoder.module if isinstance(result, OpenedModel) else result
+    name = original.name if original else None
+    if device is not None:
+        (result.module if isinstance(result, OpenedModel) else result).to(device)
+    sites = _block_sites(result)
+    if plan is None:
+        if mlp_ratio is keep_ratio is keep is None:
+            mlp_ratio = 1
+        torch.manual_seed(seed)
+        pruner = MLPPruner(tower, importance(criterion), mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, sites=sites, name=name)
+        plan = pruner.plan()
+    else:
+        pruner = MLPPruner(tower, keep_ratio=1, sites=sites, name=name)
+    pruner.apply(plan)
+
+    errors = {}
+    if images is not None:
+        dense, pruned = (as_encoder(m) if isinstance(m, nn.Module) else m.encoder for m in (opened, result))
+        batches = _batches(images, opened, calibration, seed)
+        like = next(pruned.module.parameters())
+        if device is not None:
+            dense.module.to(device)
+        moved = (batch.to(like.device, like.dtype) for batch in batches)
+        errors = {entry.site: entry for entry in recover(dense, pruned, moved, damping=damping, progress=progress)}
+    table = []
+    for site, decided in plan.sites.items():
+        entry = errors.get(site)
+        cut, recovered, kept_cut = (entry.cut_error, entry.recovered_error, entry.kept_cut) if entry else (None, None, False)
+        table.append(SiteRow(site, decided.width, decided.hidden, len(decided.kept), cut, recovered, kept_cut))
+    return Pruned(result, plan, table)
+
+
+def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
+    """A criterion by name, or as it is.
+
+    Raises:
+        DgmrError: the name is unknown.
+    """
+    if not isinstance(criterion, str):
+        return criterion
+    if criterion not in CRITERIA:
+        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
+    return CRITERIA[criterion]()
+
+
+def _block_sites(model: OpenedModel | nn.Module) -> list | None:
+    """The sites inside residual blocks, where a walk is known: heads with an MLP of their own are not the papers' matter."""
+    if isinstance(model, nn.Module):
+        try:
+            encoder: Encoder = as_encoder(model)
+        except DgmrError:
+            return None
+    else:
+        encoder = model.encoder
+    inside = tuple(f"{block.name}." for block in encoder.blocks())
+    return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
+
+
+def _batches(images: str | Path | Iterable[Tensor], model: Any, count: int, seed: int) -> Iterable[Tensor]:
+    if not isinstance(images, str | Path):
+        return images
+    from dgmr_tp.data.images import Images
+
+    if not isinstance(model, OpenedModel):
+        raise DgmrError(
+            "a folder of images needs the encoder's preprocessing: open the model with open_model, or pass preprocessed batches"
+        )
+    return Images.find(images).sample(count, seed, model.preprocess)

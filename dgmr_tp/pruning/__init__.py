@@ -1,0 +1,25 @@
+"""The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
+
+from dgmr_tp.pruning.encoder import Block, Encoder, last_state
+from dgmr_tp.pruning.importance import DGMRImportance
+from dgmr_tp.pruning.plan import Plan, SitePlan
+from dgmr_tp.pruning.pruner import MLPPruner
+from dgmr_tp.pruning.recovery import SiteRecovery, recover
+from dgmr_tp.pruning.selection import Selection, select_diverse_rows
+from dgmr_tp.pruning.sites import Site, find_sites
+
+__all__ = [
+    "Block",
+    "DGMRImportance",
+    "Encoder",
+    "MLPPruner",
+    "Plan",
+    "Selection",
+    "Site",
+    "SitePlan",
+    "SiteRecovery",
+    "find_sites",
+    "last_state",
+    "recover",
+    "select_diverse_rows",
+]

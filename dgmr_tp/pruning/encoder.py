@@ -1,0 +1,69 @@
+"""The walk: how the algorithms of this package see an encoder, whatever library it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block of an encoder: it takes a state to a state and owns the MLP sites below ``module``."""
+
+    name: str
+    """Path of ``module`` inside ``Encoder.module``, such as ``transformer.resblocks.3``."""
+    module: nn.Module
+    forward: Callable[[Tensor], Tensor]
+
+    def __call__(self, state: Tensor) -> Tensor:
+        return self.forward(state)
+
+
+class Encoder(Protocol):
+    """A vision tower as a walk. ``embed(blocks[-1](… blocks[0](stem(images))))`` is ``module(images)``."""
+
+    name: str
+    """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
+    module: nn.Module
+    """The tower itself, whose parameters are pruned in place."""
+
+    def stem(self, images: Tensor) -> Tensor:
+        """Images ``[batch, 3, height, width]`` to the state before the first block, ``[batch, tokens, width]``."""
+        ...
+
+    def blocks(self) -> Sequence[Block]:
+        """The residual blocks in the order in which they run."""
+        ...
+
+    def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The class token ``[batch, width]`` (None where the tower has none) and the patch tokens
+        ``[batch, patches, width]`` of a state, before the final norm."""
+        ...
+
+    def embed(self, state: Tensor) -> Tensor:
+        """The state after the last block to what the tower returns to its caller, ``[batch, embedding]``."""
+        ...
+
+
+def last_state(encoder: Encoder, images: Tensor) -> Tensor:
+    """The state after the last block: what ``features`` and ``embed`` read."""
+    state = encoder.stem(images)
+    for block in encoder.blocks():
+        state = block(state)
+    return state
+
+
+def tokens_read(read: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    """Which tokens of ``state`` ``[batch, tokens, width]`` the function ``read`` depends on, bool ``[tokens]``.
+
+    Found by differentiating ``read``, so that no encoder has to declare it.
+    """
+    with torch.enable_grad():
+        probe = state[:1].detach().clone().requires_grad_(True)
+        seen = read(probe)
+        (gradient,) = torch.autograd.grad((seen * torch.linspace(1, 2, seen.shape[-1]).to(seen)).sum(), probe)
+    return gradient[0].abs().amax(-1) > 0

@@ -1,0 +1,73 @@
+"""DGMR as a torch-pruning importance criterion."""
+
+from __future__ import annotations
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from dgmr_tp.pruning.selection import Selection, select_diverse_rows
+from dgmr_tp.pruning.sites import prunes_outputs
+
+
+class DGMRImportance(tp.importance.Importance):
+    """Scores hidden neurons by the order in which DGMR's greedy Gram-Schmidt picks them (arXiv 2506.08591, section 3.2).
+
+    A neuron's row is its row in the Linear layer that produces it; where several Linears produce one neuron together
+    (gate and value), their rows side by side. Bias, activation and data do not enter. Computed in float64.
+
+    The scores are float64 in (0, 1), higher is kept first. The neuron picked at place ``p`` of ``M`` lies in the slot
+    ``(1 − (p+1)/M, 1 − p/M)``, so the order is strict, nested (pruning in four steps keeps what one step keeps) and means
+    the same fraction of a layer whatever its width; the place inside the slot is given by the pick's residual norm (relative to
+    the layer's), which orders the neurons of different layers against each other under ``global_pruning``.
+
+    Use it in any torch-pruning pruner, or in :class:`dgmr_tp.MLPPruner`, which also finds the MLPs::
+
+        pruner = tp.pruner.BasePruner(model, images, importance=DGMRImportance(), pruning_ratio=0.5,
+                                      ignored_layers=[everything but the first Linear of each MLP])
+        pruner.step()
+
+    A criterion cannot tell an MLP from attention by the group alone: which layers are pruned is the pruner's business.
+    """
+
+    @torch.no_grad()
+    def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
+        """Scores aligned with ``group[0].idxs``, on the CPU; None for a group that no Linear produces."""
+        rows = producer_rows(group)
+        if rows is None:
+            return None
+        scores = selection_scores(select_diverse_rows(rows.cpu().numpy()))
+        return scores[group[0].idxs]
+
+
+def producer_rows(group: tp.Group) -> torch.Tensor | None:
+    """One float64 row per channel of the group's root: the rows of every Linear that produces it, side by side.
+
+    A group of some channels is widened to all of them first: a neuron's place depends on the neurons beside it.
+    """
+    root = group[0].dep
+    channels = group._DG.get_out_channels(root.target.module)
+    if channels is None or not prunes_outputs(group[0]):
+        return None
+    if len(group[0].idxs) < channels:
+        group = group._DG.get_pruning_group(root.target.module, root.handler, list(range(channels)))
+    parts = []
+    for item in group:
+        layer = item.dep.target.module
+        if isinstance(layer, nn.Linear) and prunes_outputs(item):
+            part = torch.zeros(channels, layer.in_features, dtype=torch.float64, device=layer.weight.device)
+            part[torch.as_tensor(item.root_idxs)] = layer.weight[item.idxs].double()
+            parts.append(part)
+    return torch.cat(parts, dim=1) if parts else None
+
+
+def selection_scores(selection: Selection) -> torch.Tensor:
+    """The scores described in :class:`DGMRImportance`, float64 ``[rows]`` in the order of the rows."""
+    rows = len(selection.order)
+    residual = torch.from_numpy(selection.residual)
+    typical = residual.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    within_slot = 0.25 + 0.5 * residual / (residual + typical)
+    place = torch.arange(rows - 1, -1, -1, dtype=torch.float64)
+    scores = torch.empty(rows, dtype=torch.float64)
+    scores[torch.from_numpy(selection.order)] = (place + within_slot) / rows
+    return scores

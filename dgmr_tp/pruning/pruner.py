@@ -1,0 +1,146 @@
+"""The MLP pruner: decides a plan with any torch-pruning importance and applies it through torch-pruning's groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.allocation import keep_counts
+from dgmr_tp.pruning.importance import DGMRImportance
+from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
+from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
+
+
+class MLPPruner:
+    """Cuts hidden neurons out of a model's MLPs; attention, norms, the residual width and the outputs keep their shapes.
+
+    ::
+
+        pruner = MLPPruner(model.visual, mlp_ratio=1)
+        plan = pruner.plan()      # decides, changes nothing
+        print(plan)
+        pruner.apply(plan)        # cuts, verifies
+
+    Args:
+        model: the tower; frozen, bf16 and fp16 weights are fine. It is pruned in place.
+        importance: any torch-pruning importance. Default: :class:`DGMRImportance`.
+        mlp_ratio, keep_ratio, keep: how many neurons stay, exactly one of them (see :func:`keep_counts`).
+        sites: which MLPs. Default: all that :func:`find_sites` finds.
+        name: what the plan calls the encoder.
+
+    Raises:
+        DgmrError: no MLP was found, or a keep count is impossible.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        importance: tp.importance.Importance | None = None,
+        *,
+        mlp_ratio: float | None = None,
+        keep_ratio: float | None = None,
+        keep: int | Mapping[str, int] | None = None,
+        sites: Sequence[Site] | None = None,
+        name: str | None = None,
+    ) -> None:
+        self.model = model
+        self.importance = importance or DGMRImportance()
+        self.sites = list(sites) if sites is not None else find_sites(model)
+        self.keep = keep_counts(self.sites, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep)
+        self.name = name or type(model).__name__
+
+    def plan(self) -> Plan:
+        """Score every site and choose what stays. Changes nothing.
+
+        Raises:
+            DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
+        """
+        decided = {}
+        for site in self.sites:
+            kept = _best(self.scores(site), self.keep[site.name])
+            decided[site.name] = SitePlan(site.width, site.hidden, kept, weight_sha256(self.model, site))
+        return Plan(self.name, type(self.importance).__name__.removesuffix("Importance"), decided)
+
+    def scores(self, site: Site) -> Tensor:
+        """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
+        group = _group(self.model, site, range(site.hidden))
+        with torch.no_grad():
+            scores = self.importance(group)
+        if scores is None or scores.shape != (site.hidden,) or not torch.isfinite(scores).all():
+            got = "no scores" if scores is None else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
+            raise DgmrError(f"{type(self.importance).__name__} gave {got} for site {site.name}; {site.hidden} finite ones are needed")
+        return scores
+
+    def apply(self, plan: Plan) -> nn.Module:
+        """Cut the model down to ``plan`` in place and return it.
+
+        The whole plan is checked before the first cut. After each cut the widths are compared with the plan, and the
+        MLP's output on random tokens with the output of the original whose dropped columns are zero (where no norm over
+        the hidden neurons sits inside). ``requires_grad`` and train/eval mode come back as they were.
+
+        Raises:
+            DgmrError: the plan does not fit, or a pruned MLP is not what the plan says.
+        """
+        plan.check(self.model, self.sites)
+        for site in self.sites:
+            if site.name in plan.sites:
+                self._cut(site, plan.sites[site.name].kept)
+        return self.model
+
+    def _cut(self, site: Site, kept: tuple[int, ...]) -> None:
+        mlp = self.model.get_submodule(site.name)
+        drop = sorted(set(range(site.hidden)) - set(kept))
+        if not drop:
+            return
+        expected = _masked_output(self.model, site, drop) if site.exact else None
+        requires_grad = {name: parameter.requires_grad for name, parameter in mlp.named_parameters()}
+        _group(self.model, site, drop).prune()
+        for name, parameter in mlp.named_parameters():
+            parameter.requires_grad_(requires_grad[name])
+
+        widths = {path: self.model.get_submodule(path).out_features for path in site.producers}
+        widths[site.consumer] = self.model.get_submodule(site.consumer).in_features
+        if wrong := {path: width for path, width in widths.items() if width != len(kept)}:
+            raise DgmrError(f"torch-pruning left {wrong} at site {site.name}, planned {len(kept)}; this MLP cannot be pruned")
+        if expected is not None and not expected.is_meta:
+            got = _output(self.model, site, {})
+            if (got - expected).abs().max() > 1e-4 * expected.abs().max():
+                raise DgmrError(f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned")
+
+
+def _best(scores: Tensor, count: int) -> tuple[int, ...]:
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
+
+
+def _group(model: nn.Module, site: Site, neurons: range | list[int]) -> tp.Group:
+    producer = site.producers[0].removeprefix(f"{site.name}.") if site.name else site.producers[0]
+    group = hidden_group(model.get_submodule(site.name), producer, neurons)
+    if group is None:
+        raise DgmrError(f"site {site.name} cannot be traced any more; it was changed after find_sites")
+    return group
+
+
+def _masked_output(model: nn.Module, site: Site, drop: list[int]) -> Tensor:
+    weight = model.get_submodule(site.consumer).weight.detach().float().clone()
+    weight[:, drop] = 0
+    inside = site.consumer.removeprefix(f"{site.name}.") if site.name else site.consumer
+    return _output(model, site, {f"{inside}.weight": weight})
+
+
+def _output(model: nn.Module, site: Site, replaced: dict[str, Tensor]) -> Tensor:
+    """The MLP's output on fixed random tokens in float32, eval mode, with some of its parameters replaced."""
+    mlp = model.get_submodule(site.name)
+    parameters = {name: parameter.detach().float() for name, parameter in mlp.named_parameters()}
+    device = next(iter(parameters.values())).device
+    tokens = torch.randn(8, site.width, generator=torch.Generator().manual_seed(0)).to(device)
+    training = {child: child.training for child in mlp.modules()}
+    try:
+        with torch.no_grad():
+            return torch.func.functional_call(mlp.eval(), {**parameters, **replaced}, (tokens,))
+    finally:
+        for child, mode in training.items():
+            child.training = mode

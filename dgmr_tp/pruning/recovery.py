@@ -1,0 +1,230 @@
+"""Recovery in closed form: refit what reads the hidden neurons so that the pruned MLP answers as the dense one did.
+
+For each site, over the tokens ``t`` of the calibration images, with ``h_t`` what the pruned MLP's last Linear sees and
+``y_t`` what the dense MLP answers on the same input, minimise over ``U`` and ``b``
+
+    Σ_t w_t ‖y_t − U h_t − b‖²  +  damping · (tr Σ_hh / k) · ‖U − U_K‖²
+
+where ``U_K`` are the columns that pruning kept. No labels, no gradients; images are read once, and the walk goes forward
+over the blocks once, so each block is fitted on what the recovered blocks before it really produce.
+
+The one place with forward hooks in this package: a block takes a state to a state, and only a hook tells what a Linear
+inside it sees without a copy of every family's forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import scipy.linalg
+import torch
+from torch import Tensor, nn
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.encoder import Encoder, tokens_read
+from dgmr_tp.pruning.sites import find_sites
+
+HELD_OUT = 10
+"""One image in so many is not fitted on, and decides whether a refit is kept."""
+
+
+class Moments:
+    """Weighted first and second moments of pairs ``(h, y)``, in float64; the pairs themselves are never kept."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+        self.h: Tensor | float = 0.0
+        self.y: Tensor | float = 0.0
+        self.hh: Tensor | float = 0.0
+        self.yh: Tensor | float = 0.0
+        self.yy = 0.0
+
+    def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Add rows ``h`` ``[n, k]`` and ``y`` ``[n, d]`` with weights ``[n]``."""
+        h, y, weight = h.double(), y.double(), weight.double()
+        weighted = h * weight[:, None]
+        self.weight += float(weight.sum())
+        self.h = self.h + weighted.sum(0)
+        self.y = self.y + weight @ y
+        self.hh = self.hh + h.T @ weighted
+        self.yh = self.yh + y.T @ weighted
+        self.yy += float(weight @ y.square().sum(1))
+
+    def about(self, h0: Tensor | float, y0: Tensor | float) -> tuple[Tensor, Tensor, float]:
+        """``Σ_hh``, ``Σ_yh`` and ``tr Σ_yy`` per unit of weight, about the points ``h0`` and ``y0``."""
+        mean_h, mean_y = self.mean()
+        dh, dy = mean_h - h0, mean_y - y0
+        hh = self.hh / self.weight - torch.outer(mean_h, mean_h) + torch.outer(dh, dh)
+        yh = self.yh / self.weight - torch.outer(mean_y, mean_h) + torch.outer(dy, dh)
+        return hh, yh, max(0.0, self.yy / self.weight - float(mean_y @ mean_y) + float(dy @ dy))
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        return self.h / self.weight, self.y / self.weight
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean squared error of ``y ≈ weight h + bias`` over the variance of ``y``: 0 is perfect, 1 as good as the mean."""
+        mean_h, mean_y = self.mean()
+        hh, yh, yy = self.about(mean_h, mean_y)
+        offset = mean_y - weight @ mean_h - (0 if bias is None else bias)
+        error = yy - 2 * float((weight * yh).sum()) + float(((weight @ hh) * weight).sum()) + float(offset @ offset)
+        return max(0.0, error) / yy if yy > 0 else 0.0
+
+
+def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
+    """The minimiser of the module's formula, float64: ``U`` ``[d, k]`` and ``b`` ``[d]``.
+
+    Centring leaves the bias unpenalised; a layer without bias is fitted about zero and stays without one. Without
+    damping the normal equations may be singular (dead or duplicate neurons, fewer tokens than neurons): then the solution
+    nearest to ``weight`` is taken.
+    """
+    weight = weight.double()
+    mean_h, mean_y = moments.mean() if bias is not None else (torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0]))
+    hh, yh, _ = moments.about(mean_h, mean_y)
+    residual = (yh - weight @ hh).T.cpu().numpy()
+    ridge = damping * float(hh.diagonal().mean())
+    normal = hh.cpu().numpy()
+    if ridge > 0:
+        normal[range(len(normal)), range(len(normal))] += ridge
+        change = scipy.linalg.solve(normal, residual, assume_a="pos")
+    else:
+        change = scipy.linalg.lstsq(normal, residual, cond=len(normal) * torch.finfo(torch.float64).eps)[0]
+    fitted = weight + torch.from_numpy(change.T).to(weight)
+    return fitted, None if bias is None else mean_y - fitted @ mean_h
+
+
+@dataclass(frozen=True)
+class SiteRecovery:
+    """What recovery did at one site; errors are relative mean squared errors on the images held out."""
+
+    site: str
+    cut_error: float
+    recovered_error: float
+    kept_cut: bool
+    """True where refitting did not lower the held-out error, so that the cut weights stayed."""
+
+
+@torch.no_grad()
+def recover(
+    dense: Encoder,
+    pruned: Encoder,
+    images: Iterable[Tensor],
+    *,
+    damping: float = 1e-3,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SiteRecovery]:
+    """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons.
+
+    The class token and all other tokens together weigh the same; in the last block only the tokens count that the head
+    reads. One image in ten is held out: a site whose error on those does not fall keeps its cut weights.
+
+    Args:
+        dense: the original; its MLPs say what the answers should be.
+        pruned: the same encoder after pruning.
+        images: preprocessed batches ``[batch, 3, height, width]`` on the encoder's device and in its dtype, at least ten
+            images in all. The states of all of them between two blocks are held in memory.
+        damping: ``λ`` of the formula, relative to the neurons' mean variance.
+        progress: called with blocks done and blocks in all.
+
+    Returns:
+        One entry per site, in the order of the walk.
+
+    Raises:
+        DgmrError: fewer than ten images, or the activations are not finite.
+    """
+    was_training = [(module, module.training) for encoder in (dense, pruned) for module in encoder.module.modules()]
+    try:
+        dense.module.eval(), pruned.module.eval()
+        return _recover(dense, pruned, images, damping, progress)
+    finally:
+        for module, mode in was_training:
+            module.training = mode
+
+
+def _recover(
+    dense: Encoder, pruned: Encoder, images: Iterable[Tensor], damping: float, progress: Callable[[int, int], None]
+) -> list[SiteRecovery]:
+    states = [pruned.stem(batch) for batch in images]
+    total = sum(map(len, states))
+    if total < HELD_OUT:
+        raise DgmrError(f"recovery needs at least {HELD_OUT} calibration images, got {total}")
+    blocks, dense_blocks = pruned.blocks(), dense.blocks()
+    report = []
+    for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
+        weight = token_weights(pruned, states[0], last=depth == len(blocks) - 1)
+        for site in find_sites(block.module):
+            consumer = block.module.get_submodule(site.consumer)
+            if consumer.in_features == dense_block.module.get_submodule(site.consumer).in_features:
+                continue
+            mlp, dense_mlp = (b.module.get_submodule(site.name) for b in (block, dense_block))
+            fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, weight)
+            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, fit, held_out, damping))
+        states = [block(state) for state in states]
+        progress(depth + 1, len(blocks))
+    return report
+
+
+def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
+    """How much each token of ``state`` ``[batch, tokens, width]`` counts, ``[tokens]``, in sum 1."""
+    tokens = state.shape[1]
+    weight = torch.full((tokens,), 1 / tokens, dtype=torch.float64, device=state.device)
+    class_token, _ = encoder.features(state)
+    if class_token is not None:
+        is_class = tokens_read(lambda s: encoder.features(s)[0], state)
+        weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
+    if last:
+        weight = weight * tokens_read(encoder.embed, state)
+    return weight.double() / weight.sum()
+
+
+def _site_moments(
+    block: Callable[[Tensor], Tensor], mlp: nn.Module, dense_mlp: nn.Module, consumer: nn.Linear, states: list[Tensor], weight: Tensor
+) -> tuple[Moments, Moments]:
+    fit, held_out = Moments(), Moments()
+    counted = torch.nonzero(weight).flatten()
+    image = 0
+    for state in states:
+        with _recorded_inputs(mlp, consumer) as seen:
+            block(state)
+        answer = dense_mlp(seen[mlp])[:, counted]
+        hidden = seen[consumer][:, counted]
+        index = torch.arange(image, image + len(state), device=state.device)
+        image += len(state)
+        for moments, chosen in ((fit, index % HELD_OUT != HELD_OUT - 1), (held_out, index % HELD_OUT == HELD_OUT - 1)):
+            if chosen.any():
+                rows = weight[counted].repeat(int(chosen.sum()))
+                moments.add(hidden[chosen].flatten(0, 1), answer[chosen].flatten(0, 1), rows)
+    return fit, held_out
+
+
+def _refit_layer(name: str, layer: nn.Linear, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
+    weight, bias = layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach().double()
+    if not torch.isfinite(fit.hh).all() or not torch.isfinite(fit.yh).all():
+        raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
+    new_weight, new_bias = refit(fit, weight, bias, damping)
+    new_weight = new_weight.to(layer.weight.dtype).double()
+    new_bias = None if new_bias is None else new_bias.to(layer.weight.dtype).double()
+    cut, recovered = held_out.error(weight, bias), held_out.error(new_weight, new_bias)
+    better = recovered < cut
+    if better:
+        layer.weight.copy_(new_weight)
+        if new_bias is not None:
+            layer.bias.copy_(new_bias)
+    return SiteRecovery(name, cut, recovered, kept_cut=not better)
+
+
+@contextmanager
+def _recorded_inputs(*modules: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """What the modules were last called with, while the context lasts."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[module] = arguments[0]
+
+    handles = [module.register_forward_pre_hook(record) for module in modules]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,110 @@
+"""Finding the MLPs of a model by their structure.
+
+A site is a module that turns a matrix of tokens into a matrix of tokens through hidden neurons: one or more Linear layers
+make the neurons, exactly one Linear consumes them, and nothing else sees them. Each candidate is traced alone with a 2-D
+probe by torch-pruning; the whole model is never run. No class names appear here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from dgmr_tp.errors import DgmrError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One MLP of a model; layers are named by their path in the model, so a site outlives pruning and copying."""
+
+    name: str
+    """Path of the MLP module, such as ``blocks.3.mlp``."""
+    producers: tuple[str, ...]
+    """Paths of the Linear layers that make the hidden neurons, in the order in which they were registered."""
+    consumer: str
+    """Path of the Linear layer that reads them."""
+    width: int
+    """Tokens' width at the input and the output."""
+    hidden: int
+    """Number of hidden neurons."""
+    exact: bool
+    """Whether cutting a neuron equals zeroing it (not so where a norm over the hidden neurons sits inside)."""
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """All MLP sites of ``model`` in the order of its modules. Weights, flags and mode stay untouched.
+
+    Raises:
+        DgmrError: there is none.
+    """
+    sites: list[Site] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{site.name}.") for site in sites):
+            continue
+        if site := _site_at(name, module):
+            sites.append(site)
+    if not sites:
+        raise DgmrError(
+            f"no MLP found in {type(model).__name__}: no module takes a matrix of tokens through one Linear layer to "
+            "hidden neurons and through another back to the same width; pass the vision tower itself"
+        )
+    return sites
+
+
+def _site_at(name: str, module: nn.Module) -> Site | None:
+    linears = {child: layer for child, layer in module.named_children() if isinstance(layer, nn.Linear)}
+    for producer, first in linears.items():
+        shapes = [(last.in_features, last.out_features) for last in linears.values() if last is not first]
+        if (first.out_features, first.in_features) not in shapes:
+            continue
+        group = hidden_group(module, producer, range(first.out_features))
+        if group is None:
+            continue
+        path = {layer: f"{name}.{child}" if name else child for child, layer in module.named_modules()}
+        members = [(item.dep.target.module, prunes_outputs(item)) for item in group]
+        producers = [layer for layer, out in members if out and isinstance(layer, nn.Linear)]
+        consumers = [layer for layer, out in members if not out and isinstance(layer, nn.Linear)]
+        visible = any(isinstance(layer, tp.ops._OutputOp) for layer, _ in members)
+        same_width = {layer.in_features for layer in producers} | {layer.out_features for layer in consumers}
+        if len(consumers) != 1 or visible or same_width != {first.in_features}:
+            continue
+        rest = [layer for layer, _ in members if not isinstance(layer, nn.Linear) and type(layer).__module__ != tp.ops.__name__]
+        return Site(
+            name,
+            tuple(path[layer] for layer in producers),
+            path[consumers[0]],
+            first.in_features,
+            first.out_features,
+            exact=not rest,
+        )
+    return None
+
+
+def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> tp.Group | None:
+    """torch-pruning's group of everything that goes with ``neurons`` of the child ``producer`` of ``mlp``.
+
+    Always a fresh graph of this one MLP: graphs of whole transformers lose the index mapping of fused gates, and a graph
+    that was pruned through once has stale split offsets. None if ``mlp`` cannot be run on a matrix of tokens.
+    """
+    first = mlp.get_submodule(producer)
+    training = {child: child.training for child in mlp.modules()}
+    probe = torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=(probe,))
+            return graph.get_pruning_group(first, tp.prune_linear_out_channels, list(neurons))
+    except Exception:  # a module that needs more than one matrix, such as attention, fails in its own way
+        return None
+    finally:
+        for child, mode in training.items():
+            child.training = mode
+
+
+def prunes_outputs(item: object) -> bool:
+    """Whether a member of a torch-pruning group loses output channels (and not input channels)."""
+    return item.dep.handler.__name__ == "prune_out_channels"  # type: ignore[attr-defined]

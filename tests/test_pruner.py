@@ -1,0 +1,185 @@
+"""The MLP pruner on open_clip's and timm's ViT: the cut is exact, and nothing else moves."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch_pruning as tp
+from conftest import pictures, redraw, timm_tower
+from torch import nn
+
+from dgmr_tp import DGMRImportance, MLPPruner
+from dgmr_tp.encoders import as_encoder
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import Plan, find_sites, last_state
+from dgmr_tp.pruning.selection import select_diverse_rows
+
+
+def masked(model, plan):
+    """The reference: the original with the columns of dropped neurons zeroed in each second Linear."""
+    model = copy.deepcopy(model)
+    for site in find_sites(model):
+        drop = sorted(set(range(site.hidden)) - set(plan.sites[site.name].kept))
+        with torch.no_grad():
+            model.get_submodule(site.consumer).weight[:, drop] = 0
+    return model
+
+
+def test_sites_are_the_mlps(tower):
+    sites = find_sites(tower)
+    assert len(sites) == 3
+    for site in sites:
+        assert site.name.endswith(".mlp") and site.hidden == 192 and site.width == 48 and site.exact
+        assert len(site.producers) == 1
+
+
+@pytest.mark.parametrize("importance", [DGMRImportance(), tp.importance.MagnitudeImportance(p=2), tp.importance.RandomImportance()])
+def test_pruned_equals_masked_original(tower, importance):
+    pruned = copy.deepcopy(tower)
+    pruner = MLPPruner(pruned, importance, mlp_ratio=1)
+    plan = pruner.plan()
+    pruner.apply(plan)
+    images = pictures(3)
+    reference = masked(tower, plan)(images)
+    assert torch.allclose(pruned(images), reference, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(pruned(images), tower(images), rtol=1e-2, atol=1e-2)
+    name, site = next(iter(plan.sites.items()))
+    other = next(i for i in range(site.hidden) if i not in site.kept)
+    swapped = Plan(
+        plan.encoder, plan.criterion, {**plan.sites, name: type(site)(site.width, site.hidden, (*site.kept[1:], other), site.sha256)}
+    )
+    assert not torch.allclose(pruned(images), masked(tower, swapped)(images), rtol=1e-4, atol=1e-5)
+
+
+def test_dgmr_keeps_the_greedy_choice(tower):
+    plan = MLPPruner(tower, keep=31).plan()
+    for site in find_sites(tower):
+        weight = tower.get_submodule(site.producers[0]).weight.detach().numpy()
+        assert plan.sites[site.name].kept == tuple(sorted(select_diverse_rows(weight).order[:31].tolist()))
+
+
+def test_only_the_mlps_change_and_flags_come_back(tower):
+    tower.train()
+    tower.requires_grad_(False)
+    first = next(iter(find_sites(tower)))
+    tower.get_submodule(first.producers[0]).weight.requires_grad_(True)
+    flags = {name: parameter.requires_grad for name, parameter in tower.named_parameters()}
+    modes = {name: module.training for name, module in tower.named_modules()}
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    pruner = MLPPruner(tower, keep_ratio=0.25)
+    pruner.apply(pruner.plan())
+    assert {name: parameter.requires_grad for name, parameter in tower.named_parameters()} == flags
+    assert {name: module.training for name, module in tower.named_modules()} == modes
+    for name, tensor in tower.state_dict().items():
+        inside_mlp = ".mlp." in name and not name.endswith(("c_proj.bias", "fc2.bias"))
+        assert (tensor.shape != before[name].shape) == inside_mlp, name
+        assert inside_mlp or torch.equal(tensor, before[name]), name
+
+
+def test_planning_changes_nothing(tower):
+    before = {name: tensor.clone() for name, tensor in tower.state_dict().items()}
+    MLPPruner(tower, mlp_ratio=1).plan()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+def test_bf16_weights_stay_bf16(tower):
+    tower.bfloat16()
+    pruner = MLPPruner(tower, mlp_ratio=0.5)
+    pruner.apply(pruner.plan())
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(tower(pictures(2).bfloat16())).all()
+
+
+def test_meta_model_of_full_size():
+    with torch.device("meta"):
+        model = timm_tower(embed_dim=1408, num_heads=16, mlp_ratio=4.3637, layers=2)
+    pruner = MLPPruner(model, tp.importance.RandomImportance(), mlp_ratio=1)
+    assert {site.hidden for site in pruner.sites} == {6144}
+    pruner.apply(pruner.plan())
+    assert {block.mlp.fc1.out_features for block in model.blocks} == {1408}
+
+
+def test_walk_computes_what_the_model_computes(tower):
+    encoder, images = as_encoder(tower), pictures(2)
+    with torch.no_grad():
+        assert torch.allclose(encoder.embed(last_state(encoder, images)), tower(images), atol=1e-6)
+        class_token, patches = encoder.features(last_state(encoder, images))
+    assert class_token.shape == (2, 48) and patches.shape == (2, 16, 48)
+
+
+@pytest.mark.parametrize(
+    ("width", "options", "kept"), [(100, {"mlp_ratio": 0.29}, 29), (48, {"keep_ratio": 1 / 3}, 63), (48, {"keep": 7}, 7)]
+)
+def test_keep_counts_are_exact(width, options, kept):
+    model = timm_tower(layers=1, embed_dim=width, num_heads=4 if width == 100 else 3)
+    assert MLPPruner(model, **options).keep == {"blocks.0.mlp": kept}
+
+
+def test_keep_counts_by_pattern():
+    model = timm_tower()
+    assert list(MLPPruner(model, keep={"blocks.0.*": 8, "blocks.2.mlp": 16}).keep.values()) == [8, 192, 16]
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"keep": 193}, {"mlp_ratio": 4.1}, {"keep_ratio": 0.001}, {}, {"keep": 8, "mlp_ratio": 1}]
+)
+def test_impossible_keep_counts_are_refused(options):
+    with pytest.raises(DgmrError, match=r"keep|exactly one"):
+        MLPPruner(timm_tower(), **options)
+
+
+def test_plan_survives_json_and_prints(tower):
+    plan = MLPPruner(tower, mlp_ratio=1).plan()
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "192" in str(plan) and "48" in str(plan)
+    json.loads(plan.to_json())
+
+
+def edited(plan, **changes):
+    data = json.loads(plan.to_json())
+    site = next(iter(data["sites"].values()))
+    site.update(changes)
+    return Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kept": [0, 0, 1]}, "duplicate"),
+        ({"kept": []}, "none"),
+        ({"kept": [5, 3]}, "ascending"),
+        ({"kept": [0, 192]}, "192"),
+        ({"kept": [-1, 2]}, "-1"),
+        ({"hidden": 100}, "100"),
+        ({"sha256": "0"}, "another checkpoint"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(tower, changes, says):
+    pruner = MLPPruner(tower, mlp_ratio=1)
+    plan = edited(pruner.plan(), **changes)
+    before = copy.deepcopy(tower.state_dict())
+    with pytest.raises(DgmrError, match=says):
+        pruner.apply(plan)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+
+
+def test_a_plan_for_other_weights_is_refused(tower):
+    plan = MLPPruner(tower, mlp_ratio=1).plan()
+    other = redraw(copy.deepcopy(tower), seed=1)
+    with pytest.raises(DgmrError, match="another checkpoint"):
+        MLPPruner(other, mlp_ratio=1).apply(plan)
+
+
+def test_a_model_without_mlps_is_refused():
+    with pytest.raises(DgmrError, match="no MLP found"):
+        MLPPruner(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)), mlp_ratio=1)
+
+
+def test_an_importance_that_gives_nonsense_is_refused(tower):
+    class Wrong(tp.importance.Importance):
+        def __call__(self, group):
+            return torch.full((192,), torch.nan)
+
+    with pytest.raises(DgmrError, match="Wrong"):
+        MLPPruner(tower, Wrong(), mlp_ratio=1).plan()

@@ -1,0 +1,225 @@
+"""Closed-form recovery against scipy on the stacked activations, and what a user relies on around it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import pictures, redraw, timm_tower
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dgmr_tp.encoders import as_encoder
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.oneshot import prune
+from dgmr_tp.pruning import MLPPruner, last_state, recover
+from dgmr_tp.pruning.recovery import Moments, refit, token_weights
+
+
+def reference(h, y, w, weight, bias, damping):
+    """The same objective as one dense least-squares problem over all rows, solved by numpy."""
+    w = w / w.sum()
+    rows, targets = h * np.sqrt(w)[:, None], y * np.sqrt(w)[:, None]
+    if bias is not None:
+        rows = np.concatenate([rows, np.sqrt(w)[:, None]], axis=1)
+        variance = np.average((h - np.average(h, axis=0, weights=w)) ** 2, axis=0, weights=w).mean()
+    else:
+        variance = np.average(h**2, axis=0, weights=w).mean()
+    penalty = np.sqrt(damping * variance)
+    prior = np.zeros((h.shape[1], rows.shape[1]))
+    prior[:, : h.shape[1]] = penalty * np.eye(h.shape[1])
+    solution = np.linalg.lstsq(np.concatenate([rows, prior]), np.concatenate([targets, penalty * weight.T]), rcond=None)[0]
+    return solution[: h.shape[1]].T, (solution[-1] if bias is not None else None)
+
+
+def problem(seed, n=300, k=12, d=5):
+    rng = np.random.default_rng(seed)
+    h = rng.standard_normal((n, k)) @ rng.standard_normal((k, k)) + 3
+    y = h[:, : k // 2] @ rng.standard_normal((k // 2, d)) + rng.standard_normal((n, d))
+    return h, y, rng.random(n) + 0.1, rng.standard_normal((d, k)), rng.standard_normal(d)
+
+
+def moments_of(h, y, w, parts=4):
+    moments = Moments()
+    for piece in np.array_split(np.arange(len(h)), parts):
+        moments.add(*(torch.from_numpy(a[piece]) for a in (h, y, w)))
+    return moments
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1e-4, 1e-2, 1.0]), st.booleans())
+def test_refit_minimises_the_stated_objective(seed, damping, with_bias):
+    h, y, w, weight, bias = problem(seed)
+    bias = bias if with_bias else None
+    got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias), damping)
+    expected, expected_bias = reference(h, y, w, weight, bias, damping)
+    assert np.allclose(got, expected, rtol=1e-6, atol=1e-8)
+    assert (got_bias is None) == (bias is None)
+    if bias is not None:
+        assert np.allclose(got_bias, expected_bias, rtol=1e-6, atol=1e-8)
+    other, _ = reference(h, y, np.ones_like(w), weight, bias, damping)
+    assert not np.allclose(got, other, rtol=1e-6, atol=1e-8)
+
+
+def test_without_damping_the_solution_nearest_to_the_kept_columns_is_taken():
+    h, y, w, weight, bias = problem(0)
+    h[:, 3] = h[:, 4]  # duplicates
+    h[:, 7] = 0  # dead
+    got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), torch.from_numpy(bias), 0.0)
+    root = np.sqrt(w)[:, None]
+    centred, target = (root * (a - np.average(a, axis=0, weights=w)) for a in (h, y))
+    best = np.linalg.lstsq(centred, target - centred @ weight.T, rcond=1e-10)[0].T + weight
+    assert np.allclose(got, best, rtol=1e-5, atol=1e-7)
+    assert np.allclose(got[:, 7], weight[:, 7])
+    prediction = h @ got.numpy().T + got_bias.numpy()
+    assert np.allclose(np.average(prediction - y, axis=0, weights=w), 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+def test_fewer_rows_than_neurons(damping):
+    h, y, w, weight, bias = problem(1, n=8)
+    got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), torch.from_numpy(bias), damping)
+    assert torch.isfinite(got).all()
+    if damping == 0:
+        assert np.allclose(h @ got.numpy().T + got_bias.numpy(), y, atol=1e-6)
+
+
+def test_all_neurons_dead_leaves_the_mean():
+    y = np.random.default_rng(0).standard_normal((50, 3))
+    got, bias = refit(moments_of(np.zeros((50, 4)), y, np.ones(50)), torch.ones(3, 4), torch.zeros(3), 1e-3)
+    assert torch.equal(got, torch.ones(3, 4, dtype=torch.float64))
+    assert np.allclose(bias, y.mean(0))
+
+
+def test_error_of_moments_is_the_error_of_the_rows():
+    h, y, w, weight, bias = problem(2)
+    rows = ((y - h @ weight.T - bias) ** 2).sum(1)
+    variance = ((y - np.average(y, axis=0, weights=w)) ** 2).sum(1)
+    expected = np.average(rows, weights=w) / np.average(variance, weights=w)
+    assert np.isclose(moments_of(h, y, w).error(torch.from_numpy(weight), torch.from_numpy(bias)), expected)
+
+
+def test_token_weights(tower):
+    encoder = as_encoder(tower)
+    state = encoder.stem(pictures(2)).detach()
+    middle = token_weights(encoder, state, last=False)
+    assert torch.allclose(middle, torch.tensor([0.5] + [0.5 / 16] * 16, dtype=torch.float64))
+    last = token_weights(encoder, state, last=True)
+    assert torch.equal(last, torch.tensor([1.0] + [0.0] * 16, dtype=torch.float64))
+
+
+def test_token_weights_of_a_tower_that_averages_its_patches():
+    encoder = as_encoder(redraw(timm_tower(class_token=False, global_pool="avg")))
+    state = encoder.stem(pictures(2)).detach()
+    for last in (False, True):
+        assert torch.allclose(token_weights(encoder, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
+
+
+def pruned_pair(tower, keep):
+    pruned = copy.deepcopy(tower)
+    pruner = MLPPruner(pruned, keep=keep)
+    pruner.apply(pruner.plan())
+    return as_encoder(tower), as_encoder(pruned)
+
+
+def drift(dense, pruned, images):
+    with torch.no_grad():
+        a, b = (encoder.embed(last_state(encoder, images)) for encoder in (dense, pruned))
+    return float((a - b).norm() / a.norm())
+
+
+def test_recovery_brings_the_embedding_back_on_new_images(tower):
+    dense, pruned = pruned_pair(tower, keep=48)
+    cut = drift(dense, pruned, pictures(40, seed=9))
+    report = recover(dense, pruned, pictures(300).split(50))
+    assert [entry.site for entry in report] == [f"{block.name}.mlp" for block in dense.blocks()]
+    assert all(entry.recovered_error < entry.cut_error or entry.kept_cut for entry in report)
+    assert drift(dense, pruned, pictures(40, seed=9)) < 0.7 * cut
+
+
+def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower):
+    """The first block by hand: the recorded tokens of all images, weighted, and one dense solve."""
+    dense, pruned = pruned_pair(tower, keep=48)
+    images = pictures(40)
+    recover(dense, pruned, [images], damping=1e-2)
+    block, cut_encoder = dense.blocks()[0], pruned_pair(tower, keep=48)[1]
+    with torch.no_grad():
+        seen = {}
+        block.module.mlp.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
+        block(dense.stem(images))
+        fitted = [i for i in range(40) if i % 10 != 9]
+        x, mlp = seen["x"][fitted].flatten(0, 1), cut_encoder.blocks()[0].module.mlp
+        first, *_, last = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
+        h, y = nn.functional.gelu(first(x)).double().numpy(), block.module.mlp(x).double().numpy()
+    w = np.tile(np.array([0.5] + [0.5 / 16] * 16), 36)
+    weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
+    expected, expected_bias = reference(h, y, w, weight, bias, 1e-2)
+    got = [layer for layer in pruned.blocks()[0].module.mlp.modules() if isinstance(layer, nn.Linear)][-1]
+    assert np.allclose(got.weight.detach(), expected, atol=1e-4)
+    assert np.allclose(got.bias.detach(), expected_bias, atol=1e-4)
+    assert not np.allclose(got.weight.detach(), weight, atol=1e-2)
+
+
+def test_a_site_whose_held_out_error_does_not_fall_keeps_its_cut_weights(tower):
+    """Ten images, hidden 180 and no damping: nine images of one flat colour tell nothing about the tenth."""
+    dense, pruned = pruned_pair(tower, keep=180)
+    images = torch.cat([torch.zeros(9, 3, 32, 32), pictures(1)])
+    before = copy.deepcopy(pruned.module.state_dict())
+    report = recover(dense, pruned, [images], damping=0.0)
+    kept = [entry for entry in report if entry.kept_cut]
+    assert kept and all(entry.recovered_error >= entry.cut_error for entry in kept)
+    for entry in kept:
+        consumer = next(name for name in before if name.startswith(entry.site) and name.endswith(("fc2.weight", "c_proj.weight")))
+        assert torch.equal(before[consumer], pruned.module.state_dict()[consumer])
+
+
+def test_recovery_touches_nothing_but_the_last_linears(tower):
+    dense, pruned = pruned_pair(tower, keep=48)
+    pruned.module.train()
+    before = copy.deepcopy(pruned.module.state_dict())
+    original = copy.deepcopy(dense.module.state_dict())
+    recover(dense, pruned, [pictures(30)])
+    changed = {name for name, tensor in pruned.module.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert all(name.rsplit(".", 2)[1] in ("c_proj", "fc2") and ".mlp." in name for name in changed) and changed
+    assert all(torch.equal(tensor, original[name]) for name, tensor in dense.module.state_dict().items())
+    assert pruned.module.training and not dense.module.training
+
+
+def test_batches_do_not_matter(tower):
+    weights = []
+    for split in (7, 40):
+        dense, pruned = pruned_pair(tower, keep=24)
+        recover(dense, pruned, pictures(40).split(split))
+        weights.append(torch.cat([parameter.flatten() for parameter in pruned.module.parameters()]))
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+def test_bf16_recovers(tower):
+    dense, pruned = pruned_pair(tower.bfloat16(), keep=48)
+    report = recover(dense, pruned, [pictures(100).bfloat16()])
+    assert all(parameter.dtype == torch.bfloat16 for parameter in pruned.module.parameters())
+    assert any(entry.recovered_error < 0.8 * entry.cut_error for entry in report)
+
+
+def test_too_few_images_are_refused(tower):
+    with pytest.raises(DgmrError, match="at least 10"):
+        recover(*pruned_pair(tower, keep=48), [pictures(9)])
+
+
+def test_non_finite_activations_are_refused(tower):
+    images = pictures(20)
+    images[3] = torch.inf
+    with pytest.raises(DgmrError, match="not finite"):
+        recover(*pruned_pair(tower, keep=48), [images])
+
+
+def test_prune_in_one_call_leaves_the_original(tower):
+    before = copy.deepcopy(tower.state_dict())
+    model, plan, table = prune(tower, pictures(60).split(20), mlp_ratio=1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+    assert [row.kept for row in table] == [48] * 3
+    assert {row.site for row in table} == set(plan.sites)
+    assert all(row.recovered_error is not None for row in table)
+    again = prune(tower, pictures(60).split(20), plan=plan)
+    assert all(torch.equal(tensor, again.model.state_dict()[name]) for name, tensor in model.state_dict().items())
