@@ -1,0 +1,46 @@
+"""Progress of a long loop: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Meter:
+    """Counts the steps of a loop: ``with Meter("distil", 300) as meter: ... meter.step(n, "loss 0.1")``.
+
+    On a terminal a bar with the time left; elsewhere a line whenever ``every`` seconds have passed, and one at the end.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, every: float = 10.0) -> None:
+        self.title, self.total, self.every = title, total, every
+        self.first, self.done = done, done
+        self.started = self.printed = time.monotonic()
+        self.bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            self.bar = Progress(*columns, transient=True)
+            self.task = self.bar.add_task(title, total=total, completed=done, note="")
+
+    def __enter__(self) -> Meter:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def step(self, done: int, note: str = "") -> None:
+        """``done`` steps are behind us; ``note`` says how it goes."""
+        self.done = done
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif now - self.printed >= self.every or done == self.total:
+            self.printed = now
+            left = (now - self.started) / max(1, done - self.first) * (self.total - done)
+            print(f"  {self.title}: {done}/{self.total} {note} {left:.0f} s left", flush=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.bar:
+            self.bar.stop()

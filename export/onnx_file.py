@@ -1,0 +1,63 @@
+"""ONNX: torch's dynamo exporter, dynamic batch, run by onnxruntime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dgmr_tp.extras import require
+
+OPSET = 20
+
+
+def write(module: nn.Module, example: Tensor, path: Path) -> None:
+    """Export ``module`` (``image`` ``[batch, 3, height, width]`` to ``embedding`` ``[batch, dimension]``).
+
+    The example's batch must be larger than 1: the exporter takes a 1 for a constant.
+    """
+    require("onnxscript", "export")
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            (example,),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=["embedding"],
+            dynamic_shapes=({0: batch},),
+            external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > 1.9e9,
+            verbose=False,
+        )
+
+
+def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The file as a function of a CPU tensor, run by onnxruntime."""
+    runtime = require("onnxruntime", "export")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["embedding"], {"image": images.float().numpy()})[0])
+
+
+@contextlib.contextmanager
+def _quiet(*loggers: str):  # type: ignore[no-untyped-def]
+    before = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
