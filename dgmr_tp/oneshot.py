@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import DGMRImportance, Encoder, MLPPruner, Plan, find_sites, recover
+from dgmr_tp.pruning import DGMRImportance, MLPPruner, Plan, Site, find_sites, recover
 
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "dgmr": DGMRImportance,
@@ -57,7 +57,6 @@ def prune(
     calibration: int = 1024,
     damping: float = 1e-3,
     seed: int = 0,
-    device: str | torch.device | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Pruned:
     """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
@@ -73,7 +72,6 @@ def prune(
         calibration: how many images recovery reads from a folder.
         damping: see :func:`recover`.
         seed: of ``random`` and of the choice of images.
-        device: where to compute; default: where the model is.
 
     Returns:
         The pruned model, its plan, and a row per site with the held-out errors.
@@ -82,38 +80,41 @@ def prune(
         DgmrError: bad input; says what and what to do.
     """
     opened = open_model(model, pretrained) if isinstance(model, str) else model
-    original = opened.encoder if isinstance(opened, OpenedModel) else None
-    result: OpenedModel | nn.Module = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
-    tower = result.encoder.module if isinstance(result, OpenedModel) else result
-    name = original.name if original else None
-    if device is not None:
-        (result.module if isinstance(result, OpenedModel) else result).to(device)
-    sites = _block_sites(result)
+    result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     if plan is None:
-        if mlp_ratio is keep_ratio is keep is None:
-            mlp_ratio = 1
-        torch.manual_seed(seed)
-        pruner = MLPPruner(tower, importance(criterion), mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, sites=sites, name=name)
-        plan = pruner.plan()
-    else:
-        pruner = MLPPruner(tower, keep_ratio=1, sites=sites, name=name)
-    pruner.apply(plan)
+        plan = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed)
+    MLPPruner(_tower(result), keep_ratio=1).apply(plan)
 
     errors = {}
     if images is not None:
-        dense, pruned = (as_encoder(m) if isinstance(m, nn.Module) else m.encoder for m in (opened, result))
-        batches = _batches(images, opened, calibration, seed)
+        dense, pruned = (m.encoder if isinstance(m, OpenedModel) else as_encoder(m) for m in (opened, result))
         like = next(pruned.module.parameters())
-        if device is not None:
-            dense.module.to(device)
-        moved = (batch.to(like.device, like.dtype) for batch in batches)
-        errors = {entry.site: entry for entry in recover(dense, pruned, moved, damping=damping, progress=progress)}
+        batches = (batch.to(like.device, like.dtype) for batch in _batches(images, opened, calibration, seed))
+        errors = {entry.site: entry for entry in recover(dense, pruned, batches, damping=damping, progress=progress)}
     table = []
     for site, decided in plan.sites.items():
         entry = errors.get(site)
         cut, recovered, kept_cut = (entry.cut_error, entry.recovered_error, entry.kept_cut) if entry else (None, None, False)
         table.append(SiteRow(site, decided.width, decided.hidden, len(decided.kept), cut, recovered, kept_cut))
     return Pruned(result, plan, table)
+
+
+def make_plan(
+    model: OpenedModel | nn.Module,
+    criterion: str | tp.importance.Importance = "dgmr",
+    *,
+    mlp_ratio: float | None = None,
+    keep_ratio: float | None = None,
+    keep: int | Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
+    if mlp_ratio is keep_ratio is keep is None:
+        mlp_ratio = 1
+    torch.manual_seed(seed)
+    name = model.encoder.name if isinstance(model, OpenedModel) else None
+    options = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep}
+    return MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name).plan()  # type: ignore[arg-type]
 
 
 def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
@@ -129,15 +130,16 @@ def importance(criterion: str | tp.importance.Importance) -> tp.importance.Impor
     return CRITERIA[criterion]()
 
 
-def _block_sites(model: OpenedModel | nn.Module) -> list | None:
+def _tower(model: OpenedModel | nn.Module) -> nn.Module:
+    return model.encoder.module if isinstance(model, OpenedModel) else model
+
+
+def _block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
     """The sites inside residual blocks, where a walk is known: heads with an MLP of their own are not the papers' matter."""
-    if isinstance(model, nn.Module):
-        try:
-            encoder: Encoder = as_encoder(model)
-        except DgmrError:
-            return None
-    else:
-        encoder = model.encoder
+    try:
+        encoder = model.encoder if isinstance(model, OpenedModel) else as_encoder(model)
+    except DgmrError:
+        return None
     inside = tuple(f"{block.name}." for block in encoder.blocks())
     return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
 
@@ -148,7 +150,5 @@ def _batches(images: str | Path | Iterable[Tensor], model: Any, count: int, seed
     from dgmr_tp.data.images import Images
 
     if not isinstance(model, OpenedModel):
-        raise DgmrError(
-            "a folder of images needs the encoder's preprocessing: open the model with open_model, or pass preprocessed batches"
-        )
+        raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
     return Images.find(images).sample(count, seed, model.preprocess)

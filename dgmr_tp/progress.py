@@ -21,7 +21,13 @@ class Meter:
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
-            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, transient=True)
             self.task = self.bar.add_task(title, total=total, completed=done, note="")
 
@@ -40,6 +46,10 @@ class Meter:
             self.printed = now
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             print(f"  {self.title}: {done}/{self.total} {note} {left:.0f} s left", flush=True)
+
+    def elapsed(self) -> float:
+        """Seconds since the loop began."""
+        return max(1e-9, time.monotonic() - self.started)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar:

@@ -114,5 +114,5 @@ def test_order_is_nested():
 
 @pytest.mark.parametrize("weight", [np.ones(3), np.array([[1.0, np.nan]]), np.array([[np.inf, 0.0]])])
 def test_refuses_what_is_no_finite_matrix(weight):
-    with pytest.raises(ValueError, match="matrix|NaN"):
+    with pytest.raises(ValueError, match=r"matrix|NaN"):
         select_diverse_rows(weight)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,6 +46,12 @@ class OpenedModel:
     config: dict[str, Any]
     """open_clip: its model_cfg. timm: nothing, the model carries its own."""
     tokenizer: Callable[[list[str]], Tensor] | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that ``preprocess`` gives."""
+        size = self.preprocess_config.get("size") or self.preprocess_config["input_size"]
+        return size if isinstance(size, int) else size[-1]
 
     def copy(self) -> OpenedModel:
         """The same model with weights of its own."""
@@ -196,9 +201,8 @@ def _timm_by_name(name: str, pretrained: str | None) -> OpenedModel:
         raise DgmrError(f"unknown model timm:{name}{_nearest(name, timm.list_models())}")
     checkpoint = pretrained if pretrained and Path(pretrained).exists() else ""
     try:
-        module = timm.create_model(
-            name if checkpoint or not pretrained else f"{name}.{pretrained}", pretrained=bool(pretrained) and not checkpoint
-        )
+        tagged = f"{name}.{pretrained}" if pretrained and not checkpoint else name
+        module = timm.create_model(tagged, pretrained=tagged != name)
         if checkpoint:
             timm.models.load_checkpoint(module, checkpoint, weights_only=True)
     except Exception as error:
@@ -247,14 +251,13 @@ def _load_by_shape(module: nn.Module, path: Path) -> None:
         weight = tensors.get(f"{name}.weight")
         if weight is None or weight.ndim == 0 or not isinstance(layer, nn.Linear | nn.LayerNorm) or weight.shape == layer.weight.shape:
             continue
-        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        layer.weight = nn.Parameter(torch.empty(weight.shape, **like))
+        layer.weight = nn.Parameter(layer.weight.new_empty(weight.shape))
         if isinstance(layer, nn.Linear):
             layer.out_features, layer.in_features = weight.shape
         else:
             layer.normalized_shape = tuple(weight.shape)
         if layer.bias is not None and f"{name}.bias" in tensors:
-            layer.bias = nn.Parameter(torch.empty(tensors[f"{name}.bias"].shape, **like))
+            layer.bias = nn.Parameter(layer.bias.new_empty(tensors[f"{name}.bias"].shape))
     expected = module.state_dict()
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:

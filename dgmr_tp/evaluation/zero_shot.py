@@ -80,7 +80,19 @@ def evaluate(
         task = "zeroshot_retrieval" if kind.exists() and kind.read_text().strip() == "retrieval" else "zeroshot_classification"
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.partial")
-    arguments = ["eval", "--model_type", MODEL_TYPE, "--model", name, "--pretrained", "none", "--dataset", dataset, "--dataset_root", str(root)]
+    arguments = [
+        "eval",
+        "--model_type",
+        MODEL_TYPE,
+        "--model",
+        name,
+        "--pretrained",
+        "none",
+        "--dataset",
+        dataset,
+        "--dataset_root",
+        str(root),
+    ]
     arguments += ["--task", task, "--no_amp", "--recall_k", *RECALLS, "--batch_size", str(batch_size), "--num_workers", "0"]
     arguments += ["--output", str(aside), "--quiet"]
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from typing import cast
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.sites import Site
@@ -33,18 +34,18 @@ def keep_counts(
     given = {key: value for key, value in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio), ("keep", keep)) if value is not None}
     if len(given) != 1:
         raise DgmrError(f"give exactly one of mlp_ratio, keep_ratio and keep; given: {', '.join(given) or 'none'}")
-    [(key, value)] = given.items()
     counts = {}
     for site in sites:
-        if key == "mlp_ratio":
-            count = _floor(value, site.width)
-        elif key == "keep_ratio":
-            count = _floor(value, site.hidden)
-        elif isinstance(value, Mapping):
-            count = next((n for pattern, n in value.items() if fnmatchcase(site.name, pattern)), site.hidden)
+        if mlp_ratio is not None:
+            count = _floor(mlp_ratio, site.width)
+        elif keep_ratio is not None:
+            count = _floor(keep_ratio, site.hidden)
+        elif isinstance(keep, Mapping):
+            count = next((n for pattern, n in keep.items() if fnmatchcase(site.name, pattern)), site.hidden)
         else:
-            count = value
+            count = cast(int, keep)
         if not 1 <= count <= site.hidden:
+            [(key, value)] = given.items()
             raise DgmrError(f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}")
         counts[site.name] = count
     return counts

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import scipy.linalg
 import torch
@@ -35,10 +36,8 @@ class Moments:
 
     def __init__(self) -> None:
         self.weight = 0.0
-        self.h: Tensor | float = 0.0
-        self.y: Tensor | float = 0.0
-        self.hh: Tensor | float = 0.0
-        self.yh: Tensor | float = 0.0
+        zero = torch.zeros((), dtype=torch.float64)
+        self.h, self.y, self.hh, self.yh = zero, zero, zero, zero
         self.yy = 0.0
 
     def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -46,13 +45,13 @@ class Moments:
         h, y, weight = h.double(), y.double(), weight.double()
         weighted = h * weight[:, None]
         self.weight += float(weight.sum())
-        self.h = self.h + weighted.sum(0)
-        self.y = self.y + weight @ y
-        self.hh = self.hh + h.T @ weighted
-        self.yh = self.yh + y.T @ weighted
+        self.h = weighted.sum(0) + self.h
+        self.y = weight @ y + self.y
+        self.hh = h.T @ weighted + self.hh
+        self.yh = y.T @ weighted + self.yh
         self.yy += float(weight @ y.square().sum(1))
 
-    def about(self, h0: Tensor | float, y0: Tensor | float) -> tuple[Tensor, Tensor, float]:
+    def about(self, h0: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, float]:
         """``Σ_hh``, ``Σ_yh`` and ``tr Σ_yy`` per unit of weight, about the points ``h0`` and ``y0``."""
         mean_h, mean_y = self.mean()
         dh, dy = mean_h - h0, mean_y - y0
@@ -154,8 +153,8 @@ def _recover(
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
         weight = token_weights(pruned, states[0], last=depth == len(blocks) - 1)
         for site in find_sites(block.module):
-            consumer = block.module.get_submodule(site.consumer)
-            if consumer.in_features == dense_block.module.get_submodule(site.consumer).in_features:
+            consumer, dense_consumer = (cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block))
+            if consumer.in_features == dense_consumer.in_features:
                 continue
             mlp, dense_mlp = (b.module.get_submodule(site.name) for b in (block, dense_block))
             fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, weight)
@@ -171,7 +170,7 @@ def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
     weight = torch.full((tokens,), 1 / tokens, dtype=torch.float64, device=state.device)
     class_token, _ = encoder.features(state)
     if class_token is not None:
-        is_class = tokens_read(lambda s: encoder.features(s)[0], state)
+        is_class = tokens_read(lambda s: cast(Tensor, encoder.features(s)[0]), state)
         weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
     if last:
         weight = weight * tokens_read(encoder.embed, state)

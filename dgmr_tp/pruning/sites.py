@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch_pruning as tp
@@ -90,9 +91,9 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     Always a fresh graph of this one MLP: graphs of whole transformers lose the index mapping of fused gates, and a graph
     that was pruned through once has stale split offsets. None if ``mlp`` cannot be run on a matrix of tokens.
     """
-    first = mlp.get_submodule(producer)
+    first = cast(nn.Linear, mlp.get_submodule(producer))
     training = {child: child.training for child in mlp.modules()}
-    probe = torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True)
+    probe = first.weight.detach().new_zeros(2, first.in_features).requires_grad_(True)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

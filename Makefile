@@ -1,0 +1,32 @@
+# make quickstart   the whole product on a trained demo CLIP, a few minutes, no network
+# make test         the tests that every change has to pass
+# make test-all     every test, the slow ones too
+# make check        formatting, lint, types, import rules
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: quickstart test test-all check
+
+quickstart: $(INSTALLED)
+	$(BIN)/dgmr-tp run recipes/quickstart.yaml
+
+test: $(INSTALLED) check
+	$(BIN)/pytest -m "not slow"
+
+test-all: $(INSTALLED) check
+	$(BIN)/pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dgmr-tp needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[all,dev]'
+	touch $@

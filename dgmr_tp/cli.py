@@ -1,0 +1,323 @@
+"""The command line. Every command is one call into the library; a user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from dgmr_tp.errors import DgmrError
+
+app = typer.Typer(
+    help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="open_clip:NAME, timm:NAME, a model directory, or demo.")]
+PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]
+CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2 or random.")]
+RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
+KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
+KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    directory: Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")] = None,
+    redo: Annotated[str | None, typer.Option(help="Drop this stage and those after it, and do them again.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+) -> None:
+    """Run a recipe: prune, recover, distil, evaluate, export, report. Goes on where it was stopped."""
+    from dgmr_tp.pipeline import Run
+    from dgmr_tp.recipe import load_recipe
+
+    parsed = load_recipe(recipe)
+    this = Run(parsed, directory or Path("runs") / parsed.name)
+    this.run(redo=redo, until=until, say=out.print)
+    _report(this)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write report.html of a run and print its table."""
+    from dgmr_tp.pipeline import Run
+
+    _report(Run.open(directory))
+
+
+@app.command()
+def plan(
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
+    criterion: CriterionOption = "dgmr",
+    mlp_ratio: RatioOption = None,
+    keep_ratio: KeepRatioOption = None,
+    keep: KeepOption = None,
+    seed: SeedOption = 0,
+    file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
+) -> None:
+    """Decide which neurons stay and print it. Changes nothing."""
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.oneshot import make_plan
+
+    opened = open_model(model, pretrained)
+    decided = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed)
+    out.print(str(decided), markup=False)
+    if file:
+        file.write_text(decided.to_json() + "\n")
+
+
+@app.command()
+def prune(
+    out_dir: OutOption,
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
+    criterion: CriterionOption = "dgmr",
+    mlp_ratio: RatioOption = None,
+    keep_ratio: KeepRatioOption = None,
+    keep: KeepOption = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
+    recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
+    images: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
+    damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
+    seed: SeedOption = 0,
+) -> None:
+    """Prune an encoder, recover it if images are given, and write a model directory."""
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.oneshot import prune as prune_model
+    from dgmr_tp.pruning import Plan
+
+    _refuse_existing(out_dir)
+    opened = open_model(model, pretrained)
+    opened.module.to(_device())
+    decided = Plan.read(plan_file) if plan_file else None
+    batches, found = _images(recover, images, seed, opened)
+    with _meter("recover", opened, bool(recover)) as step:
+        result = prune_model(
+            opened,
+            batches,
+            criterion=criterion,
+            mlp_ratio=mlp_ratio,
+            keep_ratio=keep_ratio,
+            keep=keep,
+            plan=decided,
+            damping=damping,
+            seed=seed,
+            progress=step,
+        )
+    _finish(opened, result, out_dir, found)
+
+
+@app.command()
+def recover(
+    pruned: Annotated[Path, typer.Argument(help="A model directory that dgmr-tp pruned.")],
+    images: Annotated[Path, typer.Option(help="Unlabelled images: a folder, a tar, or shards.")],
+    out_dir: OutOption,
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
+    count: Annotated[int, typer.Option(help="How many images to read.")] = 1024,
+    damping: Annotated[float, typer.Option(help="Ridge, relative.")] = 1e-3,
+    seed: SeedOption = 0,
+) -> None:
+    """Prune MODEL again by the plan of a pruned directory, and recover it in closed form."""
+    prune(
+        out_dir=out_dir,
+        model=model,
+        pretrained=pretrained,
+        plan_file=pruned / "plan.json",
+        recover=images,
+        images=count,
+        damping=damping,
+        seed=seed,
+    )
+
+
+@app.command()
+def distill(
+    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a distill section.")],
+    size: Annotated[str | None, typer.Option(help="Only this size, such as mlp_ratio-1.")] = None,
+) -> None:
+    """Run the distillation of a run directory; also the program that the deepspeed launcher starts in every process.
+
+    On a cluster: dgmr-tp run RECIPE --until recover, then deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp distill RUN_DIR,
+    then dgmr-tp run RECIPE.
+    """
+    from dgmr_tp.distillation.launch import is_worker
+    from dgmr_tp.pipeline import Run
+
+    this = Run.open(directory)
+    if not is_worker():
+        this.run(until="distill", say=out.print)
+        return
+    for name in [size] if size else this.recipe.prune.sizes:
+        this.distill_here(name)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model directory, open_clip:NAME, demo, or an exported .onnx or .pt file.")],
+    dataset: Annotated[str, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")],
+    root: Annotated[Path, typer.Option(help="Its folder.")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="clip_benchmark's JSON file.")] = Path("result.json"),
+    pretrained: PretrainedOption = None,
+    text: Annotated[str, typer.Option(help="For an exported file: the model whose text tower and preprocessing go with it.")] = "demo",
+    task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval or auto.")] = "auto",
+) -> None:
+    """Evaluate a model or an exported file with clip_benchmark's own code."""
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
+    from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
+
+    exported = Path(model).suffix in (".onnx", ".pt")
+    opened = open_model(text if exported else model, pretrained)
+    clip = opened.module
+    if exported:
+        from dgmr_tp.export import open_exported
+
+        clip = CLIPWithEncoder(clip, open_exported(Path(model)))
+    metrics = run_clip_benchmark(
+        clip, opened.preprocess, opened.tokenizer, dataset=dataset, root=root, output=file, name=Path(model).name, task=task
+    )
+    for name, value in metrics.items():
+        out.print(f"{name:<28} {value:.4f}")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A model directory, or demo.")],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
+    original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
+    formats: Annotated[str, typer.Option(help="Comma-separated: onnx, torchscript.")] = "onnx,torchscript",
+) -> None:
+    """Export the vision tower to ONNX and TorchScript, verified against PyTorch."""
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.export import export_bundle
+
+    opened = open_model(model)
+    dense = open_model(original).encoder.module if original else None
+    bundle = export_bundle(
+        opened.encoder.module,
+        out_dir,
+        image_size=opened.image_size,
+        preprocess=opened.preprocess_config,
+        formats=[name.strip() for name in formats.split(",")],
+        original=dense,
+    )
+    for name, entry in bundle["files"].items():
+        latency = ", ".join(f"batch {b}: " + " ".join(f"{k} {v:.1f} ms" for k, v in t.items()) for b, t in entry["latency_ms"].items())
+        out.print(
+            f"{name}: {out_dir / entry['file']} {entry['megabytes']:.1f} MB, error {max(entry['relative_error'].values()):.0e}; {latency}"
+        )
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="open_clip:NAME, timm:NAME, a model directory, or demo.")],
+    pretrained: PretrainedOption = None,
+) -> None:
+    """Show the MLP sites of an encoder, its parameters and FLOPs."""
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.evaluation.cost import flops, parameters
+    from dgmr_tp.pruning import find_sites
+
+    opened = open_model(model, pretrained)
+    tower = opened.encoder.module
+    table = Table("site", "width", "hidden", "share of parameters", box=None)
+    total = parameters(tower)
+    for site in find_sites(tower):
+        share = parameters(tower.get_submodule(site.name)) / total
+        table.add_row(site.name, str(site.width), str(site.hidden), f"{share:.1%}")
+    out.print(table)
+    out.print(f"{opened.encoder.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image")
+
+
+def main() -> None:
+    """Entry point of ``dgmr-tp``."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=True)
+    except DgmrError as error:
+        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _report(this) -> None:  # type: ignore[no-untyped-def]
+    from dgmr_tp.report import collect, print_table, write_html
+
+    data = collect(this.directory, this.recipe.name, {step.key: this.figures(step.key) for step in this.steps})
+    print_table(data, out)
+    path = write_html(data, this.directory / "report.html")
+    out.print(f"report: {path}")
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise DgmrError(f"{path} exists already; name a new directory with -o")
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]
+    if source is None:
+        return None, None
+    from dgmr_tp.data.images import Images
+
+    found = Images.find(source)
+    return found.sample(count, seed, opened.preprocess), found
+
+
+def _meter(title, opened, shown):  # type: ignore[no-untyped-def]
+    import contextlib
+
+    from dgmr_tp.progress import Meter
+
+    @contextlib.contextmanager
+    def steps():  # type: ignore[no-untyped-def]
+        if not shown:
+            yield lambda done, total: None
+            return
+        with Meter(title, len(opened.encoder.blocks())) as meter:
+            yield lambda done, total: meter.step(done)
+
+    return steps()
+
+
+def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untyped-def]
+    from dgmr_tp.evaluation.cost import parameters
+
+    result.model.module.cpu()
+    result.model.save(directory, result.plan)
+    recovered = found is not None
+    table = Table("site", "hidden", "kept", *(("error cut", "recovered") if recovered else ()), box=None)
+    for row in result.table:
+        errors = (
+            (f"{row.cut_error:.4f}", f"{row.recovered_error:.4f}" + (" (kept cut)" if row.kept_cut else ""))
+            if row.cut_error is not None
+            else ()
+        )
+        table.add_row(row.site, str(row.hidden), str(row.kept), *errors)
+    out.print(table)
+    if found is not None and (found.broken or found.other_files):
+        out.print(f"skipped {len(found.broken)} images that do not decode and {found.other_files} files that are no images")
+    before, after = parameters(opened.encoder.module), parameters(result.model.encoder.module)
+    out.print(f"{opened.encoder.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}")

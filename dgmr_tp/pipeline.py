@@ -1,0 +1,398 @@
+"""From a recipe to a report: which stages there are, what each reads and writes, and which are still true.
+
+A run directory holds a folder per stage and, in it, one per size. A finished step has a ``manifest.json`` with what it was
+made from (its part of the recipe, its inputs' hashes, the package versions) and its figures. The same again: skipped.
+Anything else: the run stops and says what changed. A step works in a folder beside its own and renames it when it is done;
+only the distillation leaves something there to go on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dgmr_tp.encoders import OpenedModel, open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.oneshot import prune
+from dgmr_tp.pruning import Plan
+from dgmr_tp.recipe import Distill, Recipe, parse_recipe
+
+STAGES = ("scenes", "prune", "recover", "distill", "evaluate", "export")
+PACKAGES = (
+    "dgmr-tp",
+    "torch",
+    "torch-pruning",
+    "numpy",
+    "scipy",
+    "open_clip_torch",
+    "timm",
+    "deepspeed",
+    "clip_benchmark",
+    "onnx",
+    "onnxruntime",
+)
+SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103}  # the demo CLIP was trained on seed 1 and tested on seed 2
+MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work: a stage for one size."""
+
+    stage: str
+    size: str
+    section: dict[str, Any]
+    """The part of the recipe that decides the outcome."""
+    inputs: tuple[str, ...]
+    """Keys of the steps whose results it reads."""
+    work: Callable[[Path], dict[str, Any]] = field(compare=False)
+    """Fills the folder and returns figures."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.stage}/{self.size}"
+
+
+class Run:
+    """A recipe in a run directory.
+
+    Raises:
+        DgmrError: the directory is there but is no run directory.
+    """
+
+    def __init__(self, recipe: Recipe, directory: str | Path) -> None:
+        self.recipe = recipe
+        self.directory = Path(directory)
+        marker = self.directory / "recipe.json"
+        if self.directory.exists() and not marker.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+            raise DgmrError(f"{self.directory} is no run directory (it has no recipe.json) and is not empty; name a new one with -o")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.versions = _versions()
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Run:
+        """The run that was begun in ``directory``."""
+        path = Path(directory) / "recipe.json"
+        try:
+            return cls(parse_recipe(json.loads(path.read_text()), path), directory)
+        except OSError as error:
+            raise DgmrError(f"{directory} is no run directory: it has no recipe.json") from error
+        except ValueError as error:
+            raise DgmrError(f"{path} is damaged: {error}") from error
+
+    def run(self, redo: str | None = None, until: str | None = None, say: Callable[[str], None] = print) -> None:
+        """Do every step that is not done yet, in order.
+
+        Args:
+            redo: drop this stage and those after it first.
+            until: stop after this stage.
+            say: receives one line per step.
+
+        Raises:
+            DgmrError: a finished step was made from something else; or a step's own error.
+        """
+        for name in (redo, until):
+            if name is not None and name not in STAGES:
+                raise DgmrError(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
+        if redo:
+            for stage in STAGES[STAGES.index(redo) :]:
+                shutil.rmtree(self.directory / stage, ignore_errors=True)
+        for step in self.steps:
+            self._check_still_true(step)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _write(self.directory / "recipe.json", self.recipe.model_dump_json(indent=1))
+        last = STAGES.index(until) if until else len(STAGES)
+        for step in (step for step in self.steps if STAGES.index(step.stage) <= last):
+            if (self.folder(step.key) / "manifest.json").exists():
+                say(f"{step.key}: done before")
+            else:
+                say(f"{step.key}: running")
+                started = time.monotonic()
+                self._do(step)
+                say(f"{step.key}: done in {time.monotonic() - started:.1f} s")
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """All steps of the recipe in the order in which they run."""
+        recipe, seed = self.recipe, self.recipe.seed
+        model: dict[str, Any] = {"model": recipe.model.model_dump(), "files": _fingerprint(recipe.model.source)}
+        images: dict[str, Any] = {"images": recipe.images, "seed": seed}
+        data = ("scenes/all",) if recipe.scenes else ()
+        if not recipe.images.startswith("scenes:"):
+            images["files"] = _fingerprint(recipe.images)
+        steps = []
+        if recipe.scenes:
+            steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
+        last = {}
+        for size, amount in recipe.prune.sizes.items():
+            section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
+            steps.append(Step("prune", size, section, (), partial(self._prune, amount=amount)))
+            last[size] = f"prune/{size}"
+        if recipe.recover:
+            for size in last:
+                section = {**recipe.recover.model_dump(), **images}
+                steps.append(Step("recover", size, section, (last[size], *data), partial(self._recover, size=size)))
+                last[size] = f"recover/{size}"
+        if recipe.distill:
+            for size in last:
+                section = {**recipe.distill.model_dump(), **images}
+                steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
+                last[size] = f"distill/{size}"
+        if recipe.evaluate:
+            section = recipe.evaluate.model_dump()
+            steps.append(Step("evaluate", "original", {**section, **model}, data, self._evaluate_original))
+            for size in last:
+                inputs = (*self.model_keys(size).values(), *data)
+                steps.append(Step("evaluate", size, section, inputs, partial(self._evaluate, size=size)))
+        if recipe.export:
+            section = {**recipe.export.model_dump(), "evaluate": recipe.evaluate.model_dump() if recipe.evaluate else None}
+            for size in last:
+                steps.append(Step("export", size, section, (last[size], *data), partial(self._export, size=size)))
+        return steps
+
+    def model_keys(self, size: str) -> dict[str, str]:
+        """The steps that make a model of this size: ``{"pruned": "prune/…", "recovered": …, "distilled": …}``."""
+        there = {"prune": True, "recover": bool(self.recipe.recover), "distill": bool(self.recipe.distill)}
+        return {label: f"{stage}/{size}" for stage, label in MODEL_STAGES.items() if there[stage]}
+
+    def folder(self, key: str) -> Path:
+        return self.directory / key
+
+    def figures(self, key: str) -> dict[str, Any] | None:
+        """What a finished step measured; None if it has not run."""
+        path = self.folder(key) / "manifest.json"
+        return json.loads(path.read_text())["figures"] if path.exists() else None
+
+    def original(self) -> OpenedModel:
+        return open_model(self.recipe.model.source, self.recipe.model.pretrained)
+
+    def data_path(self, path: str) -> Path:
+        """A path of the recipe; ``scenes:NAME`` is a generated set of this run."""
+        name = path.removeprefix("scenes:")
+        return self.folder("scenes/all") / name if name != path else Path(path)
+
+    def distill_here(self, size: str) -> None:
+        """The part of the distillation that every launched process runs; rank 0 leaves the student and its figures."""
+        from dgmr_tp.data.images import Images
+        from dgmr_tp.distillation.loop import Settings, distill
+
+        step = next((s for s in self.steps if s.key == f"distill/{size}"), None)
+        if step is None:
+            raise DgmrError(f"this run distils no size {size!r}; sizes: {', '.join(self.recipe.prune.sizes)}")
+        if self.figures(step.key) is not None:
+            print(f"{step.key}: done before", flush=True)
+            return
+        folder = self._partial(step)
+        section: Distill = self.recipe.distill  # type: ignore[assignment]
+        settings = Settings(**section.model_dump(exclude={"processes"}), seed=self.recipe.seed)
+        student = open_model(str(self.folder(step.inputs[0]) / "model"))
+        images = Images.find(self.data_path(self.recipe.images))
+        figures = distill(self.original(), student, images, settings, folder)
+        if figures is not None:
+            shutil.rmtree(folder / "model", ignore_errors=True)
+            student.save(folder / "model", self._plan(size))
+            _write(folder / "figures.json", json.dumps(figures, indent=1))
+
+    # Each of the following fills the folder of one step and returns its figures.
+
+    def _scenes(self, folder: Path) -> dict[str, Any]:
+        from dgmr_tp.data import scenes
+
+        counts = self.recipe.scenes
+        assert counts
+        scenes.write_classification(folder / "images", counts.images, SCENE_SEEDS["images"])
+        scenes.write_classification(folder / "classes", counts.classes, SCENE_SEEDS["classes"])
+        scenes.write_retrieval(folder / "captions", counts.captions, SCENE_SEEDS["captions"])
+        return {}
+
+    def _prune(self, folder: Path, amount: dict[str, float]) -> dict[str, Any]:
+        model = self.original()
+        before = self._cost(model)
+        result = prune(model, criterion=self.recipe.prune.criterion, seed=self.recipe.seed, **amount)  # type: ignore[arg-type]
+        result.model.save(folder / "model", result.plan)
+        sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
+        return {"original": before, "pruned": self._cost(result.model), "sites": sites}
+
+    def _recover(self, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.data.images import Images
+        from dgmr_tp.progress import Meter
+
+        section = self.recipe.recover
+        assert section
+        model = self.original()
+        model.module.to(self.device)
+        images = Images.find(self.data_path(self.recipe.images))
+        with Meter("recover", len(model.encoder.blocks())) as meter:
+            result = prune(
+                model,
+                images.sample(section.images, self.recipe.seed, model.preprocess),
+                plan=self._plan(size),
+                damping=section.damping,
+                progress=lambda done, total: meter.step(done),
+            )
+        result.model.module.cpu()
+        result.model.save(folder / "model", result.plan)
+        return {"sites": [row._asdict() for row in result.table], "broken_images": images.broken, "other_files": images.other_files}
+
+    def _distill(self, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.distillation.launch import launch
+        from dgmr_tp.distillation.loop import read_losses
+
+        assert self.recipe.distill
+        launch(["distill", str(self.directory), "--size", size], self.recipe.distill.processes)
+        figures = json.loads((folder / "figures.json").read_text())
+        shutil.rmtree(folder / "checkpoints")
+        return {**figures, "losses": read_losses(folder)}
+
+    def _evaluate_original(self, folder: Path) -> dict[str, Any]:
+        model = self.original()
+        return {"original": self._measure(model, model.module, folder, "original")}
+
+    def _evaluate(self, folder: Path, size: str) -> dict[str, Any]:
+        figures = {}
+        for label, key in self.model_keys(size).items():
+            model = open_model(str(self.folder(key) / "model"))
+            figures[label] = self._measure(model, model.module, folder, label)
+        return figures
+
+    def _export(self, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
+        from dgmr_tp.export import export_bundle, open_exported
+
+        assert self.recipe.export
+        model = open_model(str(self.folder(list(self.model_keys(size).values())[-1]) / "model"))
+        original = self.original()
+        figures = export_bundle(
+            model.encoder.module,
+            folder,
+            image_size=model.image_size,
+            preprocess=model.preprocess_config,
+            formats=self.recipe.export.formats,
+            original=original.encoder.module,
+        )
+        if "onnx" in self.recipe.export.formats and self.recipe.evaluate:
+            clip = CLIPWithEncoder(original.module, open_exported(folder / "model.onnx"))
+            figures["onnx_metrics"] = self._measure(model, clip, folder, "onnx")
+        return figures
+
+    def _measure(self, model: OpenedModel, clip: torch.nn.Module, folder: Path, label: str) -> dict[str, dict[str, float]]:
+        """clip_benchmark's metrics on every data set of the recipe, by data set."""
+        from dgmr_tp.evaluation.zero_shot import evaluate
+
+        assert self.recipe.evaluate
+        metrics = {}
+        for entry in self.recipe.evaluate.datasets:
+            metrics[entry.dataset] = evaluate(
+                clip.to(self.device) if label != "onnx" else clip.cpu(),
+                model.preprocess,
+                model.tokenizer,
+                dataset=entry.dataset,
+                root=self.data_path(entry.root),
+                output=folder / f"{label}-{entry.dataset.replace('/', '_')}.json",
+                name=f"{self.recipe.name}-{label}",
+                task=entry.task,
+                batch_size=self.recipe.evaluate.batch_size,
+            )
+        return metrics
+
+    def _cost(self, model: OpenedModel) -> dict[str, int]:
+        from dgmr_tp.evaluation.cost import flops, parameters
+
+        tower = model.encoder.module
+        return {"parameters": parameters(tower), "flops": flops(tower, model.image_size)}
+
+    def _plan(self, size: str) -> Plan:
+        return Plan.read(self.folder(f"prune/{size}") / "model" / "plan.json")
+
+    # What makes a finished step still true.
+
+    def _made_from(self, step: Step) -> dict[str, Any]:
+        by_key = {s.key: s for s in self.steps}
+        inputs = {key: _hash(self._made_from(by_key[key])) for key in step.inputs}
+        return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
+
+    def _check_still_true(self, step: Step) -> None:
+        path = self.folder(step.key) / "manifest.json"
+        if not path.exists():
+            return
+        try:
+            stored = json.loads(path.read_text())["made_from"]
+        except (ValueError, KeyError) as error:
+            raise DgmrError(f"{path} is damaged; run again with --redo {step.stage}") from error
+        if changed := _differences(stored, self._made_from(step)):
+            raise DgmrError(
+                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it and what comes after "
+                f"(--redo {step.stage}), or name a new directory (-o)"
+            )
+
+    def _partial(self, step: Step) -> Path:
+        """The folder in which a step works; what lies there from an interrupted attempt stays only if it was the same."""
+        final = self.folder(step.key)
+        aside = final.with_name(f".{final.name}.partial")
+        made_from = self._made_from(step)
+        note = aside / "made_from.json"
+        if aside.exists() and not (step.stage == "distill" and note.exists() and json.loads(note.read_text()) == made_from):
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True, exist_ok=True)
+        if not note.exists():
+            _write(note, json.dumps(made_from, indent=1))
+        return aside
+
+    def _do(self, step: Step) -> None:
+        folder = self._partial(step)
+        figures = step.work(folder)
+        (folder / "made_from.json").unlink()
+        _write(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1))
+        os.rename(folder, self.folder(step.key))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _fingerprint(source: str) -> str | None:
+    """Names and sizes of the files of a local path, hashed; None for what is no path."""
+    path = Path(source.removeprefix("local-dir:"))
+    if not path.exists():
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """Every leaf that differs, as ``key: old → new``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    if before == now:
+        return []
+    if path.startswith("inputs."):
+        return [f"its input {path.removeprefix('inputs.')} changed"]
+    return [f"{path}: {before} → {now}"]
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text + "\n")
+    os.replace(aside, path)

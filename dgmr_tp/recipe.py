@@ -1,0 +1,239 @@
+"""A recipe: one flat YAML file that a person reads top to bottom, validated before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dgmr_tp.errors import DgmrError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The encoder to prune."""
+
+    source: str
+    """``open_clip:NAME``, ``timm:NAME``, a model directory, or ``demo``."""
+    pretrained: str | None = None
+    """For a name: the library's tag, or a checkpoint file."""
+
+
+class Scenes(Section):
+    """Generated data sets, for a run that needs no download: they appear as ``scenes:images``, ``scenes:classes`` and ``scenes:captions``."""
+
+    images: int = Field(gt=0)
+    """Unlabelled scenes for calibration and distillation."""
+    classes: int = Field(gt=0)
+    """Labelled scenes for zero-shot classification."""
+    captions: int = Field(gt=9)
+    """Captioned scenes for zero-shot retrieval, all captions different."""
+
+
+class Prune(Section):
+    """Which neurons stay. ``mlp_ratio`` or ``keep_ratio``, a number or a list of them: every size goes through the whole recipe."""
+
+    criterion: Literal["dgmr", "l1", "l2", "random"] = "dgmr"
+    mlp_ratio: float | list[float] | None = None
+    keep_ratio: float | list[float] | None = None
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Prune:
+        if (self.mlp_ratio is None) == (self.keep_ratio is None):
+            raise ValueError("give either mlp_ratio or keep_ratio")
+        for size in self.sizes.values():
+            if next(iter(size.values())) <= 0:
+                raise ValueError(f"{next(iter(size))} must be above 0, got {next(iter(size.values()))}")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, dict[str, float]]:
+        """Name and argument of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}``."""
+        key = "mlp_ratio" if self.mlp_ratio is not None else "keep_ratio"
+        value = getattr(self, key)
+        values = value if isinstance(value, list) else [value]
+        return {f"{key}-{number:g}": {key: number} for number in values}
+
+
+class Recover(Section):
+    """Closed-form recovery."""
+
+    images: int = Field(1024, ge=10)
+    damping: float = Field(1e-3, ge=0)
+
+
+class Distill(Section):
+    """Distillation; see dgmr_tp.distillation.loop.Settings."""
+
+    processes: int = Field(1, ge=1)
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    base_lr: float = Field(ge=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    min_crop: float = Field(0.2, gt=0, le=1)
+    flip: bool = True
+    zero_stage: Literal[0, 1, 2] = 1
+    bf16: bool = False
+    checkpoint_every: int = Field(100, ge=1)
+    log_every: int = Field(10, ge=1)
+    workers: int = Field(0, ge=0)
+
+
+class Dataset(Section):
+    """A clip_benchmark data set."""
+
+    dataset: str
+    """clip_benchmark's name, such as ``wds/cifar10``."""
+    root: str
+    task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
+
+
+class Evaluate(Section):
+    datasets: list[Dataset] = Field(min_length=1)
+    batch_size: int = Field(64, ge=1)
+
+
+class Export(Section):
+    formats: list[Literal["onnx", "torchscript"]] = ["onnx", "torchscript"]
+
+
+class Recipe(Section):
+    """The whole of a run; each key but ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
+
+    name: str
+    seed: int = 0
+    model: Model
+    scenes: Scenes | None = None
+    images: str
+    """Unlabelled images: a folder, a tar, a folder of tars, or ``scenes:images``."""
+    prune: Prune
+    recover: Recover | None = None
+    distill: Distill | None = None
+    evaluate: Evaluate | None = None
+    export: Export | None = None
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _scenes_are_there(self) -> Recipe:
+        roots = [self.images, *(d.root for d in (self.evaluate.datasets if self.evaluate else []))]
+        if not self.scenes and any(root.startswith("scenes:") for root in roots):
+            raise ValueError("a path begins with scenes:, but there is no section scenes")
+        if self.distill and self.distill.batch_size % self.distill.processes:
+            raise ValueError(
+                f"distill.batch_size = {self.distill.batch_size} cannot be divided over distill.processes = {self.distill.processes}"
+            )
+        return self
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe; ``${NAME}`` in a value is taken from the environment.
+
+    Raises:
+        DgmrError: names the file, the line where it can, the key and the nearest valid one, or the variable to set.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise DgmrError(f"cannot read the recipe {path}: {error.strerror}") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise DgmrError(
+            f"{path}{f', line {mark.line + 1}' if mark else ''}: this is no YAML: {getattr(error, 'problem', error)}"
+        ) from error
+    if not isinstance(data, dict):
+        raise DgmrError(f"{path}: a recipe is a mapping of keys such as model and prune, this is {type(data).__name__}")
+    return parse_recipe(_from_environment(data, path), path, text)
+
+
+def parse_recipe(data: dict[str, Any], path: Path, text: str = "") -> Recipe:
+    """Validate the content of a recipe; ``text`` serves to find the lines of the errors."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise DgmrError("\n".join(_explain(path, text, problem) for problem in error.errors())) from error
+
+
+def _explain(path: Path, text: str, problem: Any) -> str:
+    where = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("list[", "float", "literal[")))]
+    key = ".".join(map(str, where)) or "recipe"
+    line = _line(text, where)
+    place = f"{path}{f', line {line}' if line else ''}"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1])
+        close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
+        return f"{place}: unknown key {key}; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+    if problem["type"] == "missing":
+        return f"{place}: the key {key} is missing"
+    given = "" if isinstance(problem["input"], dict | Recipe | Section) else f", got {problem['input']!r}"
+    return f"{place}: {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _known_keys(where: list[Any]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    inside: dict[Any, type[BaseModel]] = {
+        "model": Model,
+        "scenes": Scenes,
+        "prune": Prune,
+        "recover": Recover,
+        "distill": Distill,
+        "evaluate": Evaluate,
+        "export": Export,
+    }
+    if where:
+        section = Dataset if "datasets" in where else inside[where[0]]
+    return list(section.model_fields)
+
+
+def _line(text: str, where: list[Any]) -> int | None:
+    """The line, from 1, of the deepest key of ``where`` that stands in the text."""
+    node = yaml.compose(text) if text else None
+    line = None
+    for part in where:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _from_environment(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_environment(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise DgmrError(
+                f"{path}: the environment variable {match[1]} is not set; set it to the folder that the recipe means by {match[0]}"
+            )
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{(\w+)\}", variable, value)
