@@ -1,10 +1,14 @@
 """Train the demo CLIP that the package ships (dgmr_tp/data/demo_clip) on generated scenes, from scratch.
 
-    python benchmarks/train_demo_clip.py --steps 2600 --out dgmr_tp/data/demo_clip
+    python benchmarks/train_demo_clip.py --steps 2600 --stop-after 2200 --out runs/demo_clip_1
+    python benchmarks/train_demo_clip.py --init runs/demo_clip_1 --dropout 0.3 --batch 128 --steps 2400 --lr 6e-4 --seed 1 \
+        --out dgmr_tp/data/demo_clip
 
 The contrastive loss is CLIP's with several positives: in two of three batches an image meets full captions, in the third
 captions that name colour and shape only, where every image of that colour and shape is a right answer. Linear heads that
-name the attributes help the vision tower for the first steps and are thrown away.
+name the attributes help the vision tower for the first steps and are thrown away. The second command drops hidden neurons
+at random, one mask an image: like the towers this package is for, which train with stochastic depth, the demo then does not
+hang on any one neuron.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dgmr_tp.data.scenes import BACKGROUNDS, CLASSNAMES, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, TEMPLATES, TEXTURES, Scene, distinct
 
@@ -126,6 +130,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=60_000)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", type=Path, help="start from the weights in this directory")
+    parser.add_argument("--dropout", type=float, default=0.0, help="share of hidden neurons dropped per image")
+    parser.add_argument("--stop-after", type=int, help="end after so many steps of the schedule")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -135,6 +142,12 @@ def main() -> None:
     config = args.out / "open_clip_config.json"
     config.write_text(json.dumps(CONFIG, indent=2) + "\n")
     model = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False)
+    if args.init:
+        weights = load_file(args.init / "open_clip_model.safetensors")
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    if args.dropout:
+        for block in model.visual.transformer.resblocks:
+            block.mlp.c_proj.register_forward_pre_hook(lambda layer, inputs: F.dropout1d(inputs[0].mT, args.dropout, layer.training).mT)
     tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out.resolve()}")
     sizes = [len(options) for options in ATTRIBUTES.values()]
     heads = torch.nn.Linear(CONFIG["model_cfg"]["embed_dim"], sum(sizes))
@@ -180,11 +193,14 @@ def main() -> None:
         if step % 25 == 0:
             rate = step * args.batch / (time.time() - started)
             print(f"step {step} loss {loss.item():.3f} attributes {auxiliary.item():.3f} {rate:.0f} images/s", flush=True)
-        if step % 200 == 0 or step == args.steps:
+        last = step == (args.stop_after or args.steps)
+        if step % 200 == 0 or last:
             figures = evaluate(model, tokenizer, test_images, test)
             print(f"step {step} held out: " + json.dumps(figures), flush=True)
             weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
             save_file(weights, args.out / "open_clip_model.safetensors", metadata={"format": "pt"})
+        if last:
+            break
 
 
 if __name__ == "__main__":

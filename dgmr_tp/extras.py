@@ -17,4 +17,4 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise DgmrError(f"{error.name} is not installed; run: pip install 'dgmr-tp[{extra}]'") from error
+        raise DgmrError(f"{(error.name or module).split('.')[0]} is not installed; run: pip install 'dgmr-tp[{extra}]'") from error

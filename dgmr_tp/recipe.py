@@ -28,7 +28,7 @@ class Model(Section):
 
 
 class Scenes(Section):
-    """Generated data sets, for a run that needs no download: they appear as ``scenes:images``, ``scenes:classes`` and ``scenes:captions``."""
+    """Generated data sets, for a run without downloads: ``scenes:images``, ``scenes:classes`` and ``scenes:captions``."""
 
     images: int = Field(gt=0)
     """Unlabelled scenes for calibration and distillation."""

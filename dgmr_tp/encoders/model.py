@@ -192,7 +192,8 @@ def _save_open_clip(model: OpenedModel, directory: Path, hidden: dict[str, int])
         config["vision_cfg"]["mlp_ratio"] = (uniform + 0.5) / width  # int(width · ratio) must give it back
     preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
-    save_file(_tensors(model.module), directory / "open_clip_model.safetensors", metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
+    save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 
 def _timm_by_name(name: str, pretrained: str | None) -> OpenedModel:
@@ -224,21 +225,16 @@ def _opened_timm(module: nn.Module, name: str) -> OpenedModel:
 
 
 def _save_timm(model: OpenedModel, directory: Path, hidden: dict[str, int]) -> None:
-    hub = require("timm.models", "encoders")
+    timm = require("timm", "encoders")
     uniform = _uniform(hidden)
     width = model.module.embed_dim
     model_args = {} if uniform is None else {"mlp_ratio": (uniform + 0.5) / width}
-    hub.save_config_for_hf(model.module, directory / "config.json", model_args=model_args)
-    save_file(_tensors(model.module), directory / "model.safetensors", metadata={"format": "pt"})
+    timm.models.save_for_hf(model.module, directory, model_args=model_args, safe_serialization=True)
 
 
 def _uniform(hidden: dict[str, int]) -> int | None:
     widths = Counter(hidden.values())
     return next(iter(widths)) if len(widths) == 1 else None
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
 
 def _load_by_shape(module: nn.Module, path: Path) -> None:

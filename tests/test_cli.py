@@ -1,0 +1,137 @@
+"""What a person types wrong: one sentence, a non-zero exit, nothing half-written. And each stage on its own."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from test_pipeline import run_command, write_recipe
+
+from dgmr_tp import load_pruned
+from dgmr_tp.data import scenes
+from dgmr_tp.data.scenes import Scene
+from dgmr_tp.encoders.model import DEMO
+from dgmr_tp.pruning import Plan
+
+
+def refused(*arguments, says, **options):
+    done = run_command(*arguments, **options)
+    shown = done.stderr + done.stdout
+    assert done.returncode == 2, shown
+    assert says in " ".join(shown.split()), shown
+    assert "Traceback" not in shown
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for i in range(30):
+        Image.fromarray(Scene.draw(20, i).image()).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("hello")
+    return folder
+
+
+def test_prune_writes_a_directory_that_opens(images, tmp_path):
+    done = run_command("prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--images", "100", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())
+    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
+    assert {block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks} == {128}
+    done = run_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_prints_writes_and_can_be_edited_and_applied(tmp_path):
+    done = run_command("plan", "--model", "demo", "--keep-ratio", "0.5", "-o", tmp_path / "plan.json")
+    assert done.returncode == 0 and "transformer.resblocks.5.mlp" in done.stdout and "256" in done.stdout
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["sites"]["transformer.resblocks.2.mlp"]["kept"] = [1, 2, 3]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    done = run_command("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert Plan.read(tmp_path / "out" / "plan.json").sites["transformer.resblocks.2.mlp"].kept == (1, 2, 3)
+
+
+def test_inspect_eval_and_export(tmp_path):
+    done = run_command("inspect", "demo")
+    assert done.returncode == 0 and "512" in done.stdout and "GFLOPs" in done.stdout
+    scenes.write_classification(tmp_path / "classes", 40, seed=30)
+    data = ["--dataset", "wds/x", "--root", tmp_path / "classes"]
+    done = run_command("eval", "demo", *data, "-o", tmp_path / "demo.json")
+    assert done.returncode == 0 and "acc1" in done.stdout, done.stderr
+    done = run_command("export", "demo", "-o", tmp_path / "files", "--formats", "onnx")
+    assert done.returncode == 0 and "model.onnx" in done.stdout, done.stderr
+    done = run_command("eval", tmp_path / "files" / "model.onnx", *data, "-o", tmp_path / "onnx.json")
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads((tmp_path / name).read_text())["metrics"]["acc1"] for name in ("demo.json", "onnx.json")]
+    assert scores[0] == scores[1] > 0.2
+
+
+def test_misspelt_recipe_key(tmp_path):
+    refused("run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun; did you mean prune")
+
+
+def test_unknown_model(tmp_path):
+    refused("prune", "--model", "open_clip:ViT-g-15", "--pretrained", "x", "-o", tmp_path / "out", says="did you mean ViT-g-14")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("keep", ["0", "513"])
+def test_impossible_keep_counts(tmp_path, keep):
+    refused("prune", "--model", "demo", "--keep", keep, "-o", tmp_path / "out", says="keep 1 to 512")
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output(tmp_path):
+    refused("prune", "--model", "demo", "-o", tmp_path, says="exists already")
+
+
+def test_image_folder_without_images(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("hello")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
+    for name, says in (("empty", "holds no image (1 other files)"), ("broken", "none of the 1 images"), ("nowhere", "does not exist")):
+        refused("prune", "--model", "demo", "--recover", tmp_path / name, "-o", tmp_path / "out", says=says)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_truncated_checkpoint(tmp_path):
+    (tmp_path / "model").mkdir()
+    for file in DEMO.iterdir():
+        data = file.read_bytes()
+        (tmp_path / "model" / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
+    refused("prune", "--model", tmp_path / "model", "-o", tmp_path / "out", says="open_clip_model.safetensors")
+
+
+def test_plan_for_another_model(tmp_path):
+    (tmp_path / "plan.json").write_text('{"format": 1, "encoder": "x", "criterion": "y", "sites": {"nothing": []}}')
+    refused("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out", says="plan.json: this is no plan")
+    refused("prune", "--model", "demo", "--plan", tmp_path / "none.json", "-o", tmp_path / "out", says="cannot read the plan")
+
+
+@pytest.mark.parametrize(
+    ("missing", "code", "extra"),
+    [
+        ("open_clip", "dgmr_tp.open_model('open_clip:ViT-B-32', 'none')", "encoders"),
+        ("timm", "dgmr_tp.open_model('timm:vit_tiny_patch16_224', 'none')", "encoders"),
+        ("deepspeed", "import dgmr_tp.distillation.launch as l; l.launch([], 1)", "distill"),
+        (
+            "onnxscript",
+            "from dgmr_tp.export import export_bundle; m = dgmr_tp.open_model('demo')\n"
+            "export_bundle(m.encoder.module, __import__('pathlib').Path('x'), image_size=64, preprocess={})",
+            "export",
+        ),
+        (
+            "clip_benchmark",
+            "from dgmr_tp.evaluation.zero_shot import evaluate\nevaluate(None, None, None, dataset='', root='', output=None, name='')",
+            "eval",
+        ),
+    ],
+)
+def test_a_missing_extra_names_the_pip_command(missing, code, extra, tmp_path):
+    program = f"import sys; sys.modules[{missing!r}] = None\nimport dgmr_tp\n{code}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert f"DgmrError: {missing} is not installed; run: pip install 'dgmr-tp[{extra}]'" in done.stderr

@@ -1,0 +1,133 @@
+"""Generated scenes and image sources."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
+from dgmr_tp.distillation.data import Crops, batches, places, training_transform
+from dgmr_tp.errors import DgmrError
+
+PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+def to_tensor(image):
+    return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32)).permute(2, 0, 1)
+
+
+def test_a_scene_is_the_same_picture_every_time_and_another_one_differs():
+    assert (Scene.draw(5, 17).image() == Scene.draw(5, 17).image()).all()
+    assert (Scene.draw(5, 17).image() != Scene.draw(5, 18).image()).any()
+    assert (Scene.draw(5, 17).image() != Scene.draw(6, 17).image()).any()
+
+
+def test_a_known_scene_has_not_changed():
+    """The demo CLIP was trained on these pictures: a change of the generator needs a new demo CLIP."""
+    scene = Scene.draw(0, 0)
+    assert scene.caption == "a medium striped purple cross at the top left on a plain background"
+    assert scene.image().shape == (64, 64, 3)
+    assert abs(float(scene.image().mean()) - 84.70) < 0.1
+
+
+def test_captions_name_the_class_and_all_classes_occur():
+    drawn = [Scene.draw(0, i) for i in range(2000)]
+    assert all(CLASSNAMES[scene.label] in scene.caption for scene in drawn)
+    assert {scene.label for scene in drawn} == set(range(len(CLASSNAMES))) and len(CLASSNAMES) >= 48
+    unique = list(distinct(drawn))
+    assert len({scene.caption for scene in unique}) == len(unique) > 1900
+
+
+def test_the_object_is_where_the_caption_says():
+    """Rendered twice with the same random numbers but another colour, only the object's pixels differ."""
+    for index in range(60):
+        scene = Scene.draw(3, index)
+        other = Scene(**{**scene.__dict__, "colour": "red" if scene.colour != "red" else "blue"})
+        differs = (scene.image().astype(int) != other.image().astype(int)).any(-1)
+        y, x = np.argwhere(differs).mean(0) / 64
+        assert abs(x - scenes.COLUMNS[scene.column]) < 0.15 and abs(y - scenes.ROWS[scene.row]) < 0.15, scene.caption
+
+
+def test_shards_hold_what_the_scenes_say(tmp_path):
+    scenes.write_classification(tmp_path / "a", 20, seed=4)
+    with tarfile.open(tmp_path / "a" / "test" / "0.tar") as tar:
+        assert tar.extractfile("000007.cls").read().decode() == str(Scene.draw(4, 7).label)
+        picture = Image.open(io.BytesIO(tar.extractfile("000007.png").read()))
+        assert (np.asarray(picture) == Scene.draw(4, 7).image()).all()
+    assert len(Images.find(tmp_path / "a")) == 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten good pictures, two broken ones, one text file, one in a sub-folder."""
+    for i in range(9):
+        Image.fromarray(Scene.draw(0, i).image()).save(tmp_path / f"{i}.png")
+    (tmp_path / "sub").mkdir()
+    Image.fromarray(Scene.draw(0, 9).image()).save(tmp_path / "sub" / "9.jpg")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0.png").read_bytes()[:500])
+    (tmp_path / "notes.txt").write_text("hello")
+    return tmp_path
+
+
+def test_broken_and_foreign_files_are_counted_and_skipped(folder):
+    images = Images.find(folder)
+    assert len(images) == 12 and images.other_files == 1
+    read = torch.cat(list(images.sample(100, 0, to_tensor, batch_size=4)))
+    assert len(read) == 10
+    assert {name.rsplit("/", 1)[1] for name in images.broken} == {"broken.png", "cut.png"}
+
+
+def test_a_sample_depends_on_the_seed_alone(folder):
+    take = lambda seed, size: torch.cat(list(Images.find(folder).sample(5, seed, to_tensor, batch_size=size)))  # noqa: E731
+    assert torch.equal(take(1, 2), take(1, 5))
+    assert not torch.equal(take(1, 5), take(2, 5))
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    with pytest.raises(DgmrError, match="does not exist"):
+        Images.find(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(DgmrError, match=r"no image \(1 other"):
+        Images.find(tmp_path)
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(DgmrError, match=r"none of the 1 images.*a\.png"):
+        list(Images.find(tmp_path).sample(5, 0, to_tensor))
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 200)
+    with pytest.raises(DgmrError, match=r"b\.tar"):
+        Images.find(tmp_path)
+
+
+@pytest.mark.parametrize("count", [7, 16, 50])
+def test_global_batches_are_epochs_of_shuffled_samples(count):
+    drawn = [place for step in range(20) for place in places(count, 16, seed=3, step=step)]
+    for epoch in range(320 // count):
+        part = [index for e, index in drawn if e == epoch]
+        assert sorted(part) == list(range(count))
+    first = [index for epoch, index in drawn if epoch == 0]
+    assert first != [index for epoch, index in drawn if epoch == 1]
+
+
+def test_ranks_share_the_global_batch_and_a_resumed_run_sees_what_it_would_have_seen(folder):
+    crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
+    options = {"batch": 4, "seed": 1, "steps": 6, "workers": 0}
+    whole = list(batches(crops, first_step=0, rank=0, world=1, **options))
+    halves = [list(batches(crops, first_step=0, rank=rank, world=2, **options)) for rank in (0, 1)]
+    resumed = list(batches(crops, first_step=4, rank=0, world=1, **options))
+    for step in range(6):
+        assert torch.equal(whole[step][0::2], halves[0][step]) and torch.equal(whole[step][1::2], halves[1][step])
+    assert torch.equal(whole[4], resumed[0]) and torch.equal(whole[5], resumed[1])
+    assert not torch.equal(whole[4], whole[5])
+
+
+def test_crops_differ_between_epochs_and_respect_the_smallest_area(folder):
+    crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
+    assert not torch.equal(crops[0, 2], crops[1, 2])
+    assert torch.equal(crops[0, 2], crops[0, 2])
+    whole = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 1.0, False), seed=1)
+    assert torch.equal(whole[0, 2], whole[1, 2])

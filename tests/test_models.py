@@ -1,0 +1,210 @@
+"""Opening, saving and reopening encoders, by this package and by the libraries they come from."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import pictures, redraw
+from safetensors.torch import load_file, save_file
+
+from dgmr_tp import DgmrError, load_pruned, open_model, prune
+from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.oneshot import make_plan
+
+OPEN_CLIP_CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 8,
+        "width": 88,
+        "layers": 3,
+        "head_width": 22,
+        "mlp_ratio": 4.3637,
+        "ls_init_value": 0.1,
+    },
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bicubic", "resize_mode": "squash"}
+
+
+@pytest.fixture
+def open_clip_directory(tmp_path):
+    directory = tmp_path / "clip"
+    directory.mkdir()
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP_CONFIG, "preprocess_cfg": PREPROCESS}))
+    module = redraw(open_clip.create_model(f"local-dir:{directory}", load_weights=False))
+    save_file(module.state_dict(), directory / "open_clip_model.safetensors")
+    return directory
+
+
+@pytest.fixture
+def timm_directory(tmp_path):
+    options = {"img_size": 32, "patch_size": 8, "depth": 3, "num_classes": 10}
+    module = redraw(timm.create_model("vit_tiny_patch16_224", **options))
+    timm.models.save_for_hf(module, tmp_path / "vit", safe_serialization=True)
+    return tmp_path / "vit"
+
+
+@pytest.fixture(params=["open_clip", "timm"])
+def directory(request):
+    return request.getfixturevalue(f"{request.param}_directory")
+
+
+def embed(model: OpenedModel, count: int = 3) -> torch.Tensor:
+    model.module.eval()
+    with torch.no_grad():
+        return model.encoder.module(pictures(count))
+
+
+@pytest.mark.parametrize("amount", [{"mlp_ratio": 1}, {"keep": 37}, {"keep": {"*.0.*": 20, "*.1.*": 65, "*": 11}}])
+def test_a_pruned_directory_opens_again_with_the_same_outputs(directory, tmp_path, amount):
+    model, plan, _ = prune(open_model(str(directory)), **amount)
+    model.save(tmp_path / "pruned", plan)
+    again = load_pruned(tmp_path / "pruned")
+    assert torch.equal(embed(again), embed(model))
+    assert not torch.allclose(embed(again), embed(open_model(str(directory))), rtol=1e-2, atol=1e-2)
+    assert {name: len(site.kept) for name, site in plan.sites.items()} == json.loads((tmp_path / "pruned" / "dgmr_tp.json").read_text())[
+        "hidden"
+    ]
+    assert again.preprocess_config == model.preprocess_config
+    assert not list(tmp_path.glob(".*partial"))
+
+
+PLAIN = {
+    "open_clip": "import open_clip; m = open_clip.create_model('local-dir:{path}').visual",
+    "timm": "import timm; m = timm.create_model('local-dir:{path}', pretrained=True)",
+}
+
+
+@pytest.mark.parametrize("keep", [88, 240, 29])
+def test_the_plain_library_opens_a_uniform_width_without_this_package(directory, tmp_path, keep):
+    model, plan, _ = prune(open_model(str(directory)), keep=keep)
+    model.save(tmp_path / "pruned", plan)
+    torch.save((pictures(3), embed(model)), tmp_path / "expected.pt")
+    program = f"""
+import sys, torch
+sys.modules["dgmr_tp"] = None
+{PLAIN[model.library].format(path=tmp_path / "pruned")}
+images, expected = torch.load("{tmp_path}/expected.pt")
+with torch.no_grad():
+    assert torch.allclose(m.eval()(images), expected, atol=1e-5), "outputs differ"
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_text_tower_comes_along(open_clip_directory, tmp_path):
+    model, plan, _ = prune(open_model(str(open_clip_directory)), mlp_ratio=1)
+    model.save(tmp_path / "pruned", plan)
+    original = open_model(str(open_clip_directory))
+    tokens = original.tokenizer(["a red star", "a blue ring"])
+    with torch.no_grad():
+        assert torch.equal(load_pruned(tmp_path / "pruned").module.encode_text(tokens), original.module.encode_text(tokens))
+
+
+def test_saving_over_something_is_refused(directory, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DgmrError, match="exists already"):
+        open_model(str(directory)).save(tmp_path / "there")
+
+
+def weights_file(directory):
+    return next(directory.glob("*.safetensors"))
+
+
+def test_a_truncated_checkpoint_is_one_sentence_with_the_file(directory):
+    path = weights_file(directory)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DgmrError, match=rf"cannot read .*{path.name}.*damaged"):
+        open_model(str(directory))
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_a_checkpoint_that_does_not_fit_names_the_key(directory, change):
+    path = weights_file(directory)
+    tensors = load_file(path)
+    key = next(name for name in tensors if name.endswith("mlp.c_fc.bias") or name.endswith("mlp.fc1.bias"))
+    key = {
+        "missing": key,
+        "extra": "surplus.weight",
+        "shape": next(name for name in tensors if name.endswith("pos_embed") or "positional" in name),
+    }[change]
+    if change == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = torch.zeros(3)
+    save_file(tensors, path)
+    with pytest.raises(DgmrError, match=key.replace(".", r"\.")):
+        open_model(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("source", "pretrained", "says"),
+    [
+        ("open_clip:ViT-B-23", "openai", "did you mean.*ViT-B-32"),
+        ("timm:vit_tiny_patch16_225", "none", "did you mean.*vit_tiny_patch16_224"),
+        ("open_clip:ViT-B-32", None, "--pretrained"),
+        ("nowhere", None, "unknown model 'nowhere'"),
+        ("demo", "openai", "holds its own weights"),
+    ],
+)
+def test_unknown_models_are_refused_with_a_hint(source, pretrained, says):
+    with pytest.raises(DgmrError, match=says):
+        open_model(source, pretrained)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(DgmrError, match="no model directory"):
+        open_model(str(tmp_path))
+
+
+def test_models_open_by_name():
+    model = open_model("timm:vit_tiny_patch16_224", "none")
+    assert model.image_size == 224 and len(model.encoder.blocks()) == 12
+    assert model.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 224, 224)
+
+
+def test_a_checkpoint_file_opens_under_a_name(tmp_path):
+    module = redraw(timm.create_model("vit_tiny_patch16_224"))
+    save_file(module.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    images = pictures(1, size=224)
+    for name in ("weights.safetensors", "weights.pth"):
+        opened = open_model("timm:vit_tiny_patch16_224", str(tmp_path / name))
+        assert torch.equal(opened.module.eval()(images), module(images))
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes((tmp_path / "weights.pth").read_bytes()[:5000])
+    with pytest.raises(DgmrError, match=r"broken\.pth"):
+        open_model("timm:vit_tiny_patch16_224", str(broken))
+
+
+def test_the_demo_clip_opens_in_plain_open_clip(tmp_path):
+    from dgmr_tp.encoders.model import DEMO
+
+    shutil.copytree(DEMO, tmp_path / "demo")
+    plain = open_clip.create_model(f"local-dir:{tmp_path / 'demo'}").eval()
+    with torch.no_grad():
+        assert torch.equal(plain.encode_image(pictures(2, size=64)), embed_64(open_model("demo")))
+    assert sum(file.stat().st_size for file in DEMO.iterdir()) < 16e6
+    vision = json.loads((DEMO / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    assert vision["mlp_ratio"] >= 4
+
+
+def embed_64(model):
+    model.module.eval()
+    with torch.no_grad():
+        return model.module.encode_image(pictures(2, size=64))
+
+
+def test_planning_is_what_pruning_does(directory):
+    opened = open_model(str(directory))
+    assert make_plan(opened, mlp_ratio=1) == prune(opened, mlp_ratio=1).plan
+    assert make_plan(opened, "random", mlp_ratio=1, seed=1) == make_plan(opened, "random", mlp_ratio=1, seed=1)
+    assert make_plan(opened, "random", mlp_ratio=1, seed=1) != make_plan(opened, "random", mlp_ratio=1, seed=2)
+    with pytest.raises(DgmrError, match="unknown criterion"):
+        make_plan(opened, "magic")

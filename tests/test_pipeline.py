@@ -1,0 +1,235 @@
+"""Run directories: what is skipped, what is refused, and that a killed run ends as an unbroken one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pipeline import Run
+from dgmr_tp.recipe import parse_recipe
+
+SMALL = {
+    "name": "small",
+    "model": "demo",
+    "scenes": {"images": 200, "classes": 60, "captions": 40},
+    "images": "scenes:images",
+    "prune": {"mlp_ratio": 1},
+    "recover": {"images": 60},
+    "distill": {"processes": 2, "steps": 8, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
+    "evaluate": {"datasets": [{"dataset": "wds/scenes", "root": "scenes:classes"}, {"dataset": "wds/captions", "root": "scenes:captions"}]},
+    "export": {"formats": ["onnx", "torchscript"]},
+}
+BIN = Path(sys.executable).parent
+
+
+def recipe(**changes):
+    return parse_recipe({**SMALL, **changes}, Path("test"))
+
+
+def write_recipe(path: Path, **changes) -> Path:
+    path.write_text(json.dumps({**SMALL, **changes}))  # JSON is YAML
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(BIN / "dgmr-tp"), *map(str, arguments)]
+
+
+def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The small recipe, run once through the command line with nothing but the virtual environment on PATH: no compiler."""
+    root = tmp_path_factory.mktemp("small")
+    path = write_recipe(root / "small.yaml")
+    assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
+    environment = {**os.environ, "PATH": str(BIN)}
+    done = run_command("run", path, "-o", root / "run", env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "run", done.stdout
+
+
+def weights(run: Path, stage: str = "distill"):
+    return load_file(run / stage / "mlp_ratio-1" / "model" / "open_clip_model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+def test_a_run_leaves_every_stage_and_a_table(small_run):
+    directory, printed = small_run
+    for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1", "evaluate/original", "export/mlp_ratio-1"):
+        assert (directory / key / "manifest.json").exists(), key
+    assert not list(directory.rglob("*.partial"))
+    for word in ("original", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html"):
+        assert word in printed
+    assert max(map(len, printed.splitlines())) <= 80 + len(str(directory))
+    assert "Traceback" not in printed
+
+
+def test_distillation_trains_the_student_and_only_what_the_features_need(small_run):
+    directory, _ = small_run
+    before, after = weights(directory, "recover"), weights(directory)
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert "visual.transformer.resblocks.5.mlp.c_fc.weight" in changed and "visual.conv1.weight" in changed
+    assert not any(name.startswith(("visual.ln_post", "visual.proj", "transformer", "token_embedding", "logit_scale")) for name in changed)
+    manifest = json.loads((directory / "distill/mlp_ratio-1/manifest.json").read_text())
+    losses = [loss for _, loss in manifest["figures"]["losses"]]
+    assert [step for step, _ in manifest["figures"]["losses"]] == list(range(1, 9)) and manifest["figures"]["processes"] == 2
+    assert all(loss > 0 for loss in losses)
+
+
+def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_model_scores(small_run):
+    directory, _ = small_run
+    kept = {path.name for path in directory.glob("evaluate/*/*.json")} | {path.name for path in directory.glob("export/*/onnx-*.json")}
+    assert {
+        f"{label}-wds_{name}.json" for label in ("original", "pruned", "recovered", "distilled", "onnx") for name in ("scenes", "captions")
+    } <= kept
+    read = lambda path: json.loads((directory / path).read_text())["metrics"]  # noqa: E731
+    distilled, onnx = read("evaluate/mlp_ratio-1/distilled-wds_scenes.json"), read("export/mlp_ratio-1/onnx-wds_scenes.json")
+    assert distilled["acc1"] == onnx["acc1"] and distilled.keys() == onnx.keys()
+
+
+def test_the_same_again_does_nothing(small_run):
+    directory, _ = small_run
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")}
+    said = []
+    Run(recipe(), directory).run(say=said.append)
+    assert len(said) == len(before) and all(line.endswith("done before") for line in said)
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")} == before
+
+
+def test_what_changed_is_named_with_the_two_ways_on(small_run):
+    directory, _ = small_run
+    with pytest.raises(DgmrError, match=r"recover/mlp_ratio-1 .*images: 60 → 61.*--redo recover.*-o"):
+        Run(recipe(recover={"images": 61}), directory).run()
+    with pytest.raises(DgmrError, match=r"scenes/all .*captions: 40 → 41.*--redo scenes"):
+        Run(recipe(scenes={**SMALL["scenes"], "captions": 41}), directory).run()
+    run = Run(recipe(), directory)
+    run.versions = {**run.versions, "torch": "0.1"}
+    with pytest.raises(DgmrError, match=r"versions\.torch: .* → 0\.1"):
+        run.run()
+
+
+def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(small_run[0], directory)
+    done_before = []
+    changed = recipe(evaluate={"datasets": SMALL["evaluate"]["datasets"][:1]})
+    Run(changed, directory).run(redo="evaluate", say=done_before.append)
+    assert [line for line in done_before if line.endswith("done before")] == [
+        f"{key}: done before" for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1")
+    ]
+    assert not (directory / "evaluate/original/original-wds_captions.json").exists()
+    with pytest.raises(DgmrError, match="unknown stage"):
+        Run(changed, directory).run(redo="everything")
+
+
+def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    done = run_command("run", write_recipe(tmp_path / "r.yaml"), "-o", tmp_path / "mine")
+    assert done.returncode == 2 and "no run directory" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    done = run_command("report", tmp_path / "mine")
+    assert done.returncode == 2 and "no run directory" in done.stderr
+
+
+def kill_when(arguments: list[str], reached, log: Path) -> None:
+    """Start a command and kill it, and nothing else, with SIGKILL as soon as ``reached()`` holds."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not reached():
+            assert process.poll() is None, log.read_text()[-3000:]
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "trace",
+    [
+        "scenes/.all.partial/images/test",
+        "prune/.mlp_ratio-1.partial/made_from.json",
+        "recover/.mlp_ratio-1.partial/made_from.json",
+        "distill/.mlp_ratio-1.partial/lock",
+        "distill/.mlp_ratio-1.partial/checkpoints/step00000003",
+        "distill/.mlp_ratio-1.partial/checkpoints/step00000006",
+        "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
+        "export/.mlp_ratio-1.partial/model.onnx",
+    ],
+)
+def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, trace):
+    whole, _ = small_run
+    directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
+    stage = trace.split("/")[0]
+    done_stages = ["scenes", "prune", "recover", "distill", "evaluate", "export"]
+    if stage != "scenes":  # everything before the stage stands already
+        directory.mkdir()
+        shutil.copy(whole / "recipe.json", directory)
+        for name in done_stages[: done_stages.index(stage)]:
+            shutil.copytree(whole / name, directory / name)
+    kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
+    assert not (directory / "export/mlp_ratio-1").exists()
+    deadline = time.monotonic() + 60
+    while True:  # the launcher's processes end a moment after their parent
+        done = run_command("run", path, "-o", directory)
+        if "another distillation is running" not in done.stderr + done.stdout or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    if trace.endswith("step00000006"):
+        assert "goes on at step" in done.stdout
+    for name in ("prune", "recover", "distill"):
+        assert same(weights(directory, name), weights(whole, name)), name
+    assert not same(weights(directory, "distill"), weights(directory, "recover"))
+    metrics = [json.loads((root / "evaluate/mlp_ratio-1/manifest.json").read_text())["figures"] for root in (directory, whole)]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
+def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
+    directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
+    done = run_command("run", path, "-o", directory, "--until", "recover")
+    assert done.returncode == 0 and not (directory / "distill").exists()
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
+    }
+    by_hand = ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--module", "dgmr_tp", "distill", str(directory)]
+    launched = subprocess.run(by_hand, env=environment, capture_output=True, text=True, timeout=600)
+    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
+    done = run_command("run", path, "-o", directory, "--until", "distill")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert same(weights(directory), weights(small_run[0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_zero_stages_agree(small_run, tmp_path, stage):
+    directory = tmp_path / "run"
+    changed = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "zero_stage": stage})
+    done = run_command("run", changed, "-o", directory, "--until", "distill")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, reference, start = weights(directory), weights(small_run[0]), weights(small_run[0], "recover")
+    moved = max(float((reference[name] - start[name]).abs().max()) for name in start)
+    apart = max(float((reference[name] - ours[name]).abs().max()) for name in start)
+    assert apart < 0.02 * moved

@@ -1,0 +1,54 @@
+"""The report as a person sees it: in a browser, without network."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from test_pipeline import small_run  # noqa: F401  (a fixture)
+
+from dgmr_tp.report import collect, write_html
+
+CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def browse(path, *options):
+    assert CHROMIUM, "the report is tested in headless Chromium: apt-get install chromium"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
+    return subprocess.run([CHROMIUM, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
+
+
+def test_the_report_shows_its_figures_in_a_browser(small_run):  # noqa: F811
+    directory, printed = small_run
+    page = directory / "report.html"
+    shown = browse(page, "--dump-dom").stdout
+    text = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", shown, flags=re.S))
+    for heading in ("Neurons kept", "Distillation", "Exported files", "mlp_ratio 1, distilled", "scenes top-1", "captions image→text R@5"):
+        assert heading in text, heading
+    assert "<polyline" in shown
+    table = re.search(r"^original +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
+    assert f"{table[1]} M" in text and table[3] in text
+    assert not re.search(r"https?://(?!www\.w3\.org)", page.read_text()), "the report must work without network"
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):  # noqa: F811
+    """A script in a copy of the page measures it: the body does not scroll sideways on a phone."""
+    probe = "<script>onload=()=>{document.title=document.documentElement.scrollWidth+' '+innerWidth}</script>"
+    page = tmp_path / "probe.html"
+    page.write_text((small_run[0] / "report.html").read_text().replace("</head>", f"{probe}</head>"))
+    done = browse(page, "--dump-dom", f"--window-size={width},900")
+    scroll, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
+    assert scroll <= window
+    assert "Uncaught" not in done.stderr
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path):
+    cut = {
+        "original": {"parameters": 10, "flops": 20},
+        "pruned": {"parameters": 5, "flops": 10},
+        "sites": [{"site": "blocks.0.mlp", "width": 2, "hidden": 8, "kept": 2}],
+    }
+    data = collect(tmp_path, "<begun>", {"prune/mlp_ratio-1": cut, "recover/mlp_ratio-1": None, "evaluate/original": None})
+    text = write_html(data, tmp_path / "report.html").read_text()
+    assert "−50.0 %" in text and "blocks.0.mlp" in text and "&lt;begun&gt;" in text
