@@ -176,6 +176,8 @@ def evaluate(
     pretrained: PretrainedOption = None,
     text: Annotated[str, typer.Option(help="For an exported file: the model whose text tower and preprocessing go with it.")] = "demo",
     task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval or auto.")] = "auto",
+    annotations: Annotated[Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
 ) -> None:
     """Evaluate a model or an exported file with clip_benchmark's own code."""
     from dgmr_tp.encoders import open_model
@@ -190,7 +192,16 @@ def evaluate(
 
         clip = CLIPWithEncoder(clip, open_exported(Path(model)))
     metrics = run_clip_benchmark(
-        clip, opened.preprocess, opened.tokenizer, dataset=dataset, root=root, output=file, name=Path(model).name, task=task
+        clip.to(_device()) if not exported else clip,
+        opened.preprocess,
+        opened.tokenizer,
+        dataset=dataset,
+        root=root,
+        output=file,
+        name=Path(model).name,
+        task=task,
+        annotations=annotations,
+        batch_size=batch_size,
     )
     for name, value in metrics.items():
         out.print(f"{name:<28} {value:.4f}")

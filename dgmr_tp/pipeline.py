@@ -141,12 +141,12 @@ class Run:
             last[size] = f"prune/{size}"
         if recipe.recover:
             for size in last:
-                section = {**recipe.recover.model_dump(), **images}
+                section = {"recover": recipe.recover.model_dump(), **images}
                 steps.append(Step("recover", size, section, (last[size], *data), partial(self._recover, size=size)))
                 last[size] = f"recover/{size}"
         if recipe.distill:
             for size in last:
-                section = {**recipe.distill.model_dump(), **images}
+                section = {"distill": recipe.distill.model_dump(), **images}
                 steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
                 last[size] = f"distill/{size}"
         if recipe.evaluate:

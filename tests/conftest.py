@@ -1,6 +1,13 @@
-"""Shared by all tests: small encoders whose every parameter is drawn anew, and pictures for them."""
+"""Shared by all tests: small encoders whose every parameter is drawn anew, pictures for them, and one small run."""
 
 from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +16,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from dgmr_tp.encoders import as_encoder
+from dgmr_tp.recipe import parse_recipe
 
 
 def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -64,3 +72,46 @@ def tower(request: pytest.FixtureRequest) -> nn.Module:
 
 def pictures(count: int, seed: int = 0, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+SMALL = {
+    "name": "small",
+    "model": "demo",
+    "scenes": {"images": 200, "classes": 60, "captions": 40},
+    "images": "scenes:images",
+    "prune": {"mlp_ratio": 1},
+    "recover": {"images": 60},
+    "distill": {"processes": 2, "steps": 8, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
+    "evaluate": {"datasets": [{"dataset": "wds/scenes", "root": "scenes:classes"}, {"dataset": "wds/captions", "root": "scenes:captions"}]},
+    "export": {"formats": ["onnx", "torchscript"]},
+}
+BIN = Path(sys.executable).parent
+
+
+def recipe(**changes):
+    return parse_recipe({**SMALL, **changes}, Path("test"))
+
+
+def write_recipe(path: Path, **changes) -> Path:
+    path.write_text(json.dumps({**SMALL, **changes}))  # JSON is YAML
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(BIN / "dgmr-tp"), *map(str, arguments)]
+
+
+def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """The small recipe, run once through the command line with nothing but the virtual environment on PATH: no compiler."""
+    root = tmp_path_factory.mktemp("small")
+    path = write_recipe(root / "small.yaml")
+    assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
+    environment = {**os.environ, "PATH": str(BIN)}
+    done = run_command("run", path, "-o", root / "run", env=environment)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return root / "run", done.stdout

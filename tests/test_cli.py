@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from conftest import run_command, write_recipe
 from PIL import Image
-from test_pipeline import run_command, write_recipe
 
 from dgmr_tp import load_pruned
 from dgmr_tp.data import scenes

@@ -7,58 +7,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import BIN, SMALL, command, recipe, run_command, write_recipe
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline import Run
-from dgmr_tp.recipe import parse_recipe
-
-SMALL = {
-    "name": "small",
-    "model": "demo",
-    "scenes": {"images": 200, "classes": 60, "captions": 40},
-    "images": "scenes:images",
-    "prune": {"mlp_ratio": 1},
-    "recover": {"images": 60},
-    "distill": {"processes": 2, "steps": 8, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
-    "evaluate": {"datasets": [{"dataset": "wds/scenes", "root": "scenes:classes"}, {"dataset": "wds/captions", "root": "scenes:captions"}]},
-    "export": {"formats": ["onnx", "torchscript"]},
-}
-BIN = Path(sys.executable).parent
-
-
-def recipe(**changes):
-    return parse_recipe({**SMALL, **changes}, Path("test"))
-
-
-def write_recipe(path: Path, **changes) -> Path:
-    path.write_text(json.dumps({**SMALL, **changes}))  # JSON is YAML
-    return path
-
-
-def command(*arguments: object) -> list[str]:
-    return [str(BIN / "dgmr-tp"), *map(str, arguments)]
-
-
-def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
-
-
-@pytest.fixture(scope="session")
-def small_run(tmp_path_factory):
-    """The small recipe, run once through the command line with nothing but the virtual environment on PATH: no compiler."""
-    root = tmp_path_factory.mktemp("small")
-    path = write_recipe(root / "small.yaml")
-    assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
-    environment = {**os.environ, "PATH": str(BIN)}
-    done = run_command("run", path, "-o", root / "run", env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return root / "run", done.stdout
 
 
 def weights(run: Path, stage: str = "distill"):

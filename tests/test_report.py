@@ -5,7 +5,6 @@ import shutil
 import subprocess
 
 import pytest
-from test_pipeline import small_run  # noqa: F401  (a fixture)
 
 from dgmr_tp.report import collect, write_html
 
@@ -18,7 +17,7 @@ def browse(path, *options):
     return subprocess.run([CHROMIUM, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
 
 
-def test_the_report_shows_its_figures_in_a_browser(small_run):  # noqa: F811
+def test_the_report_shows_its_figures_in_a_browser(small_run):
     directory, printed = small_run
     page = directory / "report.html"
     shown = browse(page, "--dump-dom").stdout
@@ -32,7 +31,7 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):  # noqa: F811
 
 
 @pytest.mark.parametrize("width", [390, 1200])
-def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):  # noqa: F811
+def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
     """A script in a copy of the page measures it: the body does not scroll sideways on a phone."""
     probe = "<script>onload=()=>{document.title=document.documentElement.scrollWidth+' '+innerWidth}</script>"
     page = tmp_path / "probe.html"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
+from dgmr_tp.extras import require_installed
 
 
 def launch(arguments: list[str], processes: int) -> None:
@@ -21,7 +21,7 @@ def launch(arguments: list[str], processes: int) -> None:
     Raises:
         DgmrError: deepspeed is not installed, or a process failed (its own message stands above).
     """
-    require("deepspeed", "distill")
+    require_installed("deepspeed", "distill")
     scripts = Path(sys.executable).parent
     environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
     import torch

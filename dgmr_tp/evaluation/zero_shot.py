@@ -48,6 +48,7 @@ def evaluate(
     output: Path,
     name: str,
     task: str = "auto",
+    annotations: Path | None = None,
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Evaluate zero-shot classification or retrieval with clip_benchmark and keep its JSON file.
@@ -60,6 +61,7 @@ def evaluate(
         output: the JSON file; its folder is made.
         name: what the file calls the model.
         task: ``zeroshot_classification``, ``zeroshot_retrieval``, or ``auto``: by the folder's ``dataset_type.txt``.
+        annotations: the caption file of data sets such as ``mscoco_captions`` and ``flickr30k``.
         batch_size: images a step.
 
     Returns:
@@ -94,7 +96,7 @@ def evaluate(
         str(root),
     ]
     arguments += ["--task", task, "--no_amp", "--recall_k", *RECALLS, "--batch_size", str(batch_size), "--num_workers", "0"]
-    arguments += ["--output", str(aside), "--quiet"]
+    arguments += ["--output", str(aside), "--quiet", *(["--annotation_file", str(annotations)] if annotations else [])]
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
     with (
         patch.dict(loaders.TYPE2FUNC, {MODEL_TYPE: lambda **_: (model, preprocess, tokenizer)}),
