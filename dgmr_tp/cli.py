@@ -73,9 +73,11 @@ def plan(
     """Decide which neurons stay and print it. Changes nothing."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import make_plan
+    from dgmr_tp.progress import shown
 
     opened = open_model(model, pretrained)
-    decided = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed)
+    with shown() as progress:
+        decided = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed, progress=progress)
     out.print(str(decided), markup=False)
     if file:
         file.write_text(decided.to_json() + "\n")
@@ -99,6 +101,7 @@ def prune(
     """Prune an encoder, recover it if images are given, and write a model directory."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import prune as prune_model
+    from dgmr_tp.progress import shown
     from dgmr_tp.pruning import Plan
 
     _refuse_existing(out_dir)
@@ -106,7 +109,7 @@ def prune(
     opened.module.to(_device())
     decided = Plan.read(plan_file) if plan_file else None
     batches, found = _images(recover, images, seed, opened)
-    with _meter("recover", opened, bool(recover)) as step:
+    with shown() as progress:
         result = prune_model(
             opened,
             batches,
@@ -117,7 +120,7 @@ def prune(
             plan=decided,
             damping=damping,
             seed=seed,
-            progress=step,
+            progress=progress,
         )
     _finish(opened, result, out_dir, found)
 
@@ -212,6 +215,7 @@ def export(
     model: Annotated[str, typer.Argument(help="A model directory, or demo.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
     original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
+    original_pretrained: Annotated[str | None, typer.Option(help="Its weights, for a NAME.")] = None,
     formats: Annotated[str, typer.Option(help="Comma-separated: onnx, torchscript.")] = "onnx,torchscript",
 ) -> None:
     """Export the vision tower to ONNX and TorchScript, verified against PyTorch."""
@@ -219,7 +223,7 @@ def export(
     from dgmr_tp.export import export_bundle
 
     opened = open_model(model)
-    dense = open_model(original).encoder.module if original else None
+    dense = open_model(original, original_pretrained).encoder.module if original else None
     bundle = export_bundle(
         opened.encoder.module,
         out_dir,
@@ -295,22 +299,6 @@ def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]
 
     found = Images.find(source)
     return found.sample(count, seed, opened.preprocess), found
-
-
-def _meter(title, opened, shown):  # type: ignore[no-untyped-def]
-    import contextlib
-
-    from dgmr_tp.progress import Meter
-
-    @contextlib.contextmanager
-    def steps():  # type: ignore[no-untyped-def]
-        if not shown:
-            yield lambda done, total: None
-            return
-        with Meter(title, len(opened.encoder.blocks())) as meter:
-            yield lambda done, total: meter.step(done)
-
-    return steps()
 
 
 def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untyped-def]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import DGMRImportance, MLPPruner, Plan, Site, find_sites, recover
+
+Progress = Callable[[str, int, int], None]
+"""Receives what is going on (``select``, ``recover``), steps done, and steps in all."""
 
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "dgmr": DGMRImportance,
@@ -57,7 +61,7 @@ def prune(
     calibration: int = 1024,
     damping: float = 1e-3,
     seed: int = 0,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda title, done, total: None,
 ) -> Pruned:
     """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
 
@@ -73,6 +77,8 @@ def prune(
         damping: see :func:`recover`.
         seed: of ``random`` and of the choice of images.
 
+        progress: see :data:`Progress`.
+
     Returns:
         The pruned model, its plan, and a row per site with the held-out errors.
 
@@ -82,7 +88,7 @@ def prune(
     opened = open_model(model, pretrained) if isinstance(model, str) else model
     result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     if plan is None:
-        plan = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed)
+        plan = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed, progress=progress)
     MLPPruner(_tower(result), keep_ratio=1).apply(plan)
 
     errors = {}
@@ -90,7 +96,8 @@ def prune(
         dense, pruned = (m.encoder if isinstance(m, OpenedModel) else as_encoder(m) for m in (opened, result))
         like = next(pruned.module.parameters())
         batches = (batch.to(like.device, like.dtype) for batch in _batches(images, opened, calibration, seed))
-        errors = {entry.site: entry for entry in recover(dense, pruned, batches, damping=damping, progress=progress)}
+        report = recover(dense, pruned, batches, damping=damping, progress=partial(progress, "recover"))
+        errors = {entry.site: entry for entry in report}
     table = []
     for site, decided in plan.sites.items():
         entry = errors.get(site)
@@ -107,6 +114,7 @@ def make_plan(
     keep_ratio: float | None = None,
     keep: int | Mapping[str, int] | None = None,
     seed: int = 0,
+    progress: Progress = lambda title, done, total: None,
 ) -> Plan:
     """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
     if mlp_ratio is keep_ratio is keep is None:
@@ -114,7 +122,8 @@ def make_plan(
     torch.manual_seed(seed)
     name = model.encoder.name if isinstance(model, OpenedModel) else None
     options = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep}
-    return MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name).plan()  # type: ignore[arg-type]
+    pruner = MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name)  # type: ignore[arg-type]
+    return pruner.plan(partial(progress, "select"))
 
 
 def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:

@@ -217,29 +217,32 @@ class Run:
         return {}
 
     def _prune(self, folder: Path, amount: dict[str, float]) -> dict[str, Any]:
+        from dgmr_tp.progress import shown
+
         model = self.original()
         before = self._cost(model)
-        result = prune(model, criterion=self.recipe.prune.criterion, seed=self.recipe.seed, **amount)  # type: ignore[arg-type]
+        with shown() as progress:
+            result = prune(model, criterion=self.recipe.prune.criterion, seed=self.recipe.seed, progress=progress, **amount)  # type: ignore[arg-type]
         result.model.save(folder / "model", result.plan)
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
         return {"original": before, "pruned": self._cost(result.model), "sites": sites}
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.data.images import Images
-        from dgmr_tp.progress import Meter
+        from dgmr_tp.progress import shown
 
         section = self.recipe.recover
         assert section
         model = self.original()
         model.module.to(self.device)
         images = Images.find(self.data_path(self.recipe.images))
-        with Meter("recover", len(model.encoder.blocks())) as meter:
+        with shown() as progress:
             result = prune(
                 model,
                 images.sample(section.images, self.recipe.seed, model.preprocess),
                 plan=self._plan(size),
                 damping=section.damping,
-                progress=lambda done, total: meter.step(done),
+                progress=progress,
             )
         result.model.module.cpu()
         result.model.save(folder / "model", result.plan)

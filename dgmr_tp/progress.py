@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -42,7 +44,7 @@ class Meter:
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
-        elif now - self.printed >= self.every or done == self.total:
+        elif now - self.printed >= self.every or (done == self.total and now - self.started >= 1):
             self.printed = now
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             print(f"  {self.title}: {done}/{self.total} {note} {left:.0f} s left", flush=True)
@@ -54,3 +56,22 @@ class Meter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar:
             self.bar.stop()
+
+
+@contextmanager
+def shown() -> Iterator[Callable[[str, int, int], None]]:
+    """A callback ``(title, done, total)`` that shows each title's progress with a meter of its own."""
+    meters: dict[str, Meter] = {}
+
+    def step(title: str, done: int, total: int) -> None:
+        if title not in meters:
+            meters[title] = Meter(title, total).__enter__()
+        meters[title].step(done)
+        if done == total:
+            meters[title].__exit__(None, None, None)
+
+    try:
+        yield step
+    finally:
+        for meter in meters.values():
+            meter.__exit__(None, None, None)

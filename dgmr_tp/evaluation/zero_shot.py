@@ -103,12 +103,12 @@ def evaluate(
         _listed(loaders.MODEL_TYPES, MODEL_TYPE),
         patch.object(sys, "argv", ["clip_benchmark", *arguments]),
         patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
-        contextlib.redirect_stderr(io.StringIO()) as noise,
+        contextlib.nullcontext(io.StringIO()) if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()) as noise,
     ):
         try:
             cli.main()
         except SystemExit as error:
-            raise DgmrError(f"clip_benchmark refused its arguments: {noise.getvalue().strip().splitlines()[-1]}") from error
+            raise DgmrError(f"clip_benchmark refused its arguments: {' '.join(noise.getvalue().splitlines()[-1:])}") from error
         except (OSError, ValueError, AssertionError, RuntimeError) as error:
             raise DgmrError(f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {error}") from error
     os.replace(aside, output)

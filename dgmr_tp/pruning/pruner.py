@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch_pruning as tp
@@ -53,8 +53,11 @@ class MLPPruner:
         self.keep = keep_counts(self.sites, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep)
         self.name = name or type(model).__name__
 
-    def plan(self) -> Plan:
+    def plan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
         """Score every site and choose what stays. Changes nothing.
+
+        Args:
+            progress: called with sites done and sites in all.
 
         Raises:
             DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
@@ -63,6 +66,7 @@ class MLPPruner:
         for site in self.sites:
             kept = _best(self.scores(site), self.keep[site.name])
             decided[site.name] = SitePlan(site.width, site.hidden, kept, weight_sha256(self.model, site))
+            progress(len(decided), len(self.sites))
         return Plan(self.name, type(self.importance).__name__.removesuffix("Importance"), decided)
 
     def scores(self, site: Site) -> Tensor:
