@@ -31,7 +31,7 @@ RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multi
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 
 
 @app.command()
@@ -94,7 +94,7 @@ def prune(
     keep: KeepOption = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
     recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
-    images: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
+    count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
 ) -> None:
@@ -108,7 +108,7 @@ def prune(
     opened = open_model(model, pretrained)
     opened.module.to(_device())
     decided = Plan.read(plan_file) if plan_file else None
-    batches, found = _images(recover, images, seed, opened)
+    batches, found = _images(recover, count, seed, opened)
     with shown() as progress:
         result = prune_model(
             opened,
@@ -143,7 +143,7 @@ def recover(
         pretrained=pretrained,
         plan_file=pruned / "plan.json",
         recover=images,
-        images=count,
+        count=count,
         damping=damping,
         seed=seed,
     )
@@ -152,20 +152,21 @@ def recover(
 @app.command()
 def distill(
     directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a distill section.")],
-    size: Annotated[str | None, typer.Option(help="Only this size, such as mlp_ratio-1.")] = None,
+    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
 ) -> None:
     """Run the distillation of a run directory; also the program that the deepspeed launcher starts in every process.
 
     On a cluster: dgmr-tp run RECIPE --until recover, then deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp distill RUN_DIR,
     then dgmr-tp run RECIPE.
     """
-    from dgmr_tp.distillation.launch import is_worker
+    from dgmr_tp.distillation.launch import end_with_parent, is_worker
     from dgmr_tp.pipeline import Run
 
     this = Run.open(directory)
     if not is_worker():
         this.run(until="distill", say=out.print)
         return
+    end_with_parent()
     for name in [size] if size else this.recipe.prune.sizes:
         this.distill_here(name)
 
@@ -212,8 +213,9 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="A model directory, or demo.")],
+    model: Annotated[str, typer.Argument(help="open_clip:NAME, timm:NAME, a model directory, or demo.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
+    pretrained: PretrainedOption = None,
     original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
     original_pretrained: Annotated[str | None, typer.Option(help="Its weights, for a NAME.")] = None,
     formats: Annotated[str, typer.Option(help="Comma-separated: onnx, torchscript.")] = "onnx,torchscript",
@@ -222,7 +224,7 @@ def export(
     from dgmr_tp.encoders import open_model
     from dgmr_tp.export import export_bundle
 
-    opened = open_model(model)
+    opened = open_model(model, pretrained)
     dense = open_model(original, original_pretrained).encoder.module if original else None
     bundle = export_bundle(
         opened.encoder.module,
@@ -267,7 +269,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(standalone_mode=True)
-    except DgmrError as error:
+    except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 

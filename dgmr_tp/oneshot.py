@@ -89,7 +89,9 @@ def prune(
     result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     if plan is None:
         plan = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed, progress=progress)
-    MLPPruner(_tower(result), keep_ratio=1).apply(plan)
+    elif not mlp_ratio is keep_ratio is keep is None:
+        raise DgmrError("a plan says how many neurons stay; leave out mlp_ratio, keep_ratio and keep")
+    MLPPruner(_tower(result)).apply(plan)
 
     errors = {}
     if images is not None:
@@ -119,11 +121,12 @@ def make_plan(
     """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
     if mlp_ratio is keep_ratio is keep is None:
         mlp_ratio = 1
-    torch.manual_seed(seed)
     name = model.encoder.name if isinstance(model, OpenedModel) else None
     options = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep}
     pruner = MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name)  # type: ignore[arg-type]
-    return pruner.plan(partial(progress, "select"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return pruner.plan(partial(progress, "select"))
 
 
 def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:

@@ -8,13 +8,15 @@ only the distillation leaves something there to go on from.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch
 
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.extras import require_installed
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan
 from dgmr_tp.recipe import Distill, Recipe, parse_recipe
@@ -100,17 +103,25 @@ class Run:
             say: receives one line per step.
 
         Raises:
-            DgmrError: a finished step was made from something else; or a step's own error.
+            DgmrError: another run works here; something that a later stage needs is missing; a finished step was made from
+                something else; or a step's own error.
         """
         for name in (redo, until):
             if name is not None and name not in STAGES:
                 raise DgmrError(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
-        if redo:
-            for stage in STAGES[STAGES.index(redo) :]:
-                shutil.rmtree(self.directory / stage, ignore_errors=True)
-        for step in self.steps:
-            self._check_still_true(step)
+        self._check_what_later_stages_need()
         self.directory.mkdir(parents=True, exist_ok=True)
+        with _locked(self.directory):
+            self._run(redo, until, say)
+
+    def _run(self, redo: str | None, until: str | None, say: Callable[[str], None]) -> None:
+        dropped = STAGES[STAGES.index(redo) :] if redo else ()
+        for step in self.steps:
+            if step.stage not in dropped:
+                self._check_still_true(step)
+        for stage in dropped:
+            if (self.directory / stage).exists():
+                shutil.rmtree(self.directory / stage)
         _write(self.directory / "recipe.json", self.recipe.model_dump_json(indent=1))
         last = STAGES.index(until) if until else len(STAGES)
         for step in (step for step in self.steps if STAGES.index(step.stage) <= last):
@@ -134,6 +145,9 @@ class Run:
         steps = []
         if recipe.scenes:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
+        if recipe.evaluate:  # first: a model or data set that cannot be evaluated shows before anything is computed
+            section = {**recipe.evaluate.model_dump(), **model}
+            steps.append(Step("evaluate", "original", section, data, self._evaluate_original))
         last = {}
         for size, amount in recipe.prune.sizes.items():
             section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
@@ -151,7 +165,6 @@ class Run:
                 last[size] = f"distill/{size}"
         if recipe.evaluate:
             section = recipe.evaluate.model_dump()
-            steps.append(Step("evaluate", "original", {**section, **model}, data, self._evaluate_original))
             for size in last:
                 inputs = (*self.model_keys(size).values(), *data)
                 steps.append(Step("evaluate", size, section, inputs, partial(self._evaluate, size=size)))
@@ -193,7 +206,8 @@ class Run:
         if self.figures(step.key) is not None:
             print(f"{step.key}: done before", flush=True)
             return
-        folder = self._partial(step)
+        # Rank 0 prepares the folder; the others meet it in the first collective.
+        folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
         section: Distill = self.recipe.distill  # type: ignore[assignment]
         settings = Settings(**section.model_dump(exclude={"processes"}), seed=self.recipe.seed)
         student = open_model(str(self.folder(step.inputs[0]) / "model"))
@@ -253,9 +267,9 @@ class Run:
         from dgmr_tp.distillation.loop import read_losses
 
         assert self.recipe.distill
-        launch(["distill", str(self.directory), "--size", size], self.recipe.distill.processes)
+        if not (folder / "figures.json").exists():
+            launch(["distill", str(self.directory), "--size", size], self.recipe.distill.processes, self.recipe.distill.batch_size)
         figures = json.loads((folder / "figures.json").read_text())
-        shutil.rmtree(folder / "checkpoints")
         return {**figures, "losses": read_losses(folder)}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
@@ -320,17 +334,35 @@ class Run:
 
     # What makes a finished step still true.
 
+    def _check_what_later_stages_need(self) -> None:
+        """What is missing for the last stage is said before the first."""
+        recipe = self.recipe
+        packages = {"distill": "deepspeed", "eval": "clip_benchmark", "export": "onnxscript"}
+        sections = {"distill": recipe.distill, "eval": recipe.evaluate, "export": recipe.export}
+        for extra, section in sections.items():
+            if section:
+                require_installed(packages[extra], extra)
+        paths = {"images": recipe.images}
+        if recipe.evaluate:
+            paths |= {f"evaluate.datasets.{i}.root": entry.root for i, entry in enumerate(recipe.evaluate.datasets)}
+        for key, path in paths.items():
+            if not path.startswith("scenes:") and not Path(path).exists():
+                raise DgmrError(f"{key}: {path} does not exist")
+
     def _made_from(self, step: Step) -> dict[str, Any]:
-        by_key = {s.key: s for s in self.steps}
-        inputs = {key: _hash(self._made_from(by_key[key])) for key in step.inputs}
+        manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
+        inputs = {key: _sha256(path) if path.exists() else None for key, path in manifests.items()}
         return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
 
     def _check_still_true(self, step: Step) -> None:
-        path = self.folder(step.key) / "manifest.json"
-        if not path.exists():
-            return
+        path, note = self.folder(step.key) / "manifest.json", self._aside(step) / "made_from.json"
         try:
-            stored = json.loads(path.read_text())["made_from"]
+            if path.exists():
+                stored = json.loads(path.read_text())["made_from"]
+            elif step.stage == "distill" and note.exists():  # interrupted, with checkpoints worth keeping
+                stored = json.loads(note.read_text())
+            else:
+                return
         except (ValueError, KeyError) as error:
             raise DgmrError(f"{path} is damaged; run again with --redo {step.stage}") from error
         if changed := _differences(stored, self._made_from(step)):
@@ -341,8 +373,7 @@ class Run:
 
     def _partial(self, step: Step) -> Path:
         """The folder in which a step works; what lies there from an interrupted attempt stays only if it was the same."""
-        final = self.folder(step.key)
-        aside = final.with_name(f".{final.name}.partial")
+        aside = self._aside(step)
         made_from = self._made_from(step)
         note = aside / "made_from.json"
         if aside.exists() and not (step.stage == "distill" and note.exists() and json.loads(note.read_text()) == made_from):
@@ -352,11 +383,16 @@ class Run:
             _write(note, json.dumps(made_from, indent=1))
         return aside
 
+    def _aside(self, step: Step) -> Path:
+        final = self.folder(step.key)
+        return final.with_name(f".{final.name}.partial")
+
     def _do(self, step: Step) -> None:
         folder = self._partial(step)
         figures = step.work(folder)
         (folder / "made_from.json").unlink()
         _write(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         os.rename(folder, self.folder(step.key))
 
 
@@ -377,6 +413,21 @@ def _fingerprint(source: str) -> str | None:
         return None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a run directory: two runs in it would overwrite each other."""
+    with (directory / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DgmrError(f"another dgmr-tp run is working in {directory}; wait for it or stop it") from error
+        yield
 
 
 def _hash(value: Any) -> str:

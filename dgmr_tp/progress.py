@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -30,7 +31,7 @@ class Meter:
                 TextColumn("{task.fields[note]}"),
                 TimeRemainingColumn(),
             )
-            self.bar = Progress(*columns, transient=True)
+            self.bar = Progress(*columns, transient=True, console=Console(stderr=True))
             self.task = self.bar.add_task(title, total=total, completed=done, note="")
 
     def __enter__(self) -> Meter:

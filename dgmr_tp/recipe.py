@@ -34,7 +34,7 @@ class Scenes(Section):
     """Unlabelled scenes for calibration and distillation."""
     classes: int = Field(gt=0)
     """Labelled scenes for zero-shot classification."""
-    captions: int = Field(gt=9)
+    captions: int = Field(gt=9, le=10_000)
     """Captioned scenes for zero-shot retrieval, all captions different."""
 
 
@@ -49,6 +49,8 @@ class Prune(Section):
     def _one_size(self) -> Prune:
         if (self.mlp_ratio is None) == (self.keep_ratio is None):
             raise ValueError("give either mlp_ratio or keep_ratio")
+        if len(self.sizes) != (len(self._amounts) or None):
+            raise ValueError("the list of sizes is empty or names a size twice")
         for size in self.sizes.values():
             if next(iter(size.values())) <= 0:
                 raise ValueError(f"{next(iter(size))} must be above 0, got {next(iter(size.values()))}")
@@ -58,9 +60,12 @@ class Prune(Section):
     def sizes(self) -> dict[str, dict[str, float]]:
         """Name and argument of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}``."""
         key = "mlp_ratio" if self.mlp_ratio is not None else "keep_ratio"
-        value = getattr(self, key)
-        values = value if isinstance(value, list) else [value]
-        return {f"{key}-{number:g}": {key: number} for number in values}
+        return {f"{key}-{number:g}": {key: number} for number in self._amounts}
+
+    @property
+    def _amounts(self) -> list[float]:
+        value = self.keep_ratio if self.mlp_ratio is None else self.mlp_ratio
+        return value if isinstance(value, list) else [value or 0]
 
 
 class Recover(Section):
@@ -111,7 +116,7 @@ class Recipe(Section):
     """The whole of a run; each key but ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
 
     name: str
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     model: Model
     scenes: Scenes | None = None
     images: str
@@ -148,8 +153,8 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         text = path.read_text()
-    except OSError as error:
-        raise DgmrError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DgmrError(f"cannot read the recipe {path}: {error}") from error
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:

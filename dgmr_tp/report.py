@@ -54,7 +54,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
 def print_table(data: dict[str, Any], console: Console) -> None:
     """Parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
     table = Table("size", "stage", box=None, pad_edge=False)
-    for heading in ("M params", "GFLOPs", *(column["metric"] for column in data["columns"])):
+    for heading in ("M params", "GFLOPs", *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"])):
         table.add_column(heading, justify="right")
     table.add_row("original", "", *_cost(data["original"]["cost"]), *map(percent, data["original"]["metrics"]))
     for size in data["sizes"]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.metadata
 import json
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def export_bundle(
         latency_batches: batch sizes to time.
 
     Returns:
-        What ``export.json`` holds: per format the file, its SHA-256, the relative error at batch 1, 3 and 5 and the
+        What ``export.json`` holds: per format the file, the SHA-256 of what was written, the relative error at batch 1, 3 and 5 and the
         latencies; names of input and output; embedding size; preprocessing; versions.
 
     Raises:
@@ -63,21 +63,24 @@ def export_bundle(
     files = {}
     for name in formats:
         file_name, kind = FORMATS[name]
-        path = directory / file_name
-        aside = path.with_name(f".{file_name}.partial")
-        kind.write(tower, images[2], aside)
-        errors = _relative_errors(kind.read(aside), images, expected)
-        if not max(errors.values()) <= TOLERANCE:
-            failed = path.with_name(f"{file_name}.failed")
-            os.replace(aside, failed)
-            raise DgmrError(f"{failed}: its output differs from PyTorch's by {max(errors.values()):.1e} (allowed {TOLERANCE:.0e})")
-        os.replace(aside, path)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as scratch:
+            aside = Path(scratch) / file_name
+            kind.write(tower, images[2], aside)  # a large ONNX model puts its weights into a second file beside
+            errors = _relative_errors(kind.read(aside), images, expected)
+            worst = max(errors.values())
+            ending = "" if worst <= TOLERANCE else ".failed"
+            written = sorted(Path(scratch).iterdir(), key=lambda path: path.name)
+            latency = {} if ending else _latencies(kind, aside, original, images, latency_batches)
+            for path in written:
+                os.replace(path, directory / f"{path.name}{ending}")
+        if ending:
+            raise DgmrError(f"{directory / file_name}.failed: its output differs from PyTorch's by {worst:.1e} (allowed {TOLERANCE:.0e})")
         files[name] = {
             "file": file_name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "megabytes": path.stat().st_size / 1e6,
+            "sha256": {path.name: _sha256(directory / path.name) for path in written},
+            "megabytes": sum((directory / path.name).stat().st_size for path in written) / 1e6,
             "relative_error": {str(batch): error for batch, error in errors.items()},
-            "latency_ms": _latencies(kind, path, original, images, latency_batches),
+            "latency_ms": latency,
         }
     result = {
         "format": 1,
@@ -87,7 +90,7 @@ def export_bundle(
         "files": files,
         "opset": onnx_file.OPSET,
         "threads": torch.get_num_threads(),
-        "versions": {package: importlib.metadata.version(package) for package in ("torch", "onnx", "onnxruntime")},
+        "versions": {"torch": torch.__version__, **({"onnxruntime": onnx_file.runtime_version()} if "onnx" in formats else {})},
     }
     (directory / "export.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
@@ -121,14 +124,17 @@ def _latencies(
     kind: Any, path: Path, original: nn.Module | None, images: dict[int, Tensor], batches: Sequence[int]
 ) -> dict[str, dict[str, float]]:
     runs = {"pruned": kind.read(path, torch.get_num_threads())}
-    dense_path = path.with_name(f".original-{path.name}")
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="original-") as scratch:
         if original is not None:
+            dense_path = Path(scratch) / path.name
             kind.write(copy.deepcopy(original).cpu().float().eval(), images[2], dense_path)
             runs = {"original": kind.read(dense_path, torch.get_num_threads()), **runs}
         return {
             str(batch): median_milliseconds({name: lambda run=run, batch=batch: run(images[batch]) for name, run in runs.items()})
             for batch in batches
         }
-    finally:
-        dense_path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -51,6 +51,11 @@ def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(session.run(["embedding"], {"image": images.float().numpy()})[0])
 
 
+def runtime_version() -> str:
+    """Of the onnxruntime, or onnxruntime-gpu, that verified the file."""
+    return require("onnxruntime", "export").__version__
+
+
 @contextlib.contextmanager
 def _quiet(*loggers: str):  # type: ignore[no-untyped-def]
     before = {name: logging.getLogger(name).level for name in loggers}

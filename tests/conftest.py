@@ -111,7 +111,10 @@ def small_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     path = write_recipe(root / "small.yaml")
     assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
-    environment = {**os.environ, "PATH": str(BIN)}
+    built = root / "torch_extensions"
+    built.mkdir()
+    environment = {**os.environ, "PATH": str(BIN), "TORCH_EXTENSIONS_DIR": str(built)}
     done = run_command("run", path, "-o", root / "run", env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert not list(built.iterdir()), "something was compiled"
     return root / "run", done.stdout

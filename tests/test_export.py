@@ -36,7 +36,7 @@ def test_both_files_compute_what_the_model_computes_at_any_batch(tower, tmp_path
     assert [o.name for o in session.get_outputs()] == ["embedding"]
     assert session.run(None, {"image": np.zeros((1, 3, 32, 32), np.float32)})[0].shape == (1, report["output"]["shape"][1])
     on_disk = json.loads((tmp_path / "export.json").read_text())
-    assert on_disk["files"]["onnx"]["sha256"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
+    assert on_disk["files"]["onnx"]["sha256"]["model.onnx"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
     assert on_disk["files"]["torchscript"]["latency_ms"]["2"].keys() == {"original", "pruned"}
     assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == on_disk["opset"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.onnx", "model.pt"]

@@ -86,6 +86,18 @@ def test_scores_have_no_ties_within_or_across_layers(model):
     assert scores.min() > 0 and scores.max() < 1
 
 
+def test_zero_rows_of_two_layers_do_not_tie(model):
+    scores = []
+    for block in model.blocks:
+        with torch.no_grad():
+            block.mlp.fc1.weight[:50] = 0
+        graph = tp.DependencyGraph().build_dependency(block.mlp, (torch.randn(2, 48),))
+        group = graph.get_pruning_group(block.mlp.fc1, tp.prune_linear_out_channels, list(range(192)))
+        scores.append(dgmr_tp.DGMRImportance()(group))
+        assert set(scores[-1].argsort()[:50].tolist()) == set(range(50))
+    assert len(torch.cat(scores).unique()) == 3 * 192
+
+
 def test_gate_and_value_rows_are_judged_together():
     class Gated(nn.Module):
         def __init__(self):

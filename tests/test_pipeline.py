@@ -15,7 +15,7 @@ from conftest import BIN, SMALL, command, recipe, run_command, write_recipe
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline import Run
+from dgmr_tp.pipeline import Run, _locked
 
 
 def weights(run: Path, stage: str = "distill"):
@@ -81,6 +81,41 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
         run.run()
 
 
+def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate(small_run, tmp_path):
+    directory = tmp_path / "run"
+    for stage in ("scenes", "prune", "recover"):
+        shutil.copytree(small_run[0] / stage, directory / stage)
+    shutil.copy(small_run[0] / "recipe.json", directory)
+    run = Run(recipe(), directory)
+    step = next(step for step in run.steps if step.stage == "distill")
+    checkpoint = run._partial(step) / "checkpoints" / "step00000003"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(DgmrError, match=r"distill\.base_lr: 0\.001 → 0\.002.*--redo distill"):
+        Run(recipe(distill={**SMALL["distill"], "base_lr": 2e-3}), directory).run()
+    assert checkpoint.exists()
+
+
+def test_two_runs_do_not_work_in_one_directory(small_run):
+    directory, _ = small_run
+    with _locked(directory), pytest.raises(DgmrError, match="another dgmr-tp run is working"):
+        Run(recipe(), directory).run()
+
+
+def test_what_the_last_stage_needs_is_missed_before_the_first(tmp_path):
+    missing = {"datasets": [{"dataset": "wds/x", "root": str(tmp_path / "nowhere")}]}
+    with pytest.raises(DgmrError, match=r"evaluate\.datasets\.0\.root: .*nowhere does not exist"):
+        Run(recipe(evaluate=missing), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_redo_checks_before_it_drops(small_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(small_run[0], directory)
+    with pytest.raises(DgmrError, match="--redo recover"):
+        Run(recipe(recover={"images": 61}), directory).run(redo="evaluate")
+    assert (directory / "evaluate/original/manifest.json").exists()
+
+
 def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(small_run[0], directory)
@@ -118,6 +153,17 @@ def kill_when(arguments: list[str], reached, log: Path) -> None:
         process.wait()
 
 
+def wait_for_the_end_of_workers(directory: Path) -> None:
+    """Processes that the killed one had launched end by themselves, within seconds."""
+    deadline = time.monotonic() + 20
+    while True:
+        lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+        if not [line for line in lines if f"distill {directory}" in line]:
+            return
+        assert time.monotonic() < deadline, "a process of the killed run is still at work"
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "trace",
@@ -127,7 +173,8 @@ def kill_when(arguments: list[str], reached, log: Path) -> None:
         "recover/.mlp_ratio-1.partial/made_from.json",
         "distill/.mlp_ratio-1.partial/lock",
         "distill/.mlp_ratio-1.partial/checkpoints/step00000003",
-        "distill/.mlp_ratio-1.partial/checkpoints/step00000006",
+        "distill/.mlp_ratio-1.partial/checkpoints/step00000006/whole",
+        "distill/.mlp_ratio-1.partial/figures.json",
         "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
         "export/.mlp_ratio-1.partial/model.onnx",
     ],
@@ -144,15 +191,14 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
             shutil.copytree(whole / name, directory / name)
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / "export/mlp_ratio-1").exists()
-    deadline = time.monotonic() + 60
-    while True:  # the launcher's processes end a moment after their parent
-        done = run_command("run", path, "-o", directory)
-        if "another distillation is running" not in done.stderr + done.stdout or time.monotonic() > deadline:
-            break
-        time.sleep(1)
+    wait_for_the_end_of_workers(directory)
+    checkpoints = sorted(path.parent.name for path in directory.glob("distill/.*.partial/checkpoints/*/whole"))
+    done = run_command("run", path, "-o", directory)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    if trace.endswith("step00000006"):
-        assert "goes on at step" in done.stdout
+    if trace.endswith("figures.json"):  # trained to the end, only not put away
+        assert "goes on" not in done.stdout
+    elif checkpoints:
+        assert f"goes on at step {int(checkpoints[-1][-8:])} of 8" in done.stdout and checkpoints[-1] < "step00000008"
     for name in ("prune", "recover", "distill"):
         assert same(weights(directory, name), weights(whole, name)), name
     assert not same(weights(directory, "distill"), weights(directory, "recover"))

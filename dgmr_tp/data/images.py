@@ -121,8 +121,8 @@ class Images:
 
 def _tar_records(path: Path) -> list[Record]:
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:  # uncompressed: members are read by their offset
             members = [member for member in tar if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS]
     except (tarfile.TarError, OSError) as error:
-        raise DgmrError(f"cannot read the shard {path}: {error}; remove it or fetch it again") from error
+        raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
     return [Record(f"{path}:{member.name}", path, member.offset_data, member.size) for member in members]

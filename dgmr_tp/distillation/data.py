@@ -7,6 +7,7 @@ of the slice; the crop of a sample is seeded by (seed, epoch, sample). So a run 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,20 @@ def places(count: int, batch: int, seed: int, step: int) -> list[Place]:
     position = step * batch
     while len(result) < batch:
         epoch, offset = divmod(position, count)
-        taken = np.random.default_rng((seed, epoch)).permutation(count)[offset : offset + batch - len(result)]
+        taken = _order(count, seed, epoch)[offset : offset + batch - len(result)]
         result += [(epoch, int(index)) for index in taken]
         position += len(taken)
     return result
 
 
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
 def batches(crops: Crops, *, batch: int, seed: int, first_step: int, steps: int, rank: int, world: int, workers: int) -> Iterator[Tensor]:
     """This rank's part of the global batches ``first_step … steps − 1``, each ``[batch / world, 3, height, width]``."""
-    mine = [places(len(crops.images), batch, seed, step)[rank::world] for step in range(first_step, steps)]
+    mine = (places(len(crops.images), batch, seed, step)[rank::world] for step in range(first_step, steps))
     return iter(DataLoader(crops, batch_sampler=mine, num_workers=workers))
 
 

@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+
+import torch
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
 
+PARENT = "DGMR_TP_PARENT"
+"""Environment variable with the process that waits for the launched ones."""
 
-def launch(arguments: list[str], processes: int) -> None:
+
+def launch(arguments: list[str], processes: int, batch_size: int) -> None:
     """Run ``python -m dgmr_tp ARGUMENTS`` in ``processes`` processes on this machine and wait.
 
-    By hand, on a cluster, the same is ``deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp ARGUMENTS``.
+    With fewer GPUs than processes, as many run as there are GPUs (and divide ``batch_size``, which is global): the result is
+    that of the same batches. By hand, on a cluster, the same is
+    ``deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp ARGUMENTS``.
 
     Raises:
         DgmrError: deepspeed is not installed, or a process failed (its own message stands above).
     """
     require_installed("deepspeed", "distill")
     scripts = Path(sys.executable).parent
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
-    import torch
-
-    if not torch.cuda.is_available():
+    environment = {**os.environ, PARENT: str(os.getpid()), "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
+    where = ["--num_accelerators", str(processes)]
+    if torch.cuda.is_available():
+        devices = min(processes, torch.cuda.device_count())
+        processes = next(n for n in range(devices, 0, -1) if batch_size % n == 0)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        chosen = ",".join(visible.split(",")[:processes]) if visible else None
+        where = ["--include", f"localhost:{chosen}"] if chosen else ["--num_accelerators", str(processes)]
+    else:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [
-        str(scripts / "deepspeed"),
-        "--num_accelerators",
-        str(processes),
-        "--master_port",
-        str(_free_port()),
-        "--quiet",
-        "--no_local_rank",
-    ]
+    command = [str(scripts / "deepspeed"), *where, "--master_port", str(_free_port()), "--quiet", "--no_local_rank"]
     command += ["--module", "dgmr_tp", *arguments]
-    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent)
+    child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
         code = child.wait()
     except BaseException:
-        child.terminate()
+        os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
     if code:
@@ -55,15 +61,24 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def _free_port() -> int:
-    import socket
+def end_with_parent() -> None:
+    """End this process within a second of the one that waits for it, however that one ended: nothing trains on unseen."""
+    if PARENT not in os.environ:
+        return
+    parent = int(os.environ[PARENT])
 
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(0.5)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _end_with_parent() -> None:
-    """Have Linux end the launcher when this process is killed: nothing may go on training behind the user's back."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

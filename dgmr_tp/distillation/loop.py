@@ -9,6 +9,7 @@ import fcntl
 import math
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 from dgmr_tp.progress import Meter
+
+WHOLE = "whole"
+"""The file that marks a checkpoint which was written to its end."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
     teacher_tap = FeatureTap(teacher.encoder).to(device, precision).eval().requires_grad_(False)
     student_tap = FeatureTap(student.encoder).to(device, torch.float32).train()
     _freeze_what_features_do_not_need(student_tap, student.image_size)
+    start = {name: tensor.cpu().clone() for name, tensor in student_tap.state_dict().items()}
     optimizer = torch.optim.AdamW(_parameter_groups(student_tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
     peak = settings.base_lr * settings.batch_size / 256
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings, peak))
@@ -83,9 +88,11 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
         model=student_tap, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(settings, world, directory)
     )
     checkpoints = directory / "checkpoints"
-    path, state = engine.load_checkpoint(str(checkpoints)) if (checkpoints / "latest").exists() else (None, {})
-    first = state["step"] if path else 0
-    if rank == 0 and path:
+    first = 0
+    if tag := _newest(checkpoints):
+        _, state = engine.load_checkpoint(str(checkpoints), tag=tag)
+        first = state["step"]
+    if rank == 0 and first:
         print(f"  distil: goes on at step {first} of {settings.steps}", flush=True)
 
     transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip)
@@ -99,36 +106,33 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
         world=world,
         workers=settings.workers,
     )
-    meter = Meter("distil", settings.steps, done=first) if rank == 0 else None
-    if meter:
-        meter.__enter__()
-    for step, batch in enumerate(loader, start=first + 1):
-        batch = batch.to(device, precision)
-        with torch.no_grad():
-            target = teacher_tap(batch)
-        loss = feature_loss(engine(batch), target)
-        mean_loss = loss.detach().float().clone()
-        torch.distributed.all_reduce(mean_loss)
-        value = mean_loss.item() / world
-        if not math.isfinite(value):
-            raise DgmrError(f"the loss is {value} at step {step}; lower distill.base_lr; the last checkpoint is kept in {checkpoints}")
-        engine.backward(loss)
-        engine.step()
-        if meter:
-            meter.step(step, f"loss {value:.4f} {settings.batch_size * (step - first) / meter.elapsed():.0f} images/s")
-        if step % settings.log_every == 0 or step == settings.steps:
-            engine.monitor.write_events([("distill/loss", value, step)])
-        if step % settings.checkpoint_every == 0 or step == settings.steps:
-            _checkpoint(engine, checkpoints, step, rank)
-    if meter:
-        meter.__exit__(None, None, None)
-    weights = _gathered(engine, settings)
+    with Meter("distil", settings.steps, done=first) if rank == 0 else nullcontext() as meter:
+        for step, batch in enumerate(loader, start=first + 1):
+            batch = batch.to(device, precision)
+            with torch.no_grad():
+                target = teacher_tap(batch)
+            loss = feature_loss(engine(batch), target)
+            mean_loss = loss.detach().float().clone()
+            torch.distributed.all_reduce(mean_loss)
+            value = mean_loss.item() / world
+            if not math.isfinite(value):
+                raise DgmrError(f"the loss is {value} at step {step}; lower distill.base_lr; the last checkpoint is kept in {checkpoints}")
+            engine.backward(loss)
+            engine.step()
+            if meter:
+                meter.step(step, f"loss {value:.4f} {settings.batch_size * (step - first) / meter.elapsed():.0f} images/s")
+            if step % settings.log_every == 0 or step == settings.steps:
+                engine.monitor.write_events([("distill/loss", value, step)])
+            if step % settings.checkpoint_every == 0 or step == settings.steps:
+                _checkpoint(engine, checkpoints, step, rank)
+    trained = _gathered(engine)
     if rank:
         return None
-    student_tap.load_state_dict(weights)
-    student.module.to("cpu").requires_grad_(True).eval()
-    os.close(lock) if lock is not None else None
-    return {**asdict(settings), "processes": world, "images": len(images), "broken_images": len(images.broken)}
+    student.module.to("cpu", torch.float32).requires_grad_(True).eval()
+    student_tap.load_state_dict({**start, **trained})
+    if lock is not None:
+        os.close(lock)
+    return {**asdict(settings), "processes": world, "images": len(images)}
 
 
 def learning_rate(step: int, settings: Settings, peak: float) -> float:
@@ -158,6 +162,7 @@ def _start_deepspeed() -> Any:
     if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
         # Plain gloo: nothing is compiled at launch, and no compiler has to be there.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.accelerator.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return deepspeed
@@ -203,23 +208,31 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
 
 
 def _checkpoint(engine: Any, directory: Path, step: int, rank: int) -> None:
-    """Save; DeepSpeed renames ``latest`` last. All but the newest two are dropped."""
-    engine.save_checkpoint(str(directory), tag=f"step{step:08d}", client_state={"step": step})
+    """Save, and mark the checkpoint as whole when every rank has written its part; all but the newest two are dropped."""
+    engine.save_checkpoint(str(directory), tag=f"step{step:08d}", client_state={"step": step}, save_latest=False)
+    torch.distributed.barrier()
     if rank == 0:
+        (directory / f"step{step:08d}" / WHOLE).touch()
         for old in sorted(directory.glob("step*"))[:-2]:
             shutil.rmtree(old)
     torch.distributed.barrier()
 
 
-def _gathered(engine: Any, settings: Settings) -> dict[str, torch.Tensor]:
-    """The whole student in float32 on rank 0, whatever ZeRO stage sharded it."""
+def _newest(directory: Path) -> str | None:
+    """The newest checkpoint that was written to its end."""
+    whole = sorted(marker.parent.name for marker in directory.glob(f"step*/{WHOLE}"))
+    return whole[-1] if whole else None
+
+
+def _gathered(engine: Any) -> dict[str, torch.Tensor]:
+    """The trained parameters in float32, whatever ZeRO stage sharded them. Every rank has to call it."""
     deepspeed = require("deepspeed", "distill")
     full = {}
     for name, parameter in engine.module.named_parameters():
-        value = deepspeed.utils.safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        full[name] = (parameter.detach() if value is None else value).float().cpu().clone()
-    full |= {name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()}
-    return {name: full[name] for name in engine.module.state_dict()}
+        if parameter.requires_grad:
+            value = deepspeed.utils.safe_get_full_fp32_param(parameter)
+            full[name] = (parameter.detach() if value is None else value).float().cpu().clone()
+    return full
 
 
 def read_losses(directory: Path) -> list[tuple[int, float]]:

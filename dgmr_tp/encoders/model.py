@@ -158,15 +158,20 @@ def _open_clip_by_name(name: str, pretrained: str | None) -> OpenedModel:
         module = open_clip.create_model(name, pretrained=pretrained)
     except Exception as error:  # damaged file, unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {pretrained!r}: {_first_line(error)}") from error
-    activation = type(module.visual.transformer.resblocks[0].mlp.gelu).__name__ if hasattr(module.visual, "transformer") else ""
-    return _opened_open_clip(module, {**copy.deepcopy(config), **({"quick_gelu": True} if activation == "QuickGELU" else {})}, name, name)
+    config = copy.deepcopy(config)
+    if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
+        config["quick_gelu"] = True  # some weights ask for it, whatever the config says
+    return _opened_open_clip(module, config, name, f"open_clip:{name}")
 
 
 def _open_clip_from_directory(directory: Path, name: str) -> OpenedModel:
     open_clip = require("open_clip", "encoders")
     config = _read_json(directory / "open_clip_config.json")
     schema = f"local-dir:{directory.resolve()}"
-    module = open_clip.create_model(schema, load_weights=False)
+    try:
+        module = open_clip.create_model(schema, load_weights=False)
+    except Exception as error:  # whatever a wrong config leads to inside open_clip
+        raise DgmrError(f"{directory}/open_clip_config.json describes no model: {_first_line(error)}") from error
     _load_by_shape(module, directory / "open_clip_model.safetensors")
     return _opened_open_clip(module, config["model_cfg"], schema, name)
 
@@ -213,7 +218,12 @@ def _timm_by_name(name: str, pretrained: str | None) -> OpenedModel:
 
 def _timm_from_directory(directory: Path, name: str) -> OpenedModel:
     timm = require("timm", "encoders")
-    module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
+    if "architecture" not in _read_json(directory / "config.json"):
+        raise DgmrError(f"{directory}/config.json names no architecture of timm's; models of transformers cannot be opened yet")
+    try:
+        module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
+    except Exception as error:  # whatever a wrong config leads to inside timm
+        raise DgmrError(f"{directory}/config.json describes no model: {_first_line(error)}") from error
     _load_by_shape(module, directory / "model.safetensors")
     return _opened_timm(module, name)
 

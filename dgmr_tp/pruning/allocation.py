@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from math import isfinite
 from typing import cast
 
 from dgmr_tp.errors import DgmrError
@@ -34,6 +35,9 @@ def keep_counts(
     given = {key: value for key, value in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio), ("keep", keep)) if value is not None}
     if len(given) != 1:
         raise DgmrError(f"give exactly one of mlp_ratio, keep_ratio and keep; given: {', '.join(given) or 'none'}")
+    for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):
+        if ratio is not None and not isfinite(ratio):
+            raise DgmrError(f"{key} = {ratio} is no number")
     counts = {}
     for site in sites:
         if mlp_ratio is not None:

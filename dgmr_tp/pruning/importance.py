@@ -66,7 +66,8 @@ def selection_scores(selection: Selection) -> torch.Tensor:
     rows = len(selection.order)
     residual = torch.from_numpy(selection.residual)
     typical = residual.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    within_slot = 0.25 + 0.5 * residual / (residual + typical)
+    # The last term is the layer's own, so that the zero rows of two layers do not tie.
+    within_slot = 0.1 + 0.5 * residual / (residual + typical) + 0.3 * typical / (1 + typical)
     place = torch.arange(rows - 1, -1, -1, dtype=torch.float64)
     scores = torch.empty(rows, dtype=torch.float64)
     scores[torch.from_numpy(selection.order)] = (place + within_slot) / rows

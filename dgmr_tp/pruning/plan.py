@@ -62,13 +62,13 @@ class Plan:
         """Read a plan from a file; errors name the file."""
         try:
             return cls.from_json(Path(path).read_text())
-        except OSError as error:
-            raise DgmrError(f"cannot read the plan {path}: {error.strerror}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DgmrError(f"cannot read the plan {path}: {error}") from error
         except DgmrError as error:
             raise DgmrError(f"{path}: {error}") from error
 
     def check(self, model: nn.Module, sites: list[Site]) -> None:
-        """Refuse a plan that does not fit ``model``: unknown or missing sites, other widths, another checkpoint,
+        """Refuse a plan that does not fit ``model``: unknown sites, other widths, another checkpoint,
         duplicate, unordered or out-of-range indices.
 
         Raises:

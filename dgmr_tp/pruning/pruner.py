@@ -28,7 +28,8 @@ class MLPPruner:
     Args:
         model: the tower; frozen, bf16 and fp16 weights are fine. It is pruned in place.
         importance: any torch-pruning importance. Default: :class:`DGMRImportance`.
-        mlp_ratio, keep_ratio, keep: how many neurons stay, exactly one of them (see :func:`keep_counts`).
+        mlp_ratio, keep_ratio, keep: how many neurons stay, exactly one of them (see :func:`keep_counts`); none of them if a
+            plan is only to be applied.
         sites: which MLPs. Default: all that :func:`find_sites` finds.
         name: what the plan calls the encoder.
 
@@ -50,7 +51,8 @@ class MLPPruner:
         self.model = model
         self.importance = importance or DGMRImportance()
         self.sites = list(sites) if sites is not None else find_sites(model)
-        self.keep = keep_counts(self.sites, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep)
+        asked = mlp_ratio is not None or keep_ratio is not None or keep is not None
+        self.keep = keep_counts(self.sites, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep) if asked else None
         self.name = name or type(model).__name__
 
     def plan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
@@ -62,6 +64,8 @@ class MLPPruner:
         Raises:
             DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
         """
+        if self.keep is None:
+            raise DgmrError("nothing says how many neurons stay: give MLPPruner mlp_ratio, keep_ratio or keep")
         decided = {}
         for site in self.sites:
             kept = _best(self.scores(site), self.keep[site.name])
@@ -72,8 +76,11 @@ class MLPPruner:
     def scores(self, site: Site) -> Tensor:
         """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
         group = _group(self.model, site, range(site.hidden))
-        with torch.no_grad():
-            scores = self.importance(group)
+        try:
+            with torch.no_grad():
+                scores = self.importance(group)
+        except ValueError as error:
+            raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
         if scores is None or scores.shape != (site.hidden,) or not torch.isfinite(scores).all():
             got = "no scores" if scores is None else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
             raise DgmrError(f"{type(self.importance).__name__} gave {got} for site {site.name}; {site.hidden} finite ones are needed")

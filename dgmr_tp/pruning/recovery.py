@@ -84,10 +84,12 @@ def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float)
     residual = (yh - weight @ hh).T.cpu().numpy()
     ridge = damping * float(hh.diagonal().mean())
     normal = hh.cpu().numpy()
-    if ridge > 0:
-        normal[range(len(normal)), range(len(normal))] += ridge
-        change = scipy.linalg.solve(normal, residual, assume_a="pos")
-    else:
+    normal[range(len(normal)), range(len(normal))] += ridge
+    try:
+        change = scipy.linalg.cho_solve(scipy.linalg.cho_factor(normal), residual) if ridge > 0 else None
+    except scipy.linalg.LinAlgError:  # a ridge too small to matter
+        change = None
+    if change is None:
         change = scipy.linalg.lstsq(normal, residual, cond=len(normal) * torch.finfo(torch.float64).eps)[0]
     fitted = weight + torch.from_numpy(change.T).to(weight)
     return fitted, None if bias is None else mean_y - fitted @ mean_h
@@ -130,8 +132,10 @@ def recover(
         One entry per site, in the order of the walk.
 
     Raises:
-        DgmrError: fewer than ten images, or the activations are not finite.
+        DgmrError: fewer than ten images, a negative damping, or the activations are not finite.
     """
+    if damping < 0:
+        raise DgmrError(f"damping = {damping}; it must be 0 or more")
     was_training = [(module, module.training) for encoder in (dense, pruned) for module in encoder.module.modules()]
     try:
         dense.module.eval(), pruned.module.eval()
@@ -199,7 +203,7 @@ def _site_moments(
 
 def _refit_layer(name: str, layer: nn.Linear, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
     weight, bias = layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach().double()
-    if not torch.isfinite(fit.hh).all() or not torch.isfinite(fit.yh).all():
+    if not all(torch.isfinite(moments.hh).all() and torch.isfinite(moments.yh).all() for moments in (fit, held_out)):
         raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
     new_weight, new_bias = refit(fit, weight, bias, damping)
     new_weight = new_weight.to(layer.weight.dtype).double()
