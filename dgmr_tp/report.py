@@ -53,7 +53,9 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
 
 def print_table(data: dict[str, Any], console: Console) -> None:
     """Parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
-    table = Table("size", "stage", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("size", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
     for heading in ("M params", "GFLOPs", *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"])):
         table.add_column(heading, justify="right")
     table.add_row("original", "", *_cost(data["original"]["cost"]), *map(percent, data["original"]["metrics"]))
