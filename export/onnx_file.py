@@ -45,6 +45,8 @@ def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     runtime = require("onnxruntime", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
+    # Idle threads of one session would otherwise spin and slow down another, as when two are timed in turn.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads:
         options.intra_op_num_threads = threads
     session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -73,7 +73,7 @@ def end_with_parent() -> None:
                 os.kill(parent, 0)
             except ProcessLookupError:
                 os._exit(1)
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     threading.Thread(target=watch, daemon=True).start()
 
