@@ -233,6 +233,7 @@ def test_zero_stages_agree(small_run, tmp_path, stage):
     done = run_command("run", changed, "-o", directory, "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
     ours, reference, start = weights(directory), weights(small_run[0]), weights(small_run[0], "recover")
-    moved = max(float((reference[name] - start[name]).abs().max()) for name in start)
-    apart = max(float((reference[name] - ours[name]).abs().max()) for name in start)
-    assert apart < 0.02 * moved
+    # In norm: Adam turns the rounding of a gradient near zero into a step of full size, so single weights may differ.
+    moved = sum(float((reference[name] - start[name]).double().square().sum()) for name in start) ** 0.5
+    apart = sum(float((reference[name] - ours[name]).double().square().sum()) for name in start) ** 0.5
+    assert apart < 0.05 * moved
