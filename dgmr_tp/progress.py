@@ -20,7 +20,7 @@ class Meter:
 
     def __init__(self, title: str, total: int, *, done: int = 0, every: float = 10.0) -> None:
         self.title, self.total, self.every = title, total, every
-        self.first, self.done = done, done
+        self.first = done
         self.started = self.printed = time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
@@ -41,7 +41,6 @@ class Meter:
 
     def step(self, done: int, note: str = "") -> None:
         """``done`` steps are behind us; ``note`` says how it goes."""
-        self.done = done
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, completed=done, note=note)
