@@ -63,8 +63,8 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
-def train_encoder(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> torch.nn.Module:
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10)
+def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> torch.nn.Module:
+    """Train a classifier in place: crops, flips, one cycle of AdamW."""
     steps = epochs * (len(images) // 256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
@@ -121,7 +121,9 @@ def main() -> None:
         vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10).eval()
         vit.load_state_dict({name: tensor.float() for name, tensor in load_file(args.encoder).items()})
     else:
-        vit = train_encoder(images, labels, args.epochs)
+        vit = train(
+            timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10), images, labels, args.epochs
+        )
 
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")

@@ -24,7 +24,8 @@ app = typer.Typer(
 )
 out = Console(highlight=False)
 
-ModelOption = Annotated[str, typer.Option("--model", "-m", help="open_clip:NAME, timm:NAME, a model directory, or demo.")]
+MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, or demo."
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]
 CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2 or random.")]
 RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
@@ -213,7 +214,7 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="open_clip:NAME, timm:NAME, a model directory, or demo.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
     pretrained: PretrainedOption = None,
     original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
@@ -223,11 +224,12 @@ def export(
     """Export the vision tower to ONNX and TorchScript, verified against PyTorch."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.export import export_bundle
+    from dgmr_tp.pruning import Tower
 
     opened = open_model(model, pretrained)
-    dense = open_model(original, original_pretrained).encoder.module if original else None
+    dense = Tower(open_model(original, original_pretrained).encoder) if original else None
     bundle = export_bundle(
-        opened.encoder.module,
+        Tower(opened.encoder),
         out_dir,
         image_size=opened.image_size,
         preprocess=opened.preprocess_config,
@@ -243,7 +245,7 @@ def export(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="open_clip:NAME, timm:NAME, a model directory, or demo.")],
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     pretrained: PretrainedOption = None,
 ) -> None:
     """Show the MLP sites of an encoder, its parameters and FLOPs."""
@@ -259,7 +261,16 @@ def inspect(
         share = parameters(tower.get_submodule(site.name)) / total
         table.add_row(site.name, str(site.width), str(site.hidden), f"{share:.1%}")
     out.print(table)
-    out.print(f"{opened.encoder.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image")
+    out.print(f"{opened.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image")
+
+
+@app.command()
+def relocate(directory: Annotated[Path, typer.Argument(help="A model directory that was moved.")]) -> None:
+    """Write a model directory's new path into its config, for open_clip models whose timm trunk was pruned."""
+    from dgmr_tp.extras import require
+
+    changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
+    out.print(f"{directory}: {'its config names the new path' if changed else 'its config holds no path; nothing to do'}")
 
 
 def main() -> None:
@@ -321,4 +332,4 @@ def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untype
     if found is not None and (found.broken or found.other_files):
         out.print(f"skipped {len(found.broken)} images that do not decode and {found.other_files} files that are no images")
     before, after = parameters(opened.encoder.module), parameters(result.model.encoder.module)
-    out.print(f"{opened.encoder.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}")
+    out.print(f"{opened.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}")

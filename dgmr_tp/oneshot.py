@@ -121,7 +121,7 @@ def make_plan(
     """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
     if mlp_ratio is keep_ratio is keep is None:
         mlp_ratio = 1
-    name = model.encoder.name if isinstance(model, OpenedModel) else None
+    name = model.name if isinstance(model, OpenedModel) else None
     options = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep}
     pruner = MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +153,10 @@ def _block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
     except DgmrError:
         return None
     inside = tuple(f"{block.name}." for block in encoder.blocks())
-    return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
+    sites = [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
+    if not sites:
+        raise DgmrError(f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?")
+    return sites
 
 
 def _batches(images: str | Path | Iterable[Tensor], model: Any, count: int, seed: int) -> Iterable[Tensor]:

@@ -28,7 +28,7 @@ from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
 from dgmr_tp.oneshot import prune
-from dgmr_tp.pruning import Plan
+from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.recipe import Distill, Recipe, parse_recipe
 
 STAGES = ("scenes", "prune", "recover", "distill", "evaluate", "export")
@@ -291,12 +291,12 @@ class Run:
         model = open_model(str(self.folder(list(self.model_keys(size).values())[-1]) / "model"))
         original = self.original()
         figures = export_bundle(
-            model.encoder.module,
+            Tower(model.encoder),
             folder,
             image_size=model.image_size,
             preprocess=model.preprocess_config,
             formats=self.recipe.export.formats,
-            original=original.encoder.module,
+            original=Tower(original.encoder),
         )
         if "onnx" in self.recipe.export.formats and self.recipe.evaluate:
             clip = CLIPWithEncoder(original.module, open_exported(folder / "model.onnx"))

@@ -26,18 +26,17 @@ def write(module: nn.Module, example: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            module,
-            (example,),
-            path,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["image"],
-            output_names=["embedding"],
-            dynamic_shapes=({0: batch},),
-            external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > 1.9e9,
-            verbose=False,
+        program = torch.onnx.export(
+            module, (example,), dynamo=True, opset_version=OPSET, input_names=["image"], dynamic_shapes=({0: batch},), verbose=False
         )
+        assert program is not None
+        graph = program.model.graph
+        values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+        for value in values:
+            if value.name == "embedding":  # what the exporter calls the result of a torch embedding
+                value.name = "embedding_lookup"
+        graph.outputs[0].name = "embedding"
+        program.save(path, external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > 1.9e9)
 
 
 def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:

@@ -1,8 +1,9 @@
 """One object for an encoder with all that belongs to it, whichever library it comes from.
 
-A model directory is what its library reads (``open_clip_config.json`` + ``open_clip_model.safetensors``, or timm's
-``config.json`` + ``model.safetensors``) and, once pruned, ``dgmr_tp.json`` with the hidden widths and ``plan.json``. With
-one width for all blocks the plain library opens it too; ``load_pruned`` opens every one.
+A model directory is what its library reads (``open_clip_config.json`` + ``open_clip_model.safetensors``, or timm's or
+transformers' ``config.json`` + ``model.safetensors``) with ``dgmr_tp.json``, which holds the hidden widths, ``README.md``,
+which says how to open it, and once pruned ``plan.json``. ``load_pruned`` opens every one; the plain library opens it too
+wherever its config can say the widths.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ import copy
 import difflib
 import json
 import os
-from collections import Counter
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dgmr_tp.encoders.checkpoint import first_line
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 from dgmr_tp.pruning import Encoder, Plan, find_sites
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
 SIDECAR = "dgmr_tp.json"
+TEXT_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
+"""How the names of a tokenizer's files begin."""
 
 
 @dataclass
@@ -34,18 +36,27 @@ class OpenedModel:
     """An encoder, the model it is part of, and what is needed to feed and to save it."""
 
     library: str
-    """``open_clip`` or ``timm``."""
+    """``open_clip``, ``timm`` or ``transformers``."""
     module: nn.Module
-    """The whole model: a CLIP with its text tower, or the timm model."""
-    encoder: Encoder
-    """Its vision tower as a walk."""
+    """The whole model: a CLIP with its text tower, or the vision model alone."""
+    tower: str
+    """Where in ``module`` the vision tower stands, such as ``visual``; empty where it is the module itself."""
+    name: str
+    """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
     preprocess: Callable[[Any], Tensor]
     """PIL image to ``[3, height, width]``, as the model was evaluated."""
     preprocess_config: dict[str, Any]
-    """The same in words: size, mean, std, interpolation, resize_mode."""
-    config: dict[str, Any]
-    """open_clip: its model_cfg. timm: nothing, the model carries its own."""
+    """The same in words: size, mean, std, and what else the library says."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """open_clip: its model_cfg. The models of the other libraries carry their own."""
     tokenizer: Callable[[list[str]], Tensor] | None = None
+    source: Path | None = None
+    """The model directory it was read from, whose tokenizer files come along."""
+
+    @property
+    def encoder(self) -> Encoder:
+        """The vision tower as a walk."""
+        return as_encoder(self.module.get_submodule(self.tower), self.name)
 
     @property
     def image_size(self) -> int:
@@ -55,16 +66,7 @@ class OpenedModel:
 
     def copy(self) -> OpenedModel:
         """The same model with weights of its own."""
-        module = copy.deepcopy(self.module)
-        return OpenedModel(
-            self.library,
-            module,
-            as_encoder(getattr(module, "visual", module), self.encoder.name),
-            self.preprocess,
-            self.preprocess_config,
-            copy.deepcopy(self.config),
-            self.tokenizer,
-        )
+        return replace(self, module=copy.deepcopy(self.module), config=copy.deepcopy(self.config))
 
     def save(self, directory: Path, plan: Plan | None = None) -> None:
         """Write a model directory; it must not exist yet, and appears whole or not at all.
@@ -77,17 +79,79 @@ class OpenedModel:
         if directory.exists():
             raise DgmrError(f"{directory} exists already; name a new directory")
         aside = directory.with_name(f".{directory.name}.partial")
-        aside.mkdir(parents=True, exist_ok=True)
-        hidden = {site.name: site.hidden for site in find_sites(self.encoder.module)}
-        if self.library == "open_clip":
-            _save_open_clip(self, aside, hidden)
-        else:
-            _save_timm(self, aside, hidden)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        opens = _room(self.library).save(self, aside, directory)
+        if self.source is not None:
+            for file in self.source.glob("*"):
+                if file.name.startswith(TEXT_FILES) and not (aside / file.name).exists():
+                    shutil.copyfile(file, aside / file.name)
         if plan is not None:
             (aside / "plan.json").write_text(plan.to_json() + "\n")
-        sidecar = {"format": 1, "library": self.library, "encoder": self.encoder.name, "hidden": hidden}
+        hidden = {site.name: site.hidden for site in find_sites(self.encoder.module)}
+        sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
         (aside / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
+        (aside / "README.md").write_text(_readme(self, directory, opens, hidden))
+        for file in aside.rglob("*"):  # safetensors keeps its files from other users; a server is another user
+            file.chmod(0o755 if file.is_dir() else 0o644)
         os.rename(aside, directory)
+
+
+def _room(library: str) -> Any:
+    """The module that opens and saves a library's models."""
+    return require(f"dgmr_tp.encoders.{library}_models", "encoders")
+
+
+def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict[str, int]) -> str:
+    widths = sorted(set(hidden.values()))
+    lines = [
+        f"# {model.name}, hidden width {widths[0] if len(widths) == 1 else f'{widths[0]} to {widths[-1]}'}",
+        "",
+        "Opens with dgmr-tp:",
+        "",
+        "```python",
+        f"import dgmr_tp\n\nmodel = dgmr_tp.load_pruned({str(directory)!r})  # model.module, model.preprocess, model.encoder",
+        "```",
+        "",
+    ]
+    if opens is None:
+        lines.append(f"{model.library} alone does not open it: its configuration cannot say these hidden widths.")
+    else:
+        lines += [
+            f"and with {model.library} alone, dgmr-tp not installed:",
+            "",
+            "```python",
+            f"import {model.library}\n\nmodel = {opens.format(path=directory)}",
+            "```",
+        ]
+        if (directory.with_name(f".{directory.name}.partial") / "trunk").is_dir():
+            lines += ["", "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`."]
+    return "\n".join(lines) + "\n"
+
+
+WALKS = {
+    "open_clip.VisionTransformer": "open_clip_vit.OpenCLIPViT",
+    "open_clip.TimmModel": "open_clip_timm.OpenCLIPTimm",
+    "timm.VisionTransformer": "timm_vit.TimmViT",
+    "timm.Eva": "timm_eva.TimmEva",
+    "timm.SwinTransformer": "timm_swin.TimmSwin",
+    "timm.SwinTransformerV2": "timm_swin.TimmSwin",
+    "transformers.CLIPVisionModel": "transformers_vit.TransformersViT",
+    "transformers.SiglipVisionModel": "transformers_vit.TransformersViT",
+    "transformers.Dinov2Model": "transformers_vit.TransformersViT",
+    "transformers.InternVLVisionModel": "transformers_vit.TransformersViT",
+}
+"""Library and class of a tower, and where its walk stands; looked up by name, so that only the library in use is loaded."""
+
+
+def has_walk(module: nn.Module) -> bool:
+    """Whether :func:`as_encoder` knows the class of ``module``."""
+    return _walk(module) is not None
+
+
+def _walk(module: nn.Module) -> str | None:
+    known = (WALKS.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}") for cls in type(module).__mro__)
+    return next((walk for walk in known if walk), None)
 
 
 def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
@@ -96,16 +160,14 @@ def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
     Raises:
         DgmrError: no walk is known for this class; such a model can be pruned, but not recovered.
     """
-    name = name or type(module).__name__
-    for library, path in (("open_clip", "dgmr_tp.encoders.open_clip_vit.OpenCLIPViT"), ("timm", "dgmr_tp.encoders.timm_vit.TimmViT")):
-        if not any(cls.__module__.startswith(f"{library}.") and cls.__name__ == "VisionTransformer" for cls in type(module).__mro__):
-            continue
-        where, walk = path.rsplit(".", 1)
-        return getattr(require(where, "encoders"), walk)(module, name)
-    raise DgmrError(
-        f"no walk is known for {type(module).__module__}.{type(module).__name__}: it can be pruned with MLPPruner, "
-        "but recovery and distillation need one; known: open_clip's and timm's VisionTransformer"
-    )
+    walk = _walk(module)
+    if walk is None:
+        raise DgmrError(
+            f"no walk is known for {type(module).__module__}.{type(module).__name__}: it can be pruned with MLPPruner, "
+            f"but recovery and distillation need one; known: {', '.join(WALKS)}"
+        )
+    where, cls = walk.split(".")
+    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__)
 
 
 def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
@@ -124,7 +186,7 @@ def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
     if kind in ("open_clip", "timm") and name:
         if pretrained is None:
             raise DgmrError(f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)")
-        return (_open_clip_by_name if kind == "open_clip" else _timm_by_name)(name, None if pretrained == "none" else pretrained)
+        return _room(kind).by_name(name, None if pretrained == "none" else pretrained)
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
     directory = DEMO if source == "demo" else Path(source.removeprefix("local-dir:"))
@@ -140,152 +202,26 @@ def load_pruned(directory: str | Path, name: str | None = None) -> OpenedModel:
         DgmrError: it is no model directory, or a file in it is damaged or does not fit; names the file or the key.
     """
     directory = Path(directory)
-    sidecar = _read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
+    sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():
-        return _open_clip_from_directory(directory, name)
-    if (directory / "config.json").exists():
-        return _timm_from_directory(directory, name)
-    raise DgmrError(f"{directory} is no model directory: it holds neither open_clip_config.json nor config.json")
+        opened = _room("open_clip").from_directory(directory, name)
+    elif not (directory / "config.json").exists():
+        raise DgmrError(f"{directory} is no model directory: it holds neither open_clip_config.json nor config.json")
+    elif "architecture" in read_json(directory / "config.json"):
+        opened = _room("timm").from_directory(directory, name)
+    else:
+        opened = _room("transformers").from_directory(directory, name, sidecar.get("hidden"))
+    return replace(opened, source=directory)
 
 
-def _open_clip_by_name(name: str, pretrained: str | None) -> OpenedModel:
-    open_clip = require("open_clip", "encoders")
-    config = open_clip.get_model_config(name)
-    if config is None:
-        raise DgmrError(f"unknown model open_clip:{name}{_nearest(name, open_clip.list_models())}")
-    try:
-        module = open_clip.create_model(name, pretrained=pretrained)
-    except Exception as error:  # damaged file, unknown tag, no network: open_clip raises many kinds
-        raise DgmrError(f"open_clip:{name}: cannot load pretrained {pretrained!r}: {_first_line(error)}") from error
-    config = copy.deepcopy(config)
-    if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
-        config["quick_gelu"] = True  # some weights ask for it, whatever the config says
-    return _opened_open_clip(module, config, name, f"open_clip:{name}")
-
-
-def _open_clip_from_directory(directory: Path, name: str) -> OpenedModel:
-    open_clip = require("open_clip", "encoders")
-    config = _read_json(directory / "open_clip_config.json")
-    schema = f"local-dir:{directory.resolve()}"
-    try:
-        module = open_clip.create_model(schema, load_weights=False)
-    except Exception as error:  # whatever a wrong config leads to inside open_clip
-        raise DgmrError(f"{directory}/open_clip_config.json describes no model: {_first_line(error)}") from error
-    _load_by_shape(module, directory / "open_clip_model.safetensors")
-    return _opened_open_clip(module, config["model_cfg"], schema, name)
-
-
-def _opened_open_clip(module: nn.Module, config: dict[str, Any], schema: str, name: str) -> OpenedModel:
-    open_clip = require("open_clip", "encoders")
-    preprocess_config = dict(module.visual.preprocess_cfg)
-    return OpenedModel(
-        "open_clip",
-        module,
-        as_encoder(module.visual, name),
-        open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess_config), is_train=False),
-        preprocess_config,
-        config,
-        open_clip.get_tokenizer(schema),
-    )
-
-
-def _save_open_clip(model: OpenedModel, directory: Path, hidden: dict[str, int]) -> None:
-    config = copy.deepcopy(model.config)
-    if (uniform := _uniform(hidden)) is not None:
-        width = config["vision_cfg"]["width"]
-        config["vision_cfg"]["mlp_ratio"] = (uniform + 0.5) / width  # int(width · ratio) must give it back
-    preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
-    save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
-
-
-def _timm_by_name(name: str, pretrained: str | None) -> OpenedModel:
-    timm = require("timm", "encoders")
-    if not timm.is_model(name):
-        raise DgmrError(f"unknown model timm:{name}{_nearest(name, timm.list_models())}")
-    checkpoint = pretrained if pretrained and Path(pretrained).exists() else ""
-    try:
-        tagged = f"{name}.{pretrained}" if pretrained and not checkpoint else name
-        module = timm.create_model(tagged, pretrained=tagged != name)
-        if checkpoint:
-            timm.models.load_checkpoint(module, checkpoint, weights_only=True)
-    except Exception as error:
-        raise DgmrError(f"timm:{name}: cannot load pretrained {pretrained!r}: {_first_line(error)}") from error
-    return _opened_timm(module, f"timm:{name}")
-
-
-def _timm_from_directory(directory: Path, name: str) -> OpenedModel:
-    timm = require("timm", "encoders")
-    if "architecture" not in _read_json(directory / "config.json"):
-        raise DgmrError(f"{directory}/config.json names no architecture of timm's; models of transformers cannot be opened yet")
-    try:
-        module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
-    except Exception as error:  # whatever a wrong config leads to inside timm
-        raise DgmrError(f"{directory}/config.json describes no model: {_first_line(error)}") from error
-    _load_by_shape(module, directory / "model.safetensors")
-    return _opened_timm(module, name)
-
-
-def _opened_timm(module: nn.Module, name: str) -> OpenedModel:
-    data = require("timm.data", "encoders")
-    config = data.resolve_data_config({}, model=module)
-    return OpenedModel("timm", module, as_encoder(module, name), data.create_transform(**config), config, {})
-
-
-def _save_timm(model: OpenedModel, directory: Path, hidden: dict[str, int]) -> None:
-    timm = require("timm", "encoders")
-    uniform = _uniform(hidden)
-    width = model.module.embed_dim
-    model_args = {} if uniform is None else {"mlp_ratio": (uniform + 0.5) / width}
-    timm.models.save_for_hf(model.module, directory, model_args=model_args, safe_serialization=True)
-
-
-def _uniform(hidden: dict[str, int]) -> int | None:
-    widths = Counter(hidden.values())
-    return next(iter(widths)) if len(widths) == 1 else None
-
-
-def _load_by_shape(module: nn.Module, path: Path) -> None:
-    """Load ``path`` strictly after giving every Linear and norm the width that its tensors have there."""
-    try:
-        tensors = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DgmrError(f"cannot read {path}: {_first_line(error)}; the file is missing, cut short or damaged") from error
-    for name, layer in module.named_modules():
-        weight = tensors.get(f"{name}.weight")
-        if weight is None or weight.ndim == 0 or not isinstance(layer, nn.Linear | nn.LayerNorm) or weight.shape == layer.weight.shape:
-            continue
-        layer.weight = nn.Parameter(layer.weight.new_empty(weight.shape))
-        if isinstance(layer, nn.Linear):
-            layer.out_features, layer.in_features = weight.shape
-        else:
-            layer.normalized_shape = tuple(weight.shape)
-        if layer.bias is not None and f"{name}.bias" in tensors:
-            layer.bias = nn.Parameter(layer.bias.new_empty(tensors[f"{name}.bias"].shape))
-    expected = module.state_dict()
-    for key in sorted(expected.keys() | tensors.keys()):
-        if key not in tensors:
-            raise DgmrError(f"{path} has no tensor {key!r}, which its config asks for")
-        if key not in expected:
-            raise DgmrError(f"{path} holds a tensor {key!r} that its config does not know")
-        if tensors[key].shape != expected[key].shape:
-            raise DgmrError(f"{path}: {key!r} is {tuple(tensors[key].shape)}, its config says {tuple(expected[key].shape)}")
-    module.load_state_dict(tensors)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DgmrError(f"cannot read {path}: {_first_line(error)}") from error
+        raise DgmrError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def _nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

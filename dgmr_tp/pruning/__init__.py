@@ -1,6 +1,6 @@
 """The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
 
-from dgmr_tp.pruning.encoder import Block, Encoder, last_state
+from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state
 from dgmr_tp.pruning.importance import DGMRImportance
 from dgmr_tp.pruning.plan import Plan, SitePlan
 from dgmr_tp.pruning.pruner import MLPPruner
@@ -18,6 +18,7 @@ __all__ = [
     "Site",
     "SitePlan",
     "SiteRecovery",
+    "Tower",
     "find_sites",
     "last_state",
     "recover",

@@ -24,7 +24,7 @@ class Block:
 
 
 class Encoder(Protocol):
-    """A vision tower as a walk. ``embed(blocks[-1](… blocks[0](stem(images))))`` is ``module(images)``."""
+    """A vision tower as a walk. ``embed(blocks[-1](… blocks[0](stem(images))))`` is the embedding that ``module(images)`` gives."""
 
     name: str
     """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
@@ -45,8 +45,21 @@ class Encoder(Protocol):
         ...
 
     def embed(self, state: Tensor) -> Tensor:
-        """The state after the last block to what the tower returns to its caller, ``[batch, embedding]``."""
+        """The state after the last block to what the tower gives its caller, ``[batch, embedding]``: of several outputs
+        the one that stands for the image."""
         ...
+
+
+class Tower(nn.Module):
+    """The encoder as one module from images to the embedding, whatever else its own ``forward`` returns."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.module = encoder.module
+        self.encoder = encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder.embed(last_state(self.encoder, images))
 
 
 def last_state(encoder: Encoder, images: Tensor) -> Tensor:

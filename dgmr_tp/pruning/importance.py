@@ -13,8 +13,8 @@ from dgmr_tp.pruning.sites import prunes_outputs
 class DGMRImportance(tp.importance.Importance):
     """Scores hidden neurons by the order in which DGMR's greedy Gram-Schmidt picks them (arXiv 2506.08591, section 3.2).
 
-    A neuron's row is its row in the Linear layer that produces it; where several Linears produce one neuron together
-    (gate and value), their rows side by side. Bias, activation and data do not enter. Computed in float64.
+    A neuron's row is its row in the Linear layer that produces it; of a gated MLP, its gate row and its value row side by
+    side, whether two Linears make them or the halves of one. Bias, activation and data do not enter. Computed in float64.
 
     The scores are float64 in (0, 1), higher is kept first. The neuron picked at place ``p`` of ``M`` lies in the slot
     ``(1 − (p+1)/M, 1 − p/M)``, so the order is strict, nested (pruning in four steps keeps what one step keeps) and means
@@ -32,16 +32,21 @@ class DGMRImportance(tp.importance.Importance):
 
     @torch.no_grad()
     def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
-        """Scores aligned with ``group[0].idxs``, on the CPU; None for a group that no Linear produces."""
+        """Scores aligned with ``group[0].idxs``, on the CPU; None for a group that no Linear produces.
+
+        The two rows of a fused gate have the same score, so that what couples channels (``MLPPruner``, torch-pruning's
+        ``out_channel_groups``) may average them.
+        """
         rows = producer_rows(group)
         if rows is None:
             return None
         scores = selection_scores(select_diverse_rows(rows.cpu().numpy()))
-        return scores[group[0].idxs]
+        channels = group._DG.get_out_channels(group[0].dep.target.module)
+        return scores.repeat(channels // len(rows))[group[0].idxs]
 
 
 def producer_rows(group: tp.Group) -> torch.Tensor | None:
-    """One float64 row per channel of the group's root: the rows of every Linear that produces it, side by side.
+    """One float64 row per neuron of the group: the rows of every Linear that produces it, side by side.
 
     A group of some channels is widened to all of them first: a neuron's place depends on the neurons beside it.
     """
@@ -49,8 +54,9 @@ def producer_rows(group: tp.Group) -> torch.Tensor | None:
     channels = group._DG.get_out_channels(root.target.module)
     if channels is None or not prunes_outputs(group[0]):
         return None
+    fused = isinstance(root.target.module, nn.Linear) and sorted(_group_of(group, [0])[0].idxs) == [0, channels // 2]
     if len(group[0].idxs) < channels:
-        group = group._DG.get_pruning_group(root.target.module, root.handler, list(range(channels)))
+        group = _group_of(group, list(range(channels)))
     parts = []
     for item in group:
         layer = item.dep.target.module
@@ -58,7 +64,15 @@ def producer_rows(group: tp.Group) -> torch.Tensor | None:
             part = torch.zeros(channels, layer.in_features, dtype=torch.float64, device=layer.weight.device)
             part[torch.as_tensor(item.root_idxs)] = layer.weight[item.idxs].double()
             parts.append(part)
-    return torch.cat(parts, dim=1) if parts else None
+    if not parts:
+        return None
+    rows = torch.cat(parts, dim=1)
+    return torch.cat(rows.chunk(2), dim=1) if fused else rows
+
+
+def _group_of(group: tp.Group, channels: list[int]) -> tp.Group:
+    root = group[0].dep
+    return group._DG.get_pruning_group(root.target.module, root.handler, channels)
 
 
 def selection_scores(selection: Selection) -> torch.Tensor:

@@ -75,23 +75,24 @@ class MLPPruner:
 
     def scores(self, site: Site) -> Tensor:
         """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
-        group = _group(self.model, site, range(site.hidden))
+        rows = site.hidden * (2 if site.fused else 1)
+        group = _group(self.model, site, range(rows))
         try:
             with torch.no_grad():
                 scores = self.importance(group)
         except ValueError as error:
             raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
-        if scores is None or scores.shape != (site.hidden,) or not torch.isfinite(scores).all():
+        if scores is None or scores.shape != (rows,) or not torch.isfinite(scores).all():
             got = "no scores" if scores is None else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
-            raise DgmrError(f"{type(self.importance).__name__} gave {got} for site {site.name}; {site.hidden} finite ones are needed")
-        return scores
+            raise DgmrError(f"{type(self.importance).__name__} gave {got} for site {site.name}; {rows} finite ones are needed")
+        return scores.view(-1, site.hidden).mean(0)  # as torch-pruning does with coupled channels
 
     def apply(self, plan: Plan) -> nn.Module:
         """Cut the model down to ``plan`` in place and return it.
 
-        The whole plan is checked before the first cut. After each cut the widths are compared with the plan, and the
-        MLP's output on random tokens with the output of the original whose dropped columns are zero (where no norm over
-        the hidden neurons sits inside). ``requires_grad`` and train/eval mode come back as they were.
+        The whole plan is checked before the first cut. After each cut the widths and every weight are compared with the
+        plan, and the MLP's output on random tokens with the output of the original whose dropped columns are zero (where no
+        norm over the hidden neurons sits inside). ``requires_grad`` and train/eval mode come back as they were.
 
         Raises:
             DgmrError: the plan does not fit, or a pruned MLP is not what the plan says.
@@ -108,19 +109,35 @@ class MLPPruner:
         if not drop:
             return
         expected = _masked_output(self.model, site, drop) if site.exact else None
-        requires_grad = {name: parameter.requires_grad for name, parameter in mlp.named_parameters()}
+        before = dict(mlp.named_parameters())
         _group(self.model, site, drop).prune()
         for name, parameter in mlp.named_parameters():
-            parameter.requires_grad_(requires_grad[name])
+            parameter.requires_grad_(before[name].requires_grad)
+        for norm in mlp.modules():  # torch-pruning does not know every RMSNorm's attribute
+            if hasattr(norm, "normalized_shape") and isinstance(norm.weight, Tensor):
+                norm.normalized_shape = tuple(norm.weight.shape)  # type: ignore[assignment]
 
         widths = {path: self.model.get_submodule(path).out_features for path in site.producers}
         widths[site.consumer] = self.model.get_submodule(site.consumer).in_features
-        if wrong := {path: width for path, width in widths.items() if width != len(kept)}:
-            raise DgmrError(f"torch-pruning left {wrong} at site {site.name}, planned {len(kept)}; this MLP cannot be pruned")
+        planned = {path: len(kept) * (2 if site.fused and path != site.consumer else 1) for path in widths}
+        if widths != planned:
+            raise DgmrError(f"torch-pruning left {widths} at site {site.name}, planned {planned}; this MLP cannot be pruned")
+        for name, parameter in mlp.named_parameters():
+            if not parameter.is_meta and not torch.equal(parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)):
+                raise DgmrError(f"torch-pruning kept other neurons in {name} of site {site.name} than planned; this MLP cannot be pruned")
         if expected is not None and not expected.is_meta:
             got = _output(self.model, site, {})
             if (got - expected).abs().max() > 1e-4 * expected.abs().max():
                 raise DgmrError(f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned")
+
+
+def _kept_part(before: Tensor, shape: torch.Size, hidden: int, kept: tuple[int, ...]) -> Tensor:
+    """``before``, where it changed its shape, cut to the neurons ``kept``: in both halves of a fused gate alike."""
+    index = torch.tensor(kept, device=before.device)
+    for dim, width in enumerate(before.shape):
+        if width != shape[dim]:
+            before = before.index_select(dim, torch.cat([index + half for half in range(0, width, hidden)]))
+    return before
 
 
 def _best(scores: Tensor, count: int) -> tuple[int, ...]:

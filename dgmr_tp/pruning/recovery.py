@@ -155,7 +155,8 @@ def _recover(
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
-        weight = token_weights(pruned, states[0], last=depth == len(blocks) - 1)
+        # After the block: the first block of a hierarchical tower's stage has fewer tokens than the state it takes.
+        weight = token_weights(pruned, block(states[0]), last=depth == len(blocks) - 1)
         for site in find_sites(block.module):
             consumer, dense_consumer = (cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block))
             if consumer.in_features == dense_consumer.in_features:

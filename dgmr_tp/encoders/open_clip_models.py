@@ -1,0 +1,121 @@
+"""open_clip: opening by name or directory, saving so that ``open_clip.create_model`` opens it again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import open_clip
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import nn
+
+from dgmr_tp.encoders.checkpoint import first_line, load_by_shape
+from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
+from dgmr_tp.encoders.timm_models import said_in_config
+from dgmr_tp.encoders.widths import ratio_for
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import find_sites
+
+TRUNK = "trunk"
+"""Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
+
+
+def by_name(name: str, pretrained: str | None) -> OpenedModel:
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
+    try:
+        module = open_clip.create_model(name, pretrained=pretrained)
+    except Exception as error:  # damaged file, unknown tag, no network: open_clip raises many kinds
+        raise DgmrError(f"open_clip:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
+    config = copy.deepcopy(config)
+    if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
+        config["quick_gelu"] = True  # some weights ask for it, whatever the config says
+    return _opened(module, config, name, f"open_clip:{name}")
+
+
+def from_directory(directory: Path, name: str) -> OpenedModel:
+    config = read_json(directory / "open_clip_config.json")
+    schema = f"local-dir:{directory.resolve()}"
+    try:
+        module = _built(directory, config)
+    except Exception as error:  # whatever a wrong config leads to inside open_clip
+        raise DgmrError(f"{directory}/open_clip_config.json describes no model: {first_line(error)}") from error
+    load_by_shape(module, directory / "open_clip_model.safetensors")
+    return _opened(module, config["model_cfg"], schema, name)
+
+
+def _built(directory: Path, config: dict[str, Any]) -> nn.Module:
+    trunk = config["model_cfg"]["vision_cfg"].get("timm_model_name", "")
+    if not trunk.startswith("local-dir:") or not (directory / TRUNK).is_dir():
+        return open_clip.create_model(f"local-dir:{directory.resolve()}", load_weights=False)
+    with TemporaryDirectory() as scratch:  # the directory may have been moved since
+        relocated = _with_trunk(config, directory / TRUNK)
+        (Path(scratch) / "open_clip_config.json").write_text(json.dumps(relocated))
+        return open_clip.create_model(f"local-dir:{scratch}", load_weights=False)
+
+
+def _with_trunk(config: dict[str, Any], trunk: Path) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    config["model_cfg"]["vision_cfg"]["timm_model_name"] = f"local-dir:{trunk.resolve()}"
+    return config
+
+
+def relocate(directory: Path) -> bool:
+    """Write the directory's present path into its config, where open_clip needs it; whether there was anything to write.
+
+    Raises:
+        DgmrError: it is no model directory of open_clip's.
+    """
+    path = directory / "open_clip_config.json"
+    config = read_json(path)
+    if not (directory / TRUNK).is_dir():
+        return False
+    path.write_text(json.dumps(_with_trunk(config, directory / TRUNK), indent=1) + "\n")
+    return True
+
+
+def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str) -> OpenedModel:
+    preprocess_config = dict(module.visual.preprocess_cfg)
+    return OpenedModel(
+        "open_clip",
+        module,
+        "visual",
+        name,
+        open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess_config), is_train=False),
+        preprocess_config,
+        config,
+        open_clip.get_tokenizer(schema),
+    )
+
+
+def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
+    config = copy.deepcopy(model.config)
+    vision = config["vision_cfg"]
+    opens = True
+    if "timm_model_name" in vision:
+        vision["timm_model_name"], opens = _save_trunk(model, directory, final)
+    elif (ratio := ratio_for(find_sites(model.encoder.module))) is not None:
+        vision["mlp_ratio"] = ratio
+    else:
+        opens = False
+    preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
+    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
+    save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
+    return "open_clip.create_model('local-dir:{path}')" if opens else None
+
+
+def _save_trunk(model: OpenedModel, directory: Path, final: Path) -> tuple[str, bool]:
+    """The ``timm_model_name`` that says the trunk's widths, and whether it does: open_clip hands no width on to timm."""
+    trunk, name = model.encoder.module.trunk, model.config["vision_cfg"]["timm_model_name"]
+    arguments = said_in_config(trunk)
+    if not arguments and not name.startswith("local-dir:"):
+        return name, arguments is not None
+    (directory / TRUNK).mkdir()
+    save_config_for_hf(trunk, directory / TRUNK / "config.json", model_args=arguments)
+    return f"local-dir:{(final / TRUNK).resolve()}", arguments is not None

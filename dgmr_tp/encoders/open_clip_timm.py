@@ -1,0 +1,33 @@
+"""A timm tower inside an open_clip model as a walk: EVA02-CLIP, SigLIP, SigLIP2, Perception Encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from open_clip.timm_model import TimmModel
+from torch import Tensor
+
+from dgmr_tp.encoders.model import as_encoder
+from dgmr_tp.pruning import Block
+
+
+class OpenCLIPTimm:
+    """The walk of ``visual.trunk``, followed by open_clip's projection ``visual.head``."""
+
+    def __init__(self, module: TimmModel, name: str) -> None:
+        self.name = name
+        self.module = module
+        self.trunk = as_encoder(module.trunk)
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.trunk.stem(images)
+
+    def blocks(self) -> Sequence[Block]:
+        return [replace(block, name=f"trunk.{block.name}") for block in self.trunk.blocks()]
+
+    def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        return self.trunk.features(state)
+
+    def embed(self, state: Tensor) -> Tensor:
+        return self.module.head(self.trunk.embed(state))

@@ -1,0 +1,52 @@
+"""timm's Eva as a walk: EVA, EVA02, EVA-CLIP, Perception Encoder, DINOv3."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from math import isqrt
+
+from timm.models.eva import Eva
+from torch import Tensor
+
+from dgmr_tp.pruning import Block
+
+
+class TimmEva:
+    """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
+
+    def __init__(self, module: Eva, name: str) -> None:
+        self.name = name
+        self.module = module
+
+    def stem(self, images: Tensor) -> Tensor:
+        tokens, _ = self.module._pos_embed(self.module.patch_embed(images))
+        return self.module.norm_pre(tokens)
+
+    def blocks(self) -> Sequence[Block]:
+        return [Block(f"blocks.{i}", block, partial(self._block, i)) for i, block in enumerate(self.module.blocks)]
+
+    def _block(self, index: int, state: Tensor) -> Tensor:
+        rotary = self._rotary(state)
+        if rotary is not None and self.module.rope_mixed:  # each block has angles of its own
+            rotary = rotary[index]
+        return self.module.blocks[index](state, rope=rotary)
+
+    def _rotary(self, state: Tensor) -> Tensor | None:
+        """The rotary positions, which depend on the grid of patches alone, so that the state stays one tensor."""
+        model = self.module
+        if model.rope is None:
+            return None
+        if not model.dynamic_img_size and hasattr(model.rope, "feat_shape"):
+            return model.rope.get_embed()
+        patches, grid = state.shape[1] - model.num_prefix_tokens, tuple(model.patch_embed.grid_size)
+        if patches != grid[0] * grid[1]:  # images of another size are square
+            grid = (isqrt(patches), isqrt(patches))
+        return model.rope.get_embed(shape=grid)
+
+    def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        class_token = None if self.module.cls_token is None else state[:, 0]
+        return class_token, state[:, self.module.num_prefix_tokens :]
+
+    def embed(self, state: Tensor) -> Tensor:
+        return self.module.forward_head(self.module.norm(state))

@@ -1,0 +1,43 @@
+"""timm's Swin and SwinV2 as a walk: the state is a list of tokens, which each block lays out on its stage's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from dgmr_tp.pruning import Block
+
+
+class TimmSwin:
+    """Stages halve the grid: the first block of a stage takes the tokens of the stage before. There is no class token."""
+
+    def __init__(self, module: SwinTransformer | SwinTransformerV2, name: str) -> None:
+        self.name = name
+        self.module = module
+
+    def stem(self, images: Tensor) -> Tensor:
+        return self.module.patch_embed(images).flatten(1, 2)
+
+    def blocks(self) -> Sequence[Block]:
+        return [
+            Block(f"layers.{i}.blocks.{j}", block, partial(_block, block, stage, first=j == 0))
+            for i, stage in enumerate(self.module.layers)
+            for j, block in enumerate(stage.blocks)
+        ]
+
+    def features(self, state: Tensor) -> tuple[None, Tensor]:
+        return None, state
+
+    def embed(self, state: Tensor) -> Tensor:
+        grid = self.module.layers[-1].output_resolution
+        return self.module.forward_head(self.module.norm(state.unflatten(1, grid)))
+
+
+def _block(block: nn.Module, stage: nn.Module, state: Tensor, *, first: bool) -> Tensor:
+    grid = stage.input_resolution if first else stage.output_resolution
+    state = state.unflatten(1, grid)
+    return block(stage.downsample(state) if first else state).flatten(1, 2)

@@ -1,0 +1,143 @@
+"""transformers: opening a directory as ``from_pretrained`` does, saving so that it opens it again. Never remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+from transformers.utils import logging
+
+from dgmr_tp.encoders.checkpoint import first_line
+from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
+from dgmr_tp.encoders.widths import resize
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import find_sites
+
+TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")
+"""Where the vision tower stands in transformers' models."""
+
+
+def from_directory(directory: Path, name: str, hidden: Mapping[str, int] | None = None) -> OpenedModel:
+    """Args:
+    hidden: the hidden width of each site of the tower, where its config cannot say it.
+    """
+    config = read_json(directory / "config.json")
+    architecture = next(iter(config.get("architectures") or []), "")
+    cls = getattr(transformers, architecture, None)
+    if cls is None:
+        raise DgmrError(
+            f"{directory}/config.json names the architecture {architecture!r}, which transformers {transformers.__version__} does not "
+            "have; remote code is never run: convert the checkpoint to a class of transformers' own"
+        )
+    try:
+        with _no_progress_bar():
+            module, loading = _resized(cls, hidden or {}).from_pretrained(directory, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # whatever a damaged file or a wrong config leads to inside transformers
+        raise DgmrError(f"cannot open {directory} as {architecture}: {first_line(error)}") from error
+    module.__class__ = cls
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, loading[problem])):
+            raise DgmrError(f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}")
+    where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
+    if where is None:
+        raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
+    processor = _processor(directory)
+    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), _in_words(processor))
+
+
+def _resized(cls: Any, hidden: Mapping[str, int]) -> Any:
+    """``cls`` whose tower has the widths ``hidden`` as soon as it is built, so that transformers' own loader fills it."""
+
+    def __init__(self: nn.Module, config: Any) -> None:
+        cls.__init__(self, config)
+        if hidden:
+            resize(self.get_submodule(next(path for path in TOWERS if _has(self, path) and has_walk(self.get_submodule(path)))), hidden)
+
+    return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+class _Preprocess:
+    """PIL image to ``[3, height, width]`` by transformers' image processor."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def _processor(directory: Path) -> Any:
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+    except Exception as error:
+        raise DgmrError(
+            f"{directory} has no image processor (preprocessor_config.json) that transformers reads: {first_line(error)}"
+        ) from error
+
+
+def _in_words(processor: Any) -> dict[str, Any]:
+    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    return {
+        "size": [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))],
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+    }
+
+
+def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
+    tower = model.encoder.module
+    opens = _say(tower)
+    with _no_progress_bar():
+        model.module.save_pretrained(directory, max_shard_size="5GB")
+    model.preprocess.processor.save_pretrained(directory)  # type: ignore[attr-defined]
+    name = type(model.module).__name__
+    cls = "AutoModel" if name in MODEL_MAPPING_NAMES.values() else name
+    return f"transformers.{cls}.from_pretrained('{{path}}')" if opens else None
+
+
+def _say(tower: nn.Module) -> bool:
+    """Put the tower's hidden width into its config, if its library can read it from there."""
+    wanted = [(site.name, site.hidden) for site in find_sites(tower)]
+    [width, *others] = {hidden for _, hidden in wanted}
+    if others:
+        return False
+    choices: list[dict[str, int]] = [{}, {"intermediate_size": width}, *({"mlp_ratio": ratio} for ratio in range(1, 9))]
+    for choice in choices:
+        config = copy.deepcopy(tower.config)
+        if not all(hasattr(config, key) for key in choice):
+            continue
+        for key, value in choice.items():
+            setattr(config, key, value)
+        with torch.device("meta"):
+            built = type(tower)(config)
+        if [(site.name, site.hidden) for site in find_sites(built)] == wanted:
+            for key, value in choice.items():
+                setattr(tower.config, key, value)
+            return True
+    return False

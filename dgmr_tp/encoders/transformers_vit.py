@@ -1,0 +1,56 @@
+"""Vision towers of transformers as a walk: CLIP, SigLIP, DINOv2, InternVL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from dgmr_tp.pruning import Block
+
+
+def clip(tower: nn.Module, tokens: Tensor) -> Tensor:
+    return tower.post_layernorm(tokens[:, 0])
+
+
+def siglip(tower: nn.Module, tokens: Tensor) -> Tensor:
+    return tower.head(tower.post_layernorm(tokens))
+
+
+def class_token(tower: nn.Module, tokens: Tensor) -> Tensor:
+    return tower.layernorm(tokens)[:, 0]
+
+
+HEADS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
+    "CLIPVisionModel": (clip, True),
+    "SiglipVisionModel": (siglip, False),
+    "Dinov2Model": (class_token, True),
+    "InternVLVisionModel": (class_token, True),
+}
+"""By class: the embedding of the state after the last block, and whether the first token is a class token."""
+
+
+class TransformersViT:
+    """``embed`` gives the model's ``pooler_output`` (InternVL has none: the class token after its last norm)."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name = name
+        self.module = module
+        self._head, self._has_class_token = HEADS[type(module).__name__]
+
+    def stem(self, images: Tensor) -> Tensor:
+        embedded = self.module.embeddings(images)
+        return self.module.pre_layrnorm(embedded) if hasattr(self.module, "pre_layrnorm") else embedded
+
+    def blocks(self) -> Sequence[Block]:
+        encoder = self.module.encoder
+        child = "layers" if hasattr(encoder, "layers") else "layer"
+        masked = {} if type(self.module).__name__.startswith("InternVL") else {"attention_mask": None}
+        return [Block(f"encoder.{child}.{i}", layer, partial(layer, **masked)) for i, layer in enumerate(getattr(encoder, child))]
+
+    def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
+        return (state[:, 0], state[:, 1:]) if self._has_class_token else (None, state)
+
+    def embed(self, state: Tensor) -> Tensor:
+        return self._head(self.module, state)
