@@ -26,6 +26,7 @@ VISION = {
 }
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 OPEN_CLIP = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16, "mlp_ratio": 4.3637, "ls_init_value": 0.1}
+EVA = {"image_size": 32, "timm_pool": "token", "timm_proj": None}
 COCA = {"attentional_pool": True, "attn_pooler_heads": 3, "output_tokens": True}
 
 
@@ -76,12 +77,10 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "transformers DINOv2 SwiGLU": in_transformers(
         "Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 4, "use_swiglu_ffn": True, "reshape_hidden_states": False}
     ),
-    "open_clip EVA02-L": in_open_clip({"timm_model_name": "eva02_large_patch14_clip_224", "image_size": 32}, trunk=VIT, custom_text=True),
+    "open_clip EVA02-L": in_open_clip({"timm_model_name": "eva02_large_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True),
     "timm Swin": in_timm("swin_tiny_patch4_window7_224", **SWIN),
     # The others.
-    "open_clip EVA02-E+": in_open_clip(
-        {"timm_model_name": "eva02_enormous_patch14_clip_224", "image_size": 32}, trunk=VIT, custom_text=True
-    ),
+    "open_clip EVA02-E+": in_open_clip({"timm_model_name": "eva02_enormous_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True),
     "open_clip SigLIP": in_open_clip(
         {"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 32, "timm_pool": "map", "timm_proj": "none"},
         trunk=VIT,

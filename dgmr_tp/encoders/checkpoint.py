@@ -2,25 +2,68 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 
+WRAPPERS = ("state_dict", "model_ema", "model", "module", "teacher")
+"""Keys under which training programs keep the weights."""
 
-def load_by_shape(module: nn.Module, path: Path) -> None:
-    """Load ``path`` strictly after giving every Linear and norm the width that its tensors have there.
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, an index of shards (``.index.json``), or a ``.pt``, ``.pth`` or ``.bin`` file.
+
+    A pickle is read by torch's weights-only loader, which executes nothing. What training programs wrap around the weights
+    (``state_dict``, ``model``, ``module.``) is taken off.
 
     Raises:
-        DgmrError: the file cannot be read, or a tensor is missing, unknown or of another shape; names the first.
+        DgmrError: the file is missing, damaged, or holds more than tensors.
     """
+    path = Path(path)
     try:
-        tensors = load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            return {name: tensor for shard in shards for name, tensor in read_tensors(path.parent / shard).items()}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged file fails in many ways
+        if "weights_only" in str(error) or "Weights only load" in str(error):
+            raise DgmrError(f"{path} holds Python objects, which are never executed; save its state_dict alone") from error
         raise DgmrError(f"cannot read {path}: {first_line(error)}; the file is missing, cut short or damaged") from error
+    while isinstance(found, Mapping) and (inner := next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)):
+        found = inner
+    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
+        raise DgmrError(f"{path} is no checkpoint: it holds something else than tensors by name")
+    prefix = "module." if all(name.startswith("module.") for name in found) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of a Hugging Face folder that holds its weights, or the index of their shards.
+
+    Raises:
+        DgmrError: there is none.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in names:
+        if (directory / name).exists():
+            return directory / name
+    raise DgmrError(f"{directory} holds no weights; one of these is needed: {', '.join(names)}")
+
+
+def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Load ``tensors`` strictly after giving every Linear and norm the width that its tensors have.
+
+    Raises:
+        DgmrError: a tensor is missing, unknown or of another shape; names the first, and ``source``.
+    """
     for name, layer in module.named_modules():
         weight = tensors.get(f"{name}.weight")
         if weight is not None and weight.ndim > 0:
@@ -28,11 +71,11 @@ def load_by_shape(module: nn.Module, path: Path) -> None:
     expected = module.state_dict()
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
-            raise DgmrError(f"{path} has no tensor {key!r}, which its config asks for")
+            raise DgmrError(f"{source} has no tensor {key!r}, which the model asks for")
         if key not in expected:
-            raise DgmrError(f"{path} holds a tensor {key!r} that its config does not know")
+            raise DgmrError(f"{source} holds a tensor {key!r} that the model does not know")
         if tensors[key].shape != expected[key].shape:
-            raise DgmrError(f"{path}: {key!r} is {tuple(tensors[key].shape)}, its config says {tuple(expected[key].shape)}")
+            raise DgmrError(f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}")
     module.load_state_dict(tensors)
 
 

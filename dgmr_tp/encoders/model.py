@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgmr_tp.encoders.checkpoint import first_line
+from dgmr_tp.encoders.hub import HUB, local_folder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 from dgmr_tp.pruning import Encoder, Plan, find_sites
@@ -174,10 +175,12 @@ def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
     """Open an encoder.
 
     Args:
-        source: ``open_clip:NAME``, ``timm:NAME``, a model directory (also as ``local-dir:PATH``), or ``demo``, the small CLIP
-            that ships with the package.
-        pretrained: for a name: the library's tag, or a checkpoint file (safetensors, or a pickle of nothing but
-            tensors); ``none`` for random weights. Not for directories.
+        source: ``open_clip:NAME``, ``timm:NAME``, a model directory of any of the three libraries (also as ``local-dir:PATH``
+            or ``hf-hub:org/repo``), or ``demo``, the small CLIP that ships with the package.
+        pretrained: for a name: the library's tag, or a checkpoint file as it was published (``.safetensors``, the
+            ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` of nothing but tensors; ``hf-hub:org/repo/file`` too),
+            with hidden widths of its own or not; ``none`` for random weights. For open_clip also ``TAG+FILE``: everything by the
+            tag, then the vision tower of the file. Not for directories.
 
     Raises:
         DgmrError: unknown name, no weights named, or a file that cannot be read; names the file and what to do.
@@ -189,19 +192,19 @@ def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
         return _room(kind).by_name(name, None if pretrained == "none" else pretrained)
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
-    directory = DEMO if source == "demo" else Path(source.removeprefix("local-dir:"))
+    directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"))
     if not directory.is_dir():
-        raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, or demo")
-    return load_pruned(directory, name="demo" if source == "demo" else None)
+        raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo")
+    return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None)
 
 
 def load_pruned(directory: str | Path, name: str | None = None) -> OpenedModel:
-    """Open a model directory, pruned or not, with whatever hidden width each block has.
+    """Open a model directory (or ``hf-hub:org/repo``), pruned or not, with whatever hidden width each block has.
 
     Raises:
         DgmrError: it is no model directory, or a file in it is damaged or does not fit; names the file or the key.
     """
-    directory = Path(directory)
+    directory = local_folder(str(directory))
     sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():

@@ -9,17 +9,22 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import first_line, load_by_shape
+from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
-from dgmr_tp.encoders.timm_models import said_in_config
+from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
 from dgmr_tp.encoders.widths import ratio_for
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import find_sites
 
+BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
+"""What older checkpoints hold beside their weights."""
 TRUNK = "trunk"
 """Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
 
@@ -28,14 +33,56 @@ def by_name(name: str, pretrained: str | None) -> OpenedModel:
     config = open_clip.get_model_config(name)
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
+    tag, file = _tag_and_file(pretrained)
     try:
-        module = open_clip.create_model(name, pretrained=pretrained)
-    except Exception as error:  # damaged file, unknown tag, no network: open_clip raises many kinds
-        raise DgmrError(f"open_clip:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
+        module = open_clip.create_model(name, pretrained=tag)
+    except Exception as error:  # unknown tag, no network: open_clip raises many kinds
+        raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
+    if file:
+        _load_release(module, file, tower_only=tag is not None)
     config = copy.deepcopy(config)
     if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
         config["quick_gelu"] = True  # some weights ask for it, whatever the config says
     return _opened(module, config, name, f"open_clip:{name}")
+
+
+def _tag_and_file(pretrained: str | None) -> tuple[str | None, str | None]:
+    """``TAG``, ``FILE``, or ``TAG+FILE`` for a file with the vision tower alone."""
+    if pretrained is None or not is_file_name(pretrained):
+        return pretrained, None
+    tag, _, file = pretrained.partition("+")
+    return (tag, file) if file and not Path(pretrained).exists() else (None, pretrained)
+
+
+def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
+    """Load a checkpoint as it was published: open_clip's own keys, OpenAI's, EVA-CLIP's, or a bare vision tower's."""
+    tensors = read_tensors(local_file(file))
+    if any(name.startswith(("visual.", "text", "transformer.resblocks.")) and "logit_scale" in tensors for name in tensors):
+        load_by_shape(module, _in_open_clips_names(tensors, module, file), file)
+    elif tower_only:
+        load_by_shape(module.visual, _tower_in_open_clips_names(tensors, module.visual, file), file)
+    else:
+        raise DgmrError(f"{file} holds the vision tower alone; name the text tower's weights too: --pretrained TAG+{file}")
+
+
+def _in_open_clips_names(tensors: dict[str, Tensor], module: nn.Module, file: str) -> dict[str, Tensor]:
+    tensors = convert_state_dict(module, dict(tensors))
+    if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
+        tensors = convert_to_custom_text_state_dict(tensors)
+    tower = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.") and name not in BUFFERS}
+    tower = _tower_in_open_clips_names(tower, module.visual, file)
+    for name in ("logit_scale", "logit_bias"):
+        if name in others:
+            others[name] = others[name].reshape(getattr(module, name).shape)
+    return {**others, **{f"visual.{name}": tensor for name, tensor in tower.items()}}
+
+
+def _tower_in_open_clips_names(tower: dict[str, Tensor], visual: nn.Module, file: str) -> dict[str, Tensor]:
+    tower = {name.removeprefix("visual."): tensor for name, tensor in tower.items()}
+    if not hasattr(visual, "trunk") or any(name.startswith("trunk.") for name in tower):
+        return tower
+    return {f"trunk.{name}": tensor for name, tensor in in_timms_names(tower, visual.trunk, file).items()}
 
 
 def from_directory(directory: Path, name: str) -> OpenedModel:
@@ -45,7 +92,8 @@ def from_directory(directory: Path, name: str) -> OpenedModel:
         module = _built(directory, config)
     except Exception as error:  # whatever a wrong config leads to inside open_clip
         raise DgmrError(f"{directory}/open_clip_config.json describes no model: {first_line(error)}") from error
-    load_by_shape(module, directory / "open_clip_model.safetensors")
+    path = directory / "open_clip_model.safetensors"
+    load_by_shape(module, read_tensors(path), path)
     return _opened(module, config["model_cfg"], schema, name)
 
 

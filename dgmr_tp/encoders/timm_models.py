@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import timm
 from timm.data import create_transform, resolve_data_config
 from timm.models._hub import save_config_for_hf
-from torch import nn
+from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import first_line, load_by_shape
+from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
+from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.widths import said
 from dgmr_tp.errors import DgmrError
@@ -19,15 +22,26 @@ from dgmr_tp.errors import DgmrError
 def by_name(name: str, pretrained: str | None) -> OpenedModel:
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}{nearest(name, timm.list_models())}")
-    checkpoint = pretrained if pretrained and Path(pretrained).exists() else ""
+    if pretrained and is_file_name(pretrained):
+        module = timm.create_model(name)
+        load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
+        return opened(module, f"timm:{name}")
     try:
-        tagged = f"{name}.{pretrained}" if pretrained and not checkpoint else name
-        module = timm.create_model(tagged, pretrained=tagged != name)
-        if checkpoint:
-            timm.models.load_checkpoint(module, checkpoint, weights_only=True)
-    except Exception as error:
+        module = timm.create_model(f"{name}.{pretrained}" if pretrained else name, pretrained=pretrained is not None)
+    except Exception as error:  # unknown tag, no network: timm raises many kinds
         raise DgmrError(f"timm:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
     return opened(module, f"timm:{name}")
+
+
+def in_timms_names(tensors: dict[str, Tensor], module: nn.Module, source: str) -> dict[str, Tensor]:
+    """A published checkpoint under timm's own keys, by the filter that timm keeps beside each family."""
+    translate = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if translate is None:
+        return tensors
+    try:
+        return translate(tensors, module)
+    except Exception as error:  # a checkpoint of another family
+        raise DgmrError(f"{source} is not laid out like any release of {type(module).__name__}: {first_line(error)}") from error
 
 
 def from_directory(directory: Path, name: str) -> OpenedModel:
@@ -36,7 +50,8 @@ def from_directory(directory: Path, name: str) -> OpenedModel:
         module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
     except Exception as error:  # whatever a wrong config leads to inside timm
         raise DgmrError(f"{directory}/config.json describes no model: {first_line(error)}") from error
-    load_by_shape(module, directory / "model.safetensors")
+    path = directory / "model.safetensors"
+    load_by_shape(module, read_tensors(path), path)
     return opened(module, name)
 
 
@@ -54,6 +69,8 @@ def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
 
 def said_in_config(module: nn.Module) -> dict[str, float] | None:
     """What a timm config has to say for its tower to have the hidden widths of ``module``; None if it cannot."""
+    if not type(module).__module__.startswith("timm."):  # a name that this package registered
+        return None
     with TemporaryDirectory() as scratch:
 
         def build(arguments: dict[str, float]) -> nn.Module:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import first_line
+from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
 from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
@@ -30,6 +31,20 @@ def from_directory(directory: Path, name: str, hidden: Mapping[str, int] | None 
     """
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
+    if architecture == RELEASED:
+        module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
+        weights = weights_file(directory)
+        load_by_shape(module, tensors_from_release(read_tensors(weights)), weights)
+    else:
+        module = _by_transformers(directory, architecture, hidden or {})
+    where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
+    if where is None:
+        raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
+    processor = _processor(directory)
+    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), _in_words(processor))
+
+
+def _by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise DgmrError(
@@ -38,18 +53,14 @@ def from_directory(directory: Path, name: str, hidden: Mapping[str, int] | None 
         )
     try:
         with _no_progress_bar():
-            module, loading = _resized(cls, hidden or {}).from_pretrained(directory, local_files_only=True, output_loading_info=True)
+            module, loading = _resized(cls, hidden).from_pretrained(directory, local_files_only=True, output_loading_info=True)
     except Exception as error:  # whatever a damaged file or a wrong config leads to inside transformers
         raise DgmrError(f"cannot open {directory} as {architecture}: {first_line(error)}") from error
     module.__class__ = cls
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, loading[problem])):
             raise DgmrError(f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}")
-    where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
-    if where is None:
-        raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
-    processor = _processor(directory)
-    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), _in_words(processor))
+    return module
 
 
 def _resized(cls: Any, hidden: Mapping[str, int]) -> Any:

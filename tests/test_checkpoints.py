@@ -1,0 +1,303 @@
+"""Original checkpoints as people have them: every format, the layouts of the releases, narrowed widths, damage, and the hub."""
+
+import copy
+import json
+import os
+import pickle
+import re
+
+import open_clip
+import pytest
+import timm
+import torch
+from conftest import pictures, redraw, run_command
+from families import FAMILIES, INTERN, OPEN_CLIP, TEXT, VIT, in_transformers, plain_output
+from safetensors.torch import save_file
+from torch import nn
+
+from dgmr_tp import DgmrError, MLPPruner, open_model
+from dgmr_tp.encoders.checkpoint import load_by_shape, read_tensors
+from dgmr_tp.encoders.open_clip_models import _load_release
+from dgmr_tp.encoders.timm_models import in_timms_names
+
+IMAGES = pictures(3)
+
+
+def output(tower):
+    return plain_output(tower.eval(), IMAGES)
+
+
+def narrowed(tower, keep=40):
+    """A pruned copy, as the papers' checkpoints hold them."""
+    tower = copy.deepcopy(tower)
+    pruner = MLPPruner(tower, keep={"*blocks.*": keep, "encoder.*": keep})
+    pruner.apply(pruner.plan())
+    return tower
+
+
+def same_and_not_by_chance(loaded, expected):
+    """The outputs agree, and zeroing one column of one MLP shows."""
+    assert torch.allclose(output(loaded), output(expected), atol=1e-6)
+    broken = copy.deepcopy(loaded)
+    last = [layer for name, layer in broken.named_modules() if isinstance(layer, nn.Linear) and ".mlp." in name][-1]
+    nn.init.zeros_(last.weight)
+    assert not torch.allclose(output(broken), output(expected), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A small CLIP under a name in open_clip's registry."""
+    path = tmp_path_factory.mktemp("configs") / "tiny-clip.json"
+    path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": OPEN_CLIP, "text_cfg": TEXT}))
+    open_clip.add_model_config(path)
+    return redraw(open_clip.create_model("tiny-clip"))
+
+
+SAVERS = {
+    "open_clip_model.safetensors": save_file,
+    "open_clip_pytorch_model.bin": torch.save,
+    "flat.pt": torch.save,
+    "epoch_9.pt": lambda state, path: torch.save(
+        {"epoch": 9, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("file", SAVERS)
+@pytest.mark.parametrize("width", ["dense", "pruned"])
+def test_a_clip_opens_from_every_format(tiny_clip, tmp_path, file, width):
+    clip = copy.deepcopy(tiny_clip)
+    clip.visual = narrowed(clip.visual) if width == "pruned" else clip.visual
+    SAVERS[file](clip.state_dict(), tmp_path / file)
+    opened = open_model("open_clip:tiny-clip", str(tmp_path / file))
+    same_and_not_by_chance(opened.module.visual, clip.visual)
+    tokens = opened.tokenizer(["a red star", "a blue ring"])
+    with torch.no_grad():
+        assert torch.equal(opened.module.encode_text(tokens), tiny_clip.encode_text(tokens))
+
+
+def test_shards_open_by_their_index(tiny_clip, tmp_path):
+    state = tiny_clip.state_dict()
+    names = sorted(state)
+    parts = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+    for shard, part in parts.items():
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+    index = {"weight_map": {name: shard for shard, part in parts.items() for name in part}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    same_and_not_by_chance(
+        open_model("open_clip:tiny-clip", str(tmp_path / "model.safetensors.index.json")).module.visual, tiny_clip.visual
+    )
+
+
+@pytest.mark.parametrize("prefix", ["", "visual."])
+def test_a_bare_tower_needs_the_text_towers_weights_named(tiny_clip, tmp_path, prefix):
+    tower = narrowed(tiny_clip.visual)
+    path = tmp_path / "distilled.pth"
+    torch.save({"model": {f"{prefix}{name}": tensor for name, tensor in tower.state_dict().items()}}, path)
+    with pytest.raises(DgmrError, match=r"vision tower alone.*--pretrained TAG\+"):
+        open_model("open_clip:tiny-clip", str(path))
+    clip = copy.deepcopy(tiny_clip)
+    _load_release(clip, str(path), tower_only=True)
+    same_and_not_by_chance(clip.visual, tower)
+
+
+@pytest.mark.parametrize("width", ["dense", "pruned"])
+def test_eva_clips_own_release_opens_as_open_clip(tmp_path, width):
+    """EVA02_CLIP_E_psz14_plus_s9B.pt: the tower's keys stand under ``visual.``, without open_clip's ``trunk.``."""
+    FAMILIES["open_clip EVA02-E+"](tmp_path / "clip")
+    clip = open_model(str(tmp_path / "clip")).module
+    released = narrowed(clip) if width == "pruned" else clip
+    state = {name.replace("visual.trunk.", "visual."): tensor for name, tensor in released.state_dict().items()}
+    torch.save(state, tmp_path / "EVA02_CLIP_E_psz14_plus_s9B.pt")
+    fresh = redraw(copy.deepcopy(clip), seed=1)
+    _load_release(fresh, str(tmp_path / "EVA02_CLIP_E_psz14_plus_s9B.pt"), tower_only=False)
+    same_and_not_by_chance(fresh.visual, released.visual)
+
+
+def in_dinov2s_names(state):
+    """The keys of facebookresearch's DINOv2 with SwiGLU, by hand."""
+    names = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = tensor
+    # Theirs has a position for the class token and a mask token; timm adds the class token's position to the token.
+    return {**renamed, "mask_token": torch.zeros(1, 48)}
+
+
+@pytest.mark.parametrize("width", ["dense", "pruned"])
+def test_dinov2s_own_release_opens_as_timm(tmp_path, width):
+    """dinov2_vitg14_pretrain.pth and the papers' pruned ones: ``w12`` and ``w3``."""
+    arguments = {**VIT, "num_classes": 0}
+    dense = redraw(timm.create_model("vit_giant_patch14_dinov2", **arguments))
+    released = narrowed(dense) if width == "pruned" else dense
+    torch.save(in_dinov2s_names(released.state_dict()), tmp_path / "dinov2_vitg14_pretrain.pth")
+    tensors = read_tensors(tmp_path / "dinov2_vitg14_pretrain.pth")
+    assert "blocks.0.mlp.w12.weight" in tensors
+    fresh = timm.create_model("vit_giant_patch14_dinov2", **arguments)
+    load_by_shape(fresh, in_timms_names(tensors, fresh, "file"), "file")
+    same_and_not_by_chance(fresh, released)
+
+
+def eva_8b(**options):
+    import dgmr_tp.encoders.timm_models  # noqa: F401  (registers the name)
+
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 24}
+    return timm.create_model("eva_clip_8b_patch14_224", **small, **options)
+
+
+def in_transformers_names(state):
+    """The keys of BAAI/EVA-CLIP-8B on the hub, by hand."""
+    released = {"text_model.embeddings.token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.zeros(())}
+    released["vision_model.embeddings.class_embedding"] = state["cls_token"].flatten()
+    released["vision_model.embeddings.position_embedding.weight"] = state["pos_embed"][0]
+    released["visual_projection.weight"] = state["head.weight"]
+    released["vision_model.post_layernorm.weight"] = state["norm.weight"]
+    for part in ("weight", "bias"):
+        released[f"vision_model.embeddings.patch_embedding.{part}"] = state[f"patch_embed.proj.{part}"]
+    for block in range(2):
+        ours, theirs = f"blocks.{block}.", f"vision_model.encoder.layers.{block}."
+        query, key, value = state[f"{ours}attn.qkv.weight"].chunk(3)
+        for name, rows in (("q", query), ("k", key), ("v", value)):
+            released[f"{theirs}self_attn.{name}_proj.weight"] = rows.clone()
+        released[f"{theirs}layer_norm1.weight"] = state[f"{ours}norm1.weight"]
+        released[f"{theirs}layer_norm2.weight"] = state[f"{ours}norm2.weight"]
+        for part in ("weight", "bias"):
+            released[f"{theirs}self_attn.out_proj.{part}"] = state[f"{ours}attn.proj.{part}"]
+            for layer in ("fc1", "fc2"):
+                released[f"{theirs}mlp.{layer}.{part}"] = state[f"{ours}mlp.{layer}.{part}"]
+    return released
+
+
+@pytest.mark.parametrize("layout", ["hub", "file"])
+def test_eva_clip_8b_opens_as_timms_eva(layout):
+    tower = redraw(eva_8b())
+    nn.init.zeros_(tower.head.bias)
+    state = tower.state_dict()
+    own = {f"visual.{name}": tensor for name, tensor in state.items() if name != "head.bias"}
+    released = in_transformers_names(state) if layout == "hub" else {**own, "text.positional_embedding": torch.zeros(3)}
+    fresh = eva_8b()
+    load_by_shape(fresh, in_timms_names(released, fresh, "release"), "release")
+    same_and_not_by_chance(fresh, tower)
+
+
+def test_eva_clip_8b_has_the_published_size():
+    with torch.device("meta"):
+        import dgmr_tp.encoders.timm_models  # noqa: F401
+
+        tower = timm.create_model("eva_clip_8b_patch14_224", num_classes=0)
+    assert sum(parameter.numel() for parameter in tower.parameters()) == pytest.approx(7520.85e6, abs=5e3)
+
+
+def release_internvit(directory):
+    """OpenGVLab's layout by hand: their keys, one fused projection, their configuration."""
+    in_transformers("InternVLVisionModel", "InternVLVisionConfig", **{**INTERN, "use_mean_pooling": True})(directory)
+    ours = read_tensors(directory / "model.safetensors")
+    names = {
+        "encoder.layer.": "encoder.layers.",
+        "cls_token": "class_embedding",
+        "position_embeddings": "position_embedding",
+        "patch_embeddings.projection": "patch_embedding",
+        "lambda_": "ls",
+        "layernorm_before": "norm1",
+        "layernorm_after": "norm2",
+        "attention.projection_layer": "attn.proj",
+        "attention.": "attn.",
+    }
+    released = {}
+    for name, tensor in ours.items():
+        for mine, theirs in names.items():
+            name = name.replace(mine, theirs)
+        released[name] = tensor
+    for block in range(2):
+        prefix = f"encoder.layers.{block}.attn."
+        for part in ("weight", "bias"):
+            if f"{prefix}q_proj.{part}" in released:
+                released[f"{prefix}qkv.{part}"] = torch.cat([released.pop(f"{prefix}{p}_proj.{part}") for p in "qkv"])
+    (directory / "model.safetensors").unlink()
+    save_file(released, directory / "model.safetensors")
+    config = {
+        "architectures": ["InternVisionModel"],
+        "auto_map": {"AutoModel": "modeling_intern_vit.InternVisionModel"},
+        "hidden_size": 48,
+        "image_size": 32,
+        "intermediate_size": 192,
+        "model_type": "intern_vit_6b",
+        "norm_type": "rms_norm",
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "patch_size": 8,
+        "qk_normalization": True,
+        "qkv_bias": False,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "modeling_intern_vit.py").write_text("raise SystemExit('remote code was run')")
+
+
+def test_internvits_release_opens_as_transformers(tmp_path):
+    in_transformers("InternVLVisionModel", "InternVLVisionConfig", **{**INTERN, "use_mean_pooling": True})(tmp_path / "ours")
+    release_internvit(tmp_path / "release")
+    assert (tmp_path / "release" / "config.json").read_text() != (tmp_path / "ours" / "config.json").read_text()
+    same_and_not_by_chance(open_model(str(tmp_path / "release")).module, open_model(str(tmp_path / "ours")).module)
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps({"weight": Harmful()}))
+    with pytest.raises(DgmrError, match=r"evil\.pt"):
+        open_model("timm:vit_tiny_patch16_224", str(tmp_path / "evil.pt"))
+    torch.save({"weight": Harmful()}, tmp_path / "evil2.pt")
+    with pytest.raises(DgmrError, match=r"evil2\.pt holds Python objects, which are never executed"):
+        open_model("timm:vit_tiny_patch16_224", str(tmp_path / "evil2.pt"))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: {}, "is no checkpoint"),
+        (lambda state: {"step": 3}, "is no checkpoint"),
+        (lambda state: {name: t for name, t in state.items() if name != "visual.ln_post.bias"}, r"has no tensor 'visual\.ln_post\.bias'"),
+        (
+            lambda state: {**state, "visual.conv1.weight": torch.zeros(2)},
+            r"'visual\.conv1\.weight' is \(2,\), the model says \(48, 3, 8, 8\)",
+        ),
+        (lambda state: {**state, "visual.surplus": torch.zeros(2)}, r"holds a tensor 'visual\.surplus'"),
+    ],
+)
+def test_a_file_that_does_not_fit_names_itself_and_the_first_key(tiny_clip, tmp_path, change, says):
+    torch.save(change(tiny_clip.state_dict()), tmp_path / "wrong.pt")
+    with pytest.raises(DgmrError, match=re.escape(str(tmp_path)) + rf".*{says}"):
+        open_model("open_clip:tiny-clip", str(tmp_path / "wrong.pt"))
+
+
+def test_a_truncated_file_is_one_sentence(tiny_clip, tmp_path):
+    for name, save in (("cut.pt", torch.save), ("cut.safetensors", save_file)):
+        save(tiny_clip.state_dict(), tmp_path / name)
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(DgmrError, match=rf"cannot read .*{name}.*damaged") as caught:
+            open_model("open_clip:tiny-clip", str(tmp_path / name))
+        assert "\n" not in str(caught.value)
+
+
+def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_path):
+    """A repository in the layout of the hub's cache; the hub itself is not reached."""
+    snapshot = tmp_path / "hub" / "models--org--clip" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    FAMILIES["open_clip"](snapshot)
+    (snapshot / "sub").mkdir()
+    torch.save(redraw(timm.create_model("vit_tiny_patch16_224")).state_dict(), snapshot / "sub" / "vit.pth")
+    (tmp_path / "hub" / "models--org--clip" / "refs").mkdir()
+    (tmp_path / "hub" / "models--org--clip" / "refs" / "main").write_text("0123")
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    folder = run_command("inspect", "hf-hub:org/clip", env=environment)
+    assert folder.returncode == 0 and "transformer.resblocks.1.mlp" in folder.stdout, folder.stderr
+    file = run_command("inspect", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/sub/vit.pth", env=environment)
+    assert file.returncode == 0 and "blocks.11.mlp" in file.stdout, file.stderr
+    missing = run_command("inspect", "hf-hub:org/other", env=environment)
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot get hf-hub:org/other" in missing.stderr
