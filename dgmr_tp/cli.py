@@ -31,6 +31,10 @@ CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2 or random.")]
 RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
+BudgetOption = Annotated[
+    list[str] | None, typer.Option(help="What the tower may cost: params=0.5 or flops=0.4, a share up to 1 or a number; may be repeated.")
+]
+RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this, such as 8 or 64.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 
@@ -68,6 +72,8 @@ def plan(
     mlp_ratio: RatioOption = None,
     keep_ratio: KeepRatioOption = None,
     keep: KeepOption = None,
+    budget: BudgetOption = None,
+    round_to: RoundOption = 1,
     seed: SeedOption = 0,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
@@ -78,8 +84,18 @@ def plan(
 
     opened = open_model(model, pretrained)
     with shown() as progress:
-        decided = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed, progress=progress)
-    out.print(str(decided), markup=False)
+        decided = make_plan(
+            opened,
+            criterion,
+            seed=seed,
+            progress=progress,
+            mlp_ratio=mlp_ratio,
+            keep_ratio=keep_ratio,
+            keep=keep,
+            budget=_budget(budget),
+            round_to=round_to,
+        )
+    _print_plan(opened, decided)
     if file:
         file.write_text(decided.to_json() + "\n")
 
@@ -93,6 +109,8 @@ def prune(
     mlp_ratio: RatioOption = None,
     keep_ratio: KeepRatioOption = None,
     keep: KeepOption = None,
+    budget: BudgetOption = None,
+    round_to: RoundOption = 1,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
     recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
     count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
@@ -118,6 +136,8 @@ def prune(
             mlp_ratio=mlp_ratio,
             keep_ratio=keep_ratio,
             keep=keep,
+            budget=_budget(budget),
+            round_to=round_to,
             plan=decided,
             damping=damping,
             seed=seed,
@@ -250,8 +270,8 @@ def inspect(
 ) -> None:
     """Show the MLP sites of an encoder, its parameters and FLOPs."""
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.evaluation.cost import flops, parameters
     from dgmr_tp.pruning import find_sites
+    from dgmr_tp.pruning.cost import flops, parameters
 
     opened = open_model(model, pretrained)
     tower = opened.encoder.module
@@ -294,6 +314,42 @@ def _report(this) -> None:  # type: ignore[no-untyped-def]
     out.print(f"report: {path}")
 
 
+def _budget(entries: list[str] | None) -> dict[str, float] | None:
+    if not entries:
+        return None
+    budget = {}
+    for entry in entries:
+        key, _, value = entry.partition("=")
+        try:
+            budget[key] = float(value)
+        except ValueError:
+            raise DgmrError(f"--budget {entry}: write it as params=0.5 or flops=0.4") from None
+    return budget
+
+
+def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
+    from dgmr_tp.pruning import find_sites
+    from dgmr_tp.pruning.cost import flop_cost, parameter_cost
+
+    tower = opened.encoder.module
+    sites = [site for site in find_sites(tower) if site.name in plan.sites]
+    size, work = parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size)
+    table = Table("site", "width", "hidden", "kept", "M params", "GFLOPs", title=f"{plan.encoder} · {plan.criterion}", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    after = [size.total, work.total]
+    for name, site in plan.sites.items():
+        kept, cut = len(site.kept), site.hidden - len(site.kept)
+        after[0], after[1] = after[0] - cut * size.neuron[name], after[1] - cut * work.neuron[name]
+        spent = (f"{kept * size.neuron[name] / 1e6:.3f}", f"{kept * work.neuron[name] / 1e9:.3f}")
+        table.add_row(name, str(site.width), str(site.hidden), str(kept), *spent)
+    out.print(table)
+    out.print(
+        f"tower: {size.total / 1e6:.2f} M → {after[0] / 1e6:.2f} M parameters ({after[0] / size.total - 1:+.1%}), "
+        f"{work.total / 1e9:.2f} → {after[1] / 1e9:.2f} GFLOPs an image ({after[1] / work.total - 1:+.1%})"
+    )
+
+
 def _refuse_existing(path: Path) -> None:
     if path.exists():
         raise DgmrError(f"{path} exists already; name a new directory with -o")
@@ -315,7 +371,7 @@ def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]
 
 
 def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untyped-def]
-    from dgmr_tp.evaluation.cost import parameters
+    from dgmr_tp.pruning.cost import parameters
 
     result.model.module.cpu()
     result.model.save(directory, result.plan)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch_pruning as tp
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import DGMRImportance, MLPPruner, Plan, Site, find_sites, recover
+from dgmr_tp.pruning import Amount, DGMRImportance, MLPPruner, Plan, Site, find_sites, recover
 
 Progress = Callable[[str, int, int], None]
 """Receives what is going on (``select``, ``recover``), steps done, and steps in all."""
@@ -54,14 +54,12 @@ def prune(
     *,
     pretrained: str | None = None,
     criterion: str | tp.importance.Importance = "dgmr",
-    mlp_ratio: float | None = None,
-    keep_ratio: float | None = None,
-    keep: int | Mapping[str, int] | None = None,
     plan: Plan | None = None,
     calibration: int = 1024,
     damping: float = 1e-3,
     seed: int = 0,
     progress: Progress = lambda title, done, total: None,
+    **amount: Unpack[Amount],
 ) -> Pruned:
     """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
 
@@ -71,13 +69,13 @@ def prune(
             ``[batch, 3, height, width]``. None: no recovery.
         pretrained: weights, for a model given by its library's name.
         criterion: ``dgmr``, ``l1``, ``l2``, ``random``, or any torch-pruning importance.
-        mlp_ratio, keep_ratio, keep: how many neurons stay (see :func:`keep_counts`). Default: ``mlp_ratio=1``.
         plan: apply this plan and decide nothing.
         calibration: how many images recovery reads from a folder.
         damping: see :func:`recover`.
         seed: of ``random`` and of the choice of images.
-
         progress: see :data:`Progress`.
+        amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
+            :func:`keep_counts`). Default: ``mlp_ratio=1``.
 
     Returns:
         The pruned model, its plan, and a row per site with the held-out errors.
@@ -88,9 +86,9 @@ def prune(
     opened = open_model(model, pretrained) if isinstance(model, str) else model
     result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     if plan is None:
-        plan = make_plan(opened, criterion, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep, seed=seed, progress=progress)
-    elif not mlp_ratio is keep_ratio is keep is None:
-        raise DgmrError("a plan says how many neurons stay; leave out mlp_ratio, keep_ratio and keep")
+        plan = make_plan(opened, criterion, seed=seed, progress=progress, **amount)
+    elif _asked(amount):
+        raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(_asked(amount))}")
     MLPPruner(_tower(result)).apply(plan)
 
     errors = {}
@@ -112,21 +110,22 @@ def make_plan(
     model: OpenedModel | nn.Module,
     criterion: str | tp.importance.Importance = "dgmr",
     *,
-    mlp_ratio: float | None = None,
-    keep_ratio: float | None = None,
-    keep: int | Mapping[str, int] | None = None,
     seed: int = 0,
     progress: Progress = lambda title, done, total: None,
+    **amount: Unpack[Amount],
 ) -> Plan:
     """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
-    if mlp_ratio is keep_ratio is keep is None:
-        mlp_ratio = 1
-    name = model.name if isinstance(model, OpenedModel) else None
-    options = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep}
-    pruner = MLPPruner(_tower(model), importance(criterion), **options, sites=_block_sites(model), name=name)  # type: ignore[arg-type]
+    if not _asked(amount):
+        amount["mlp_ratio"] = 1
+    name, size = (model.name, model.image_size) if isinstance(model, OpenedModel) else (None, None)
+    pruner = MLPPruner(_tower(model), importance(criterion), sites=block_sites(model), name=name, image_size=size, **amount)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return pruner.plan(partial(progress, "select"))
+
+
+def _asked(amount: Amount) -> list[str]:
+    return [key for key, value in amount.items() if key != "round_to" and value is not None]
 
 
 def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
@@ -146,7 +145,7 @@ def _tower(model: OpenedModel | nn.Module) -> nn.Module:
     return model.encoder.module if isinstance(model, OpenedModel) else model
 
 
-def _block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
+def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
     """The sites inside residual blocks, where a walk is known: heads with an MLP of their own are not the papers' matter."""
     try:
         encoder = model.encoder if isinstance(model, OpenedModel) else as_encoder(model)

@@ -324,7 +324,7 @@ class Run:
         return metrics
 
     def _cost(self, model: OpenedModel) -> dict[str, int]:
-        from dgmr_tp.evaluation.cost import flops, parameters
+        from dgmr_tp.pruning.cost import flops, parameters
 
         tower = model.encoder.module
         return {"parameters": parameters(tower), "flops": flops(tower, model.image_size)}

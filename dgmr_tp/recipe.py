@@ -44,6 +44,8 @@ class Prune(Section):
     criterion: Literal["dgmr", "l1", "l2", "random"] = "dgmr"
     mlp_ratio: float | list[float] | None = None
     keep_ratio: float | list[float] | None = None
+    round_to: int = Field(1, ge=1)
+    """Hidden widths are multiples of this."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Prune:
@@ -58,9 +60,10 @@ class Prune(Section):
 
     @property
     def sizes(self) -> dict[str, dict[str, float]]:
-        """Name and argument of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}``."""
+        """Name and arguments of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}``."""
         key = "mlp_ratio" if self.mlp_ratio is not None else "keep_ratio"
-        return {f"{key}-{number:g}": {key: number} for number in self._amounts}
+        rounded = {"round_to": self.round_to} if self.round_to > 1 else {}
+        return {f"{key}-{number:g}": {key: number, **rounded} for number in self._amounts}
 
     @property
     def _amounts(self) -> list[float]:

@@ -11,8 +11,8 @@ from torch import nn
 from dgmr_tp import DgmrError, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
-from dgmr_tp.evaluation.cost import flops, parameters
 from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, evaluate
+from dgmr_tp.pruning.cost import flops, parameters
 
 
 @pytest.fixture(scope="module")

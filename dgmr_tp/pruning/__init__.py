@@ -1,5 +1,6 @@
 """The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
 
+from dgmr_tp.pruning.allocation import Amount
 from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state
 from dgmr_tp.pruning.importance import DGMRImportance
 from dgmr_tp.pruning.plan import Plan, SitePlan
@@ -9,6 +10,7 @@ from dgmr_tp.pruning.selection import Selection, select_diverse_rows
 from dgmr_tp.pruning.sites import Site, find_sites
 
 __all__ = [
+    "Amount",
     "Block",
     "DGMRImportance",
     "Encoder",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Unpack
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.allocation import keep_counts
+from dgmr_tp.pruning.allocation import Amount, keep_counts
+from dgmr_tp.pruning.cost import Cost, flop_cost, parameter_cost
 from dgmr_tp.pruning.importance import DGMRImportance
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
@@ -28,10 +30,11 @@ class MLPPruner:
     Args:
         model: the tower; frozen, bf16 and fp16 weights are fine. It is pruned in place.
         importance: any torch-pruning importance. Default: :class:`DGMRImportance`.
-        mlp_ratio, keep_ratio, keep: how many neurons stay, exactly one of them (see :func:`keep_counts`); none of them if a
-            plan is only to be applied.
         sites: which MLPs. Default: all that :func:`find_sites` finds.
         name: what the plan calls the encoder.
+        image_size: height and width of the images, for a budget of ``flops``.
+        amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
+            :func:`keep_counts`); none of them if a plan is only to be applied.
 
     Raises:
         DgmrError: no MLP was found, or a keep count is impossible.
@@ -42,18 +45,24 @@ class MLPPruner:
         model: nn.Module,
         importance: tp.importance.Importance | None = None,
         *,
-        mlp_ratio: float | None = None,
-        keep_ratio: float | None = None,
-        keep: int | Mapping[str, int] | None = None,
         sites: Sequence[Site] | None = None,
         name: str | None = None,
+        image_size: int | None = None,
+        **amount: Unpack[Amount],
     ) -> None:
         self.model = model
         self.importance = importance or DGMRImportance()
         self.sites = list(sites) if sites is not None else find_sites(model)
-        asked = mlp_ratio is not None or keep_ratio is not None or keep is not None
-        self.keep = keep_counts(self.sites, mlp_ratio=mlp_ratio, keep_ratio=keep_ratio, keep=keep) if asked else None
+        self.keep = keep_counts(self.sites, **amount, costs=self._costs(amount, image_size)) if amount else None
         self.name = name or type(model).__name__
+
+    def _costs(self, amount: Amount, image_size: int | None) -> dict[str, Cost]:
+        if amount.get("budget") is None:
+            return {}
+        costs = {"params": parameter_cost(self.model, self.sites)}
+        if image_size is not None:
+            costs["flops"] = flop_cost(self.model, self.sites, image_size)
+        return costs
 
     def plan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
         """Score every site and choose what stays. Changes nothing.
@@ -65,7 +74,7 @@ class MLPPruner:
             DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
         """
         if self.keep is None:
-            raise DgmrError("nothing says how many neurons stay: give MLPPruner mlp_ratio, keep_ratio or keep")
+            raise DgmrError("nothing says how many neurons stay: give MLPPruner mlp_ratio, keep_ratio, keep or budget")
         decided = {}
         for site in self.sites:
             kept = _best(self.scores(site), self.keep[site.name])
