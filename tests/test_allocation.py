@@ -1,5 +1,6 @@
 """Keep counts: exact integers, multiples, and budgets that are met and used."""
 
+from fractions import Fraction
 from math import floor
 
 import pytest
@@ -48,15 +49,16 @@ def test_a_budget_is_met_and_the_next_larger_share_would_break_it(layers, share,
         counts = keep_counts(sites, budget={"params": share}, round_to=round_to, costs=costs)
     except DgmrError:
         smallest = {s.name: s.hidden if s.hidden == 1 else min(s.hidden, round_to) for s in sites}
-        assert spent(smallest) > share * total
+        assert spent(smallest) > Fraction(str(share)) * total
         return
-    assert spent(counts) <= share * total + 1e-6
+    limit = Fraction(str(share)) * total
+    assert spent(counts) <= limit
     widest = max(s.hidden for s in sites)
     if round_to == 1 and counts != {s.name: s.hidden for s in sites}:
         steps = [{s.name: max(1, s.hidden * step // widest) for s in sites} for step in range(widest + 1)]
         assert counts in steps
         larger = next(step for step in steps[steps.index(counts) :] if step != counts)
-        assert spent(larger) > share * total
+        assert spent(larger) > limit
 
 
 @pytest.fixture(scope="module", params=FORMS)
