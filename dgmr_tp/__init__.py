@@ -13,7 +13,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import DGMRImportance, MLPPruner, Plan
 
 __version__ = "0.1.0"
-__all__ = ["DGMRImportance", "DgmrError", "MLPPruner", "Plan", "load_pruned", "open_model", "prune"]
+__all__ = ["DGMRImportance", "DgmrError", "MLPPruner", "Plan", "load_pruned", "open_model", "prune", "prune_streaming"]
 
 
 def __getattr__(name: str) -> Any:
@@ -25,4 +25,8 @@ def __getattr__(name: str) -> Any:
         import dgmr_tp.oneshot
 
         return dgmr_tp.oneshot.prune
+    if name == "prune_streaming":
+        import dgmr_tp.streaming
+
+        return dgmr_tp.streaming.prune_streaming
     raise AttributeError(f"module 'dgmr_tp' has no attribute {name!r}")

@@ -7,13 +7,16 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dgmr_tp.errors import DgmrError
+
+if TYPE_CHECKING:
+    from dgmr_tp.pruning import Amount
 
 app = typer.Typer(
     help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
@@ -116,8 +119,21 @@ def prune(
     count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
+    stream: Annotated[bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")] = False,
 ) -> None:
     """Prune an encoder, recover it if images are given, and write a model directory."""
+    if stream:
+        if plan_file or recover:
+            raise DgmrError("--stream decides by itself and does not recover; leave out --plan and --recover")
+        amount: Amount = {
+            "mlp_ratio": mlp_ratio,
+            "keep_ratio": keep_ratio,
+            "keep": keep,
+            "budget": _budget(budget),
+            "round_to": round_to,
+        }
+        _prune_streaming(model, pretrained, out_dir, criterion, seed, amount)
+        return
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import prune as prune_model
     from dgmr_tp.progress import shown
@@ -312,6 +328,16 @@ def _report(this) -> None:  # type: ignore[no-untyped-def]
     print_table(data, out)
     path = write_html(data, this.directory / "report.html")
     out.print(f"report: {path}")
+
+
+def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> None:  # type: ignore[no-untyped-def]
+    from dgmr_tp.progress import shown
+    from dgmr_tp.streaming import prune_streaming
+
+    with shown() as progress:
+        plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, progress=progress, **amount)
+    out.print(str(plan), markup=False)
+    out.print(f"written: {directory}")
 
 
 def _budget(entries: list[str] | None) -> dict[str, float] | None:

@@ -8,13 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Amount, DGMRImportance, MLPPruner, Plan, Site, find_sites, recover
+from dgmr_tp.pruning import Amount, DGMRImportance, MLPPruner, Plan, Site, SitePlan, find_sites, recover
+from dgmr_tp.pruning.plan import weight_sha256
 
 Progress = Callable[[str, int, int], None]
 """Receives what is going on (``select``, ``recover``), steps done, and steps in all."""
@@ -112,16 +114,32 @@ def make_plan(
     *,
     seed: int = 0,
     progress: Progress = lambda title, done, total: None,
+    done: Plan | None = None,
+    remember: Callable[[Plan], None] = lambda plan: None,
     **amount: Unpack[Amount],
 ) -> Plan:
-    """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors."""
+    """Decide what :func:`prune` would cut, and change nothing; same arguments, same errors.
+
+    Args:
+        done: decisions of an earlier call with the same arguments; they are taken over where the weights are the same.
+        remember: called with all decisions so far after each.
+    """
     if not _asked(amount):
         amount["mlp_ratio"] = 1
     name, size = (model.name, model.image_size) if isinstance(model, OpenedModel) else (None, None)
     pruner = MLPPruner(_tower(model), importance(criterion), sites=block_sites(model), name=name, image_size=size, **amount)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return pruner.plan(partial(progress, "select"))
+    decided: dict[str, SitePlan] = {}
+    for index, site in enumerate(pruner.sites):
+        old = done.sites.get(site.name) if done else None
+        if old and old.sha256 == weight_sha256(pruner.model, site):
+            decided[site.name] = old
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
+                decided[site.name] = pruner.decide(site)
+        remember(pruner.plan_of(decided))
+        progress("select", len(decided), len(pruner.sites))
+    return pruner.plan_of(decided)
 
 
 def _asked(amount: Amount) -> list[str]:

@@ -11,7 +11,7 @@ import timm
 import torch
 import transformers
 from conftest import redraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
@@ -123,3 +123,16 @@ def plain_output(tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if isinstance(out, torch.Tensor):
         return out
     return out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
+
+
+def bf16_shards(directory: Path) -> None:
+    """A timm directory in bf16 whose weights are two shards with an index, as large releases are."""
+    FAMILIES["timm EVA-g"](directory)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
+    for shard, part in parts.items():
+        save_file({name: tensors[name] for name in part}, directory / shard)
+    index = {"weight_map": {name: shard for shard, part in parts.items() for name in part}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -58,8 +61,16 @@ def weights_file(directory: Path) -> Path:
     raise DgmrError(f"{directory} holds no weights; one of these is needed: {', '.join(names)}")
 
 
+def empty(lazy: bool) -> AbstractContextManager[Any]:
+    """Where a model is built: on the meta device if its weights are to stay on the disk."""
+    return torch.device("meta") if lazy else contextlib.nullcontext()
+
+
 def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Load ``tensors`` strictly after giving every Linear and norm the width that its tensors have.
+
+    A module on the meta device takes the tensors themselves, which are memory-mapped: its weights stay on the disk until
+    they are looked at. Its buffers that no checkpoint holds stay on the meta device, so that it cannot be run.
 
     Raises:
         DgmrError: a tensor is missing, unknown or of another shape; names the first, and ``source``.
@@ -76,7 +87,8 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
             raise DgmrError(f"{source} holds a tensor {key!r} that the model does not know")
         if tensors[key].shape != expected[key].shape:
             raise DgmrError(f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}")
-    module.load_state_dict(tensors)
+    lazy = any(parameter.is_meta for parameter in module.parameters())
+    module.load_state_dict(tensors, assign=lazy)
 
 
 def _take_width(layer: nn.Module, weight: Tensor) -> None:

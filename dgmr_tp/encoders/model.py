@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dgmr_tp.encoders.checkpoint import first_line
@@ -77,12 +78,21 @@ class OpenedModel:
             plan: the plan that the encoder was pruned by, kept beside the weights.
         """
         directory = Path(directory)
-        if directory.exists():
-            raise DgmrError(f"{directory} exists already; name a new directory")
-        aside = directory.with_name(f".{directory.name}.partial")
+        aside = unfinished(directory)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        opens = _room(self.library).save(self, aside, directory)
+        room = _room(self.library)
+        if hasattr(room, "save_weights"):
+            room.save_weights(self, aside)
+        else:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
+            save_file(tensors, aside / room.WEIGHTS, metadata={"format": "pt"})
+        self.finish(directory, plan)
+
+    def finish(self, directory: Path, plan: Plan | None) -> None:
+        """Complete the unfinished directory, which holds the weights, and give it its name."""
+        aside = unfinished(directory)
+        opens = _room(self.library).save_config(self, aside, directory)
         if self.source is not None:
             for file in self.source.glob("*"):
                 if file.name.startswith(TEXT_FILES) and not (aside / file.name).exists():
@@ -96,6 +106,22 @@ class OpenedModel:
         for file in aside.rglob("*"):  # safetensors keeps its files from other users; a server is another user
             file.chmod(0o755 if file.is_dir() else 0o644)
         os.rename(aside, directory)
+
+    @property
+    def weights_name(self) -> str:
+        """The file of a model directory that holds the weights."""
+        return _room(self.library).WEIGHTS
+
+
+def unfinished(directory: Path) -> Path:
+    """Where a model directory is written before it gets its name.
+
+    Raises:
+        DgmrError: there is something by that name.
+    """
+    if directory.exists():
+        raise DgmrError(f"{directory} exists already; name a new directory")
+    return directory.with_name(f".{directory.name}.partial")
 
 
 def _room(library: str) -> Any:
@@ -125,7 +151,7 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
             f"import {model.library}\n\nmodel = {opens.format(path=directory)}",
             "```",
         ]
-        if (directory.with_name(f".{directory.name}.partial") / "trunk").is_dir():
+        if (unfinished(directory) / "trunk").is_dir():
             lines += ["", "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`."]
     return "\n".join(lines) + "\n"
 
@@ -171,7 +197,7 @@ def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
     return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__)
 
 
-def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
+def open_model(source: str, pretrained: str | None = None, *, lazy: bool = False) -> OpenedModel:
     """Open an encoder.
 
     Args:
@@ -181,6 +207,7 @@ def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
             ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` of nothing but tensors; ``hf-hub:org/repo/file`` too),
             with hidden widths of its own or not; ``none`` for random weights. For open_clip also ``TAG+FILE``: everything by the
             tag, then the vision tower of the file. Not for directories.
+        lazy: leave the weights on the disk, memory-mapped: enough to prune with :func:`dgmr_tp.prune_streaming`, not to run.
 
     Raises:
         DgmrError: unknown name, no weights named, or a file that cannot be read; names the file and what to do.
@@ -189,16 +216,16 @@ def open_model(source: str, pretrained: str | None = None) -> OpenedModel:
     if kind in ("open_clip", "timm") and name:
         if pretrained is None:
             raise DgmrError(f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)")
-        return _room(kind).by_name(name, None if pretrained == "none" else pretrained)
+        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, lazy)
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
     directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"))
     if not directory.is_dir():
         raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo")
-    return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None)
+    return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, lazy=lazy)
 
 
-def load_pruned(directory: str | Path, name: str | None = None) -> OpenedModel:
+def load_pruned(directory: str | Path, name: str | None = None, *, lazy: bool = False) -> OpenedModel:
     """Open a model directory (or ``hf-hub:org/repo``), pruned or not, with whatever hidden width each block has.
 
     Raises:
@@ -208,13 +235,13 @@ def load_pruned(directory: str | Path, name: str | None = None) -> OpenedModel:
     sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():
-        opened = _room("open_clip").from_directory(directory, name)
+        opened = _room("open_clip").from_directory(directory, name, lazy)
     elif not (directory / "config.json").exists():
         raise DgmrError(f"{directory} is no model directory: it holds neither open_clip_config.json nor config.json")
     elif "architecture" in read_json(directory / "config.json"):
-        opened = _room("timm").from_directory(directory, name)
+        opened = _room("timm").from_directory(directory, name, lazy)
     else:
-        opened = _room("transformers").from_directory(directory, name, sidecar.get("hidden"))
+        opened = _room("transformers").from_directory(directory, name, lazy, sidecar.get("hidden"))
     return replace(opened, source=directory)
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
@@ -25,17 +24,18 @@ from dgmr_tp.pruning import find_sites
 
 BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
 """What older checkpoints hold beside their weights."""
+WEIGHTS = "open_clip_model.safetensors"
 TRUNK = "trunk"
 """Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
 
 
-def by_name(name: str, pretrained: str | None) -> OpenedModel:
+def by_name(name: str, pretrained: str | None, lazy: bool) -> OpenedModel:
     config = open_clip.get_model_config(name)
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
     tag, file = _tag_and_file(pretrained)
     try:
-        module = open_clip.create_model(name, pretrained=tag)
+        module = _create(name, lazy and tag is None, pretrained=tag)
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
@@ -85,26 +85,31 @@ def _tower_in_open_clips_names(tower: dict[str, Tensor], visual: nn.Module, file
     return {f"trunk.{name}": tensor for name, tensor in in_timms_names(tower, visual.trunk, file).items()}
 
 
-def from_directory(directory: Path, name: str) -> OpenedModel:
+def from_directory(directory: Path, name: str, lazy: bool) -> OpenedModel:
     config = read_json(directory / "open_clip_config.json")
     schema = f"local-dir:{directory.resolve()}"
     try:
-        module = _built(directory, config)
+        module = _built(directory, config, lazy)
     except Exception as error:  # whatever a wrong config leads to inside open_clip
         raise DgmrError(f"{directory}/open_clip_config.json describes no model: {first_line(error)}") from error
-    path = directory / "open_clip_model.safetensors"
+    path = directory / WEIGHTS
     load_by_shape(module, read_tensors(path), path)
     return _opened(module, config["model_cfg"], schema, name)
 
 
-def _built(directory: Path, config: dict[str, Any]) -> nn.Module:
+def _create(name: str, lazy: bool, **options: Any) -> nn.Module:
+    with empty(lazy):  # open_clip moves the model to its device, cpu if none is named
+        return open_clip.create_model(name, device="meta" if lazy else "cpu", **options)
+
+
+def _built(directory: Path, config: dict[str, Any], lazy: bool) -> nn.Module:
     trunk = config["model_cfg"]["vision_cfg"].get("timm_model_name", "")
     if not trunk.startswith("local-dir:") or not (directory / TRUNK).is_dir():
-        return open_clip.create_model(f"local-dir:{directory.resolve()}", load_weights=False)
+        return _create(f"local-dir:{directory.resolve()}", lazy, load_weights=False)
     with TemporaryDirectory() as scratch:  # the directory may have been moved since
         relocated = _with_trunk(config, directory / TRUNK)
         (Path(scratch) / "open_clip_config.json").write_text(json.dumps(relocated))
-        return open_clip.create_model(f"local-dir:{scratch}", load_weights=False)
+        return _create(f"local-dir:{scratch}", lazy, load_weights=False)
 
 
 def _with_trunk(config: dict[str, Any], trunk: Path) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str) -
     )
 
 
-def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
+def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     config = copy.deepcopy(model.config)
     vision = config["vision_cfg"]
     opens = True
@@ -153,8 +158,6 @@ def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
         opens = False
     preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.module.state_dict().items()}
-    save_file(tensors, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
     return "open_clip.create_model('local-dir:{path}')" if opens else None
 
 

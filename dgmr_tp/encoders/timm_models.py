@@ -12,18 +12,21 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
-from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.widths import said
 from dgmr_tp.errors import DgmrError
 
+WEIGHTS = "model.safetensors"
 
-def by_name(name: str, pretrained: str | None) -> OpenedModel:
+
+def by_name(name: str, pretrained: str | None, lazy: bool) -> OpenedModel:
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}{nearest(name, timm.list_models())}")
     if pretrained and is_file_name(pretrained):
-        module = timm.create_model(name)
+        with empty(lazy):
+            module = timm.create_model(name)
         load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
         return opened(module, f"timm:{name}")
     try:
@@ -44,13 +47,14 @@ def in_timms_names(tensors: dict[str, Tensor], module: nn.Module, source: str) -
         raise DgmrError(f"{source} is not laid out like any release of {type(module).__name__}: {first_line(error)}") from error
 
 
-def from_directory(directory: Path, name: str) -> OpenedModel:
+def from_directory(directory: Path, name: str, lazy: bool) -> OpenedModel:
     read_json(directory / "config.json")
     try:
-        module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
+        with empty(lazy):
+            module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
     except Exception as error:  # whatever a wrong config leads to inside timm
         raise DgmrError(f"{directory}/config.json describes no model: {first_line(error)}") from error
-    path = directory / "model.safetensors"
+    path = weights_file(directory)
     load_by_shape(module, read_tensors(path), path)
     return opened(module, name)
 
@@ -60,9 +64,9 @@ def opened(module: nn.Module, name: str) -> OpenedModel:
     return OpenedModel("timm", module, "", name, create_transform(**config), config)
 
 
-def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
+def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     arguments = said_in_config(model.module)
-    timm.models.save_for_hf(model.module, directory, model_args=arguments, safe_serialization=True)
+    save_config_for_hf(model.module, directory / "config.json", model_args=arguments)
     # without pretrained=True timm silently leaves the weights random
     return None if arguments is None else "timm.create_model('local-dir:{path}', pretrained=True)"
 

@@ -14,27 +14,29 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
 from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import find_sites
 
+WEIGHTS = "model.safetensors"
 TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")
 """Where the vision tower stands in transformers' models."""
 
 
-def from_directory(directory: Path, name: str, hidden: Mapping[str, int] | None = None) -> OpenedModel:
-    """Args:
-    hidden: the hidden width of each site of the tower, where its config cannot say it.
-    """
+def from_directory(directory: Path, name: str, lazy: bool, hidden: Mapping[str, int] | None = None) -> OpenedModel:
+    """``hidden`` is the hidden width of each site of the tower, where its config cannot say it."""
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture == RELEASED:
-        module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
+        with empty(lazy):
+            module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
         weights = weights_file(directory)
         load_by_shape(module, tensors_from_release(read_tensors(weights)), weights)
+    elif lazy:
+        module = _mapped(directory, architecture, hidden or {})
     else:
         module = _by_transformers(directory, architecture, hidden or {})
     where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
@@ -44,13 +46,28 @@ def from_directory(directory: Path, name: str, hidden: Mapping[str, int] | None 
     return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), _in_words(processor))
 
 
-def _by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+def _class(directory: Path, architecture: str) -> Any:
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise DgmrError(
             f"{directory}/config.json names the architecture {architecture!r}, which transformers {transformers.__version__} does not "
             "have; remote code is never run: convert the checkpoint to a class of transformers' own"
         )
+    return cls
+
+
+def _mapped(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+    """With its weights left on the disk, for checkpoints that stand there under the names that the class has in memory."""
+    cls, path = _class(directory, architecture), weights_file(directory)
+    with torch.device("meta"):
+        module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+    module.__class__ = cls
+    load_by_shape(module, read_tensors(path), path)
+    return module
+
+
+def _by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+    cls = _class(directory, architecture)
     try:
         with _no_progress_bar():
             module, loading = _resized(cls, hidden).from_pretrained(directory, local_files_only=True, output_loading_info=True)
@@ -121,11 +138,17 @@ def _in_words(processor: Any) -> dict[str, Any]:
     }
 
 
-def save(model: OpenedModel, directory: Path, final: Path) -> str | None:
-    tower = model.encoder.module
-    opens = _say(tower)
+def save_weights(model: OpenedModel, directory: Path) -> None:
+    """By transformers itself, which renames keys and makes shards."""
     with _no_progress_bar():
         model.module.save_pretrained(directory, max_shard_size="5GB")
+
+
+def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
+    tower = model.encoder.module
+    opens = _say(tower)
+    model.module.config.architectures = [type(model.module).__name__]
+    model.module.config.save_pretrained(directory)
     model.preprocess.processor.save_pretrained(directory)  # type: ignore[attr-defined]
     name = type(model.module).__name__
     cls = "AutoModel" if name in MODEL_MAPPING_NAMES.values() else name

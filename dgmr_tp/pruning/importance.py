@@ -31,8 +31,11 @@ class DGMRImportance(tp.importance.Importance):
     """
 
     @torch.no_grad()
-    def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
+    def __call__(self, group: tp.Group, picks: int | None = None, **_: object) -> torch.Tensor | None:
         """Scores aligned with ``group[0].idxs``, on the CPU; None for a group that no Linear produces.
+
+        ``picks``: how many neurons will stay. The procedure ends in the round that reaches this number, and the neurons after
+        it are ordered by their norms alone.
 
         The two rows of a fused gate have the same score, so that what couples channels (``MLPPruner``, torch-pruning's
         ``out_channel_groups``) may average them.
@@ -40,13 +43,13 @@ class DGMRImportance(tp.importance.Importance):
         rows = producer_rows(group)
         if rows is None:
             return None
-        scores = selection_scores(select_diverse_rows(rows.cpu().numpy()))
+        scores = selection_scores(select_diverse_rows(rows.numpy(), picks))
         channels = group._DG.get_out_channels(group[0].dep.target.module)
         return scores.repeat(channels // len(rows))[group[0].idxs]
 
 
 def producer_rows(group: tp.Group) -> torch.Tensor | None:
-    """One float64 row per neuron of the group: the rows of every Linear that produces it, side by side.
+    """One float64 row per neuron of the group, on the CPU: the rows of every Linear that produces it, side by side.
 
     A group of some channels is widened to all of them first: a neuron's place depends on the neurons beside it.
     """
@@ -57,16 +60,19 @@ def producer_rows(group: tp.Group) -> torch.Tensor | None:
     fused = isinstance(root.target.module, nn.Linear) and sorted(_group_of(group, [0])[0].idxs) == [0, channels // 2]
     if len(group[0].idxs) < channels:
         group = _group_of(group, list(range(channels)))
-    parts = []
-    for item in group:
-        layer = item.dep.target.module
-        if isinstance(layer, nn.Linear) and prunes_outputs(item):
-            part = torch.zeros(channels, layer.in_features, dtype=torch.float64, device=layer.weight.device)
-            part[torch.as_tensor(item.root_idxs)] = layer.weight[item.idxs].double()
-            parts.append(part)
+    parts = [item for item in group if isinstance(item.dep.target.module, nn.Linear) and prunes_outputs(item)]
     if not parts:
         return None
-    rows = torch.cat(parts, dim=1)
+    rows = torch.zeros(channels, sum(item.dep.target.module.in_features for item in parts), dtype=torch.float64)
+    start = 0
+    for item in parts:  # one float64 copy in all: these matrices are the largest there are
+        weight = item.dep.target.module.weight
+        columns = rows[:, start : start + weight.shape[1]]
+        if item.idxs == item.root_idxs == list(range(channels)):
+            columns.copy_(weight)
+        else:
+            columns[torch.as_tensor(item.root_idxs)] = weight[item.idxs].to(columns)
+        start += weight.shape[1]
     return torch.cat(rows.chunk(2), dim=1) if fused else rows
 
 

@@ -77,18 +77,30 @@ class MLPPruner:
             raise DgmrError("nothing says how many neurons stay: give MLPPruner mlp_ratio, keep_ratio, keep or budget")
         decided = {}
         for site in self.sites:
-            kept = _best(self.scores(site), self.keep[site.name])
-            decided[site.name] = SitePlan(site.width, site.hidden, kept, weight_sha256(self.model, site))
+            decided[site.name] = self.decide(site)
             progress(len(decided), len(self.sites))
+        return self.plan_of(decided)
+
+    def plan_of(self, decided: dict[str, SitePlan]) -> Plan:
+        """A plan of these decisions under the pruner's name and criterion."""
         return Plan(self.name, type(self.importance).__name__.removesuffix("Importance"), decided)
+
+    def decide(self, site: Site) -> SitePlan:
+        """What stays of one site."""
+        assert self.keep is not None
+        count = self.keep[site.name]
+        kept = _best(self.scores(site), count) if count < site.hidden else tuple(range(count))
+        return SitePlan(site.width, site.hidden, kept, weight_sha256(self.model, site))
 
     def scores(self, site: Site) -> Tensor:
         """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
         rows = site.hidden * (2 if site.fused else 1)
         group = _group(self.model, site, range(rows))
         try:
+            # Ours need not order the neurons that go; torch-pruning's own take no such hint.
+            hint = {"picks": self.keep[site.name]} if self.keep and isinstance(self.importance, DGMRImportance) else {}
             with torch.no_grad():
-                scores = self.importance(group)
+                scores = self.importance(group, **hint)
         except ValueError as error:
             raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
         if scores is None or scores.shape != (rows,) or not torch.isfinite(scores).all():

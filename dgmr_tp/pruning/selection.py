@@ -28,11 +28,15 @@ class Selection:
     """float64 ``[rows]``: each pick's residual norm at its step; it rises where a new round begins."""
 
 
-def select_diverse_rows(weight: np.ndarray) -> Selection:
+def select_diverse_rows(weight: np.ndarray, picks: int | None = None) -> Selection:
     """Order all rows of ``weight`` ``[rows, columns]`` by greedy Gram-Schmidt, in float64.
 
     The order is nested: the first ``k`` entries are the procedure's choice of ``k`` rows. Rows that are zero, or as small
     as the rank tolerance, come last, larger first.
+
+    Args:
+        weight: one row a neuron.
+        picks: how many rows matter. No round begins after so many picks; the rows left follow by their norms, larger first.
 
     Raises:
         ValueError: ``weight`` is not a matrix or holds NaN or infinite values.
@@ -46,21 +50,25 @@ def select_diverse_rows(weight: np.ndarray) -> Selection:
     left = np.arange(len(weight))
     order, residual = [], []
     while len(left):
-        pivots, norms = _pivoted_qr(weight[left])
-        picks = int(np.count_nonzero(norms > spent))
-        if picks == 0:  # nothing but rows below the tolerance
+        wanted = picks is None or len(weight) - len(left) < picks
+        pivots, norms = _pivoted_qr(weight[left]) if wanted else (left, np.zeros(0))
+        count = int(np.count_nonzero(norms > spent))
+        if count == 0:  # nothing but rows below the tolerance, or rows that nobody asked for
             norms = np.linalg.norm(weight[left], axis=1)
             pivots = np.argsort(-norms, kind="stable")
-            norms, picks = norms[pivots], len(left)
-        order.append(left[pivots[:picks]])
-        residual.append(norms[:picks])
+            norms, count = norms[pivots], len(left)
+        order.append(left[pivots[:count]])
+        residual.append(norms[:count])
         left = np.setdiff1d(left, order[-1])
     return Selection(np.concatenate(order), np.concatenate(residual)) if order else Selection(left, np.empty(0))
 
 
 def _pivoted_qr(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pivots of ``rowsᵀ P = Q R`` and ``|diag R|``, which is each pivot's residual norm; ``min(rows.shape)`` of them."""
-    r, pivots, _, _, info = lapack.dgeqp3(np.asfortranarray(rows.T))
+    """Pivots of ``rowsᵀ P = Q R`` and ``|diag R|``, which is each pivot's residual norm; ``min(rows.shape)`` of them.
+
+    ``rows`` is overwritten: its transpose has the column order that LAPACK works on in place.
+    """
+    r, pivots, _, _, info = lapack.dgeqp3(rows.T, overwrite_a=True)
     if info != 0:
         raise ValueError(f"LAPACK dgeqp3 refused argument {-info} for a matrix of shape {rows.shape}")
     norms = np.abs(np.diagonal(r))

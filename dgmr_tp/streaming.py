@@ -1,0 +1,133 @@
+"""Pruning from file to file: towers that do not fit into memory.
+
+The weights stay on the disk, memory-mapped. One MLP at a time is looked at, decided, cut, and written; what is written is
+one safetensors file, because that is what open_clip and timm open.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Unpack
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dgmr_tp.encoders import OpenedModel, open_model
+from dgmr_tp.encoders.model import unfinished
+from dgmr_tp.encoders.widths import resize
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.oneshot import Progress, make_plan
+from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
+
+JOURNAL = "decided.json"
+"""The plan so far, in the unfinished directory: a run that was killed goes on from there."""
+TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+
+
+def prune_streaming(
+    source: str,
+    directory: str | Path,
+    pretrained: str | None = None,
+    *,
+    criterion: str | tp.importance.Importance = "dgmr",
+    seed: int = 0,
+    progress: Progress = lambda title, done, total: None,
+    **amount: Unpack[Amount],
+) -> Plan:
+    """Prune a checkpoint into a model directory, MLP by MLP, without ever holding the dense tower. Same result as ``prune``.
+
+    Memory: a few float64 copies of one MLP's first Linear, whatever the size of the tower. Killed and called again, it goes
+    on with the MLPs that were not decided yet; ``directory`` appears whole or not at all. No recovery: it needs the tower.
+
+    Args:
+        source, pretrained: a model directory, or a library's name and a checkpoint file (see :func:`open_model`). Weights
+            that are named by a library's tag are loaded by the library, whole.
+        directory: where to; must not exist.
+        criterion, seed, amount: as for :func:`dgmr_tp.prune`.
+        progress: ``select`` and ``write``, sites done, sites in all.
+
+    Raises:
+        DgmrError: bad input; says what and what to do.
+    """
+    directory = Path(directory)
+    aside = unfinished(directory)
+    aside.mkdir(parents=True, exist_ok=True)
+    journal = aside / JOURNAL
+    opened = open_model(source, pretrained, lazy=True)
+    request = {"source": source, "pretrained": pretrained, "criterion": str(criterion), "seed": seed, "amount": amount}
+
+    def remember(plan: Plan) -> None:
+        fresh = journal.with_suffix(".new")
+        fresh.write_text(json.dumps({"request": request, "plan": plan.to_json()}))
+        fresh.replace(journal)
+
+    done = _read_journal(journal, request)
+    plan = make_plan(opened, criterion, seed=seed, progress=progress, done=done, remember=remember, **amount)
+    pruned = _shadow(opened)
+    resize(pruned.encoder.module, {name: len(site.kept) for name, site in plan.sites.items()})
+    shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
+    _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan, progress))
+    journal.unlink()
+    pruned.finish(directory, plan)
+    return plan
+
+
+def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
+    try:
+        found = json.loads(path.read_text())
+        return Plan.from_json(found["plan"]) if found["request"] == json.loads(json.dumps(request)) else None
+    except (OSError, ValueError, KeyError):  # the first time, or the disk was full
+        return None
+
+
+def _shadow(opened: OpenedModel) -> OpenedModel:
+    """The same model on the meta device."""
+    tensors: list[Tensor] = [*opened.module.parameters(), *opened.module.buffers()]
+    memo: dict[int, object] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    shadow = copy.copy(opened)
+    shadow.module = copy.deepcopy(opened.module, memo)
+    return shadow
+
+
+def _cut(opened: OpenedModel, plan: Plan, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the pruned model in the order of its modules; each MLP is cut, verified, and forgotten again."""
+    pruner = MLPPruner(opened.encoder.module)
+    prefix = f"{opened.tower}." if opened.tower else ""
+    waiting: dict[str, Site] = {f"{prefix}{site.name}.": site for site in pruner.sites if site.name in plan.sites}
+    names = list(opened.module.state_dict())
+    for place, name in enumerate(names):
+        inside = next((path for path in waiting if name.startswith(path)), None)
+        if inside is not None:
+            site = waiting[inside]
+            if opened.encoder.module.get_submodule(site.consumer).in_features == site.hidden:
+                pruner.apply(Plan(plan.encoder, plan.criterion, {site.name: plan.sites[site.name]}))
+        owner, _, leaf = name.rpartition(".")
+        yield name, getattr(opened.module.get_submodule(owner), leaf)
+        if inside is not None and (place + 1 == len(names) or not names[place + 1].startswith(inside)):
+            opened.module.get_submodule(inside.removesuffix(".")).to("meta")
+            del waiting[inside]
+            progress("write", len(plan.sites) - len(waiting), len(plan.sites))
+
+
+def _write(path: Path, shapes: Mapping[str, torch.Size], types: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """A safetensors file from tensors that come one after the other: its header needs only their shapes."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + shape.numel() * types[name].element_size()
+        header[name] = {"dtype": TYPES[types[name].dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            assert tensor.shape == shapes[name], name
+            stream.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,127 @@
+"""Pruning from file to file gives what pruning in memory gives, and survives being killed."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import command, pictures
+from families import FAMILIES, bf16_shards, plain_output
+from safetensors import safe_open
+
+from dgmr_tp import DgmrError, load_pruned, open_model, prune
+from dgmr_tp.oneshot import make_plan
+from dgmr_tp.streaming import JOURNAL, prune_streaming
+
+SOURCES = ["open_clip", "timm DINOv2-g", "open_clip EVA02-L", "timm Swin", "transformers CLIPVisionModel", "transformers InternViT"]
+
+
+@pytest.fixture(params=SOURCES)
+def source(request, tmp_path):
+    FAMILIES[request.param](tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(
+    "options", [{"criterion": "dgmr", "keep_ratio": 0.3}, {"criterion": "random", "seed": 3, "budget": {"params": 0.8}}]
+)
+def test_the_directory_is_the_same_as_from_memory(source, tmp_path, options):
+    plan = prune_streaming(str(source), tmp_path / "streamed", **options)
+    expected, expected_plan, _ = prune(str(source), **options)
+    expected.save(tmp_path / "saved", expected_plan)
+    assert plan == expected_plan
+    streamed, saved = tmp_path / "streamed", tmp_path / "saved"
+    assert sorted(file.name for file in streamed.iterdir()) == sorted(file.name for file in saved.iterdir())
+    for file in saved.glob("*.json"):
+        assert json.loads((streamed / file.name).read_text().replace("/streamed", "/saved")) == json.loads(file.read_text()), file.name
+    opened = load_pruned(streamed)
+    images = pictures(3)
+    assert torch.equal(plain_output(opened.encoder.module.eval(), images), plain_output(expected.encoder.module.eval(), images))
+    dense = plain_output(open_model(str(source)).encoder.module.eval(), images)
+    assert not torch.allclose(plain_output(opened.encoder.module, images), dense, rtol=1e-3)
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_the_file_is_plain_safetensors(tmp_path):
+    FAMILIES["open_clip"](tmp_path / "source")
+    prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
+    with safe_open(tmp_path / "out" / "open_clip_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_tensor("visual.transformer.resblocks.0.mlp.c_fc.weight").shape == (40, 48)
+        assert file.get_tensor("logit_scale").shape == ()
+
+
+def test_bf16_shards_stream(tmp_path):
+    source = tmp_path / "source"
+    bf16_shards(source)
+    prune_streaming(str(source), tmp_path / "out", keep=24)
+    opened = load_pruned(tmp_path / "out")
+    expected, _, _ = prune(str(source), keep=24)
+    state = opened.module.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.module.state_dict().items())
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
+    FAMILIES["open_clip"](tmp_path / "source")
+    first = make_plan(open_model(str(tmp_path / "source")), keep=40)
+    decided = []
+
+    def stop(title, done, total):
+        decided.append((title, done))
+        if (title, done) == ("select", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40, progress=stop)
+    assert not (tmp_path / "out").exists()
+    journal = tmp_path / ".out.partial" / JOURNAL
+    left = json.loads(journal.read_text())
+    name = next(iter(first.sites))
+    taken_over = json.loads(left["plan"])
+    assert list(taken_over["sites"]) == [name]
+    # A decision that only the journal can have made, to see that it is taken over and not made again.
+    taken_over["sites"][name]["kept"] = list(range(40))
+    journal.write_text(json.dumps({**left, "plan": json.dumps(taken_over)}))
+    plan = prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
+    assert plan.sites[name].kept == tuple(range(40)) != first.sites[name].kept
+    assert {n: s for n, s in plan.sites.items() if n != name} == {n: s for n, s in first.sites.items() if n != name}
+
+
+def test_a_journal_of_another_request_is_not_taken_over(tmp_path):
+    FAMILIES["open_clip"](tmp_path / "source")
+
+    def stop(title, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40, progress=stop)
+    plan = prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=41)
+    assert plan == make_plan(open_model(str(tmp_path / "source")), keep=41)
+
+
+@pytest.mark.slow
+def test_killed_from_outside_it_goes_on(tmp_path):
+    FAMILIES["open_clip"](tmp_path / "source")
+    arguments = command("prune", "--stream", "-m", tmp_path / "source", "--keep", 40, "-o", tmp_path / "out")
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    while not (tmp_path / ".out.partial" / JOURNAL).exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+    got, (expected, _, _) = load_pruned(tmp_path / "out"), prune(str(tmp_path / "source"), keep=40)
+    assert all(torch.equal(a, b) for a, b in zip(got.module.parameters(), expected.module.parameters(), strict=True))
+
+
+def test_what_cannot_stream_is_refused(tmp_path):
+    FAMILIES["transformers DINOv2"](tmp_path / "dinov2")
+    with pytest.raises(DgmrError, match=r"model\.safetensors has no tensor 'encoder\.layer\.0\.attention\.k_proj"):
+        prune_streaming(str(tmp_path / "dinov2"), tmp_path / "out", keep=40)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(DgmrError, match="exists already"):
+        prune_streaming(str(tmp_path / "dinov2"), tmp_path / "there", keep=40)
