@@ -48,8 +48,15 @@ def run(
     directory: Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")] = None,
     redo: Annotated[str | None, typer.Option(help="Drop this stage and those after it, and do them again.")] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without weights, data or a GPU; do nothing.")] = False,
 ) -> None:
     """Run a recipe: prune, recover, distil, evaluate, export, report. Goes on where it was stopped."""
+    if dry:
+        from dgmr_tp.dry_run import dry_run
+        from dgmr_tp.recipe import load_recipe
+
+        out.print(str(dry_run(load_recipe(recipe))), markup=False, soft_wrap=True)
+        return
     from dgmr_tp.pipeline import Run
     from dgmr_tp.recipe import load_recipe
 
@@ -280,16 +287,13 @@ def export(
 
 
 @app.command()
-def inspect(
-    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    pretrained: PretrainedOption = None,
-) -> None:
-    """Show the MLP sites of an encoder, its parameters and FLOPs."""
+def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
+    """Show the MLP sites of an encoder, its parameters and FLOPs. Reads no weights; any size costs nothing."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.pruning import find_sites
     from dgmr_tp.pruning.cost import flops, parameters
 
-    opened = open_model(model, pretrained)
+    opened = open_model(model, weights="none")
     tower = opened.encoder.module
     table = Table("site", "width", "hidden", "share of parameters", box=None)
     total = parameters(tower)

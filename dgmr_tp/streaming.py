@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.encoders.widths import resize
-from dgmr_tp.errors import DgmrError
 from dgmr_tp.oneshot import Progress, make_plan
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 
@@ -57,7 +56,7 @@ def prune_streaming(
     aside = unfinished(directory)
     aside.mkdir(parents=True, exist_ok=True)
     journal = aside / JOURNAL
-    opened = open_model(source, pretrained, lazy=True)
+    opened = open_model(source, pretrained, weights="disk")
     request = {"source": source, "pretrained": pretrained, "criterion": str(criterion), "seed": seed, "amount": amount}
 
     def remember(plan: Plan) -> None:

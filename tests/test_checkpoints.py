@@ -297,7 +297,8 @@ def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_p
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     folder = run_command("inspect", "hf-hub:org/clip", env=environment)
     assert folder.returncode == 0 and "transformer.resblocks.1.mlp" in folder.stdout, folder.stderr
-    file = run_command("inspect", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/sub/vit.pth", env=environment)
+    arguments = ("-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/sub/vit.pth", "--criterion", "l2")
+    file = run_command("plan", *arguments, env=environment)
     assert file.returncode == 0 and "blocks.11.mlp" in file.stdout, file.stderr
     missing = run_command("inspect", "hf-hub:org/other", env=environment)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot get hf-hub:org/other" in missing.stderr

@@ -79,9 +79,9 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
     device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
     teacher_tap = FeatureTap(teacher.encoder).to(device, precision).eval().requires_grad_(False)
     student_tap = FeatureTap(student.encoder).to(device, torch.float32).train()
-    _freeze_what_features_do_not_need(student_tap, student.image_size)
+    freeze_what_features_do_not_need(student_tap, student.image_size)
     start = {name: tensor.cpu().clone() for name, tensor in student_tap.state_dict().items()}
-    optimizer = torch.optim.AdamW(_parameter_groups(student_tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(parameter_groups(student_tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
     peak = settings.base_lr * settings.batch_size / 256
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings, peak))
     engine, *_ = deepspeed.initialize(
@@ -179,16 +179,16 @@ def _lock(directory: Path) -> int:
     return handle
 
 
-def _freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:
+def freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:
     """The final norm and the projection get no gradient; left trainable they would still be decayed."""
     parameters = list(tap.requires_grad_(True).parameters())
-    class_token, patches = tap(torch.zeros(1, 3, image_size, image_size).to(parameters[0]))
+    class_token, patches = tap(torch.zeros(1, 3, image_size, image_size).to(parameters[0].device, parameters[0].dtype))
     total = patches.sum() + (0 if class_token is None else class_token.sum())
     for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
         parameter.requires_grad_(gradient is not None)
 
 
-def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices of Linear and convolution layers are decayed; norms, biases, tokens and position embeddings are not."""
     decayed_names = {
         f"{name}.{kind}" if name else kind

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 
+Weights = Literal["memory", "disk", "none"]
+"""Where the weights of an opened model are: in memory; on the disk, memory-mapped; or nowhere, for its shapes alone."""
 WRAPPERS = ("state_dict", "model_ema", "model", "module", "teacher")
 """Keys under which training programs keep the weights."""
 
@@ -61,9 +63,9 @@ def weights_file(directory: Path) -> Path:
     raise DgmrError(f"{directory} holds no weights; one of these is needed: {', '.join(names)}")
 
 
-def empty(lazy: bool) -> AbstractContextManager[Any]:
-    """Where a model is built: on the meta device if its weights are to stay on the disk."""
-    return torch.device("meta") if lazy else contextlib.nullcontext()
+def empty(weights: Weights) -> AbstractContextManager[Any]:
+    """Where a model is built: on the meta device unless its weights are to come into memory."""
+    return contextlib.nullcontext() if weights == "memory" else torch.device("meta")
 
 
 def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -87,8 +89,7 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
             raise DgmrError(f"{source} holds a tensor {key!r} that the model does not know")
         if tensors[key].shape != expected[key].shape:
             raise DgmrError(f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}")
-    lazy = any(parameter.is_meta for parameter in module.parameters())
-    module.load_state_dict(tensors, assign=lazy)
+    module.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in module.parameters()))
 
 
 def _take_width(layer: nn.Module, weight: Tensor) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import first_line
+from dgmr_tp.encoders.checkpoint import Weights, first_line
 from dgmr_tp.encoders.hub import HUB, local_folder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
@@ -197,7 +197,7 @@ def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
     return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__)
 
 
-def open_model(source: str, pretrained: str | None = None, *, lazy: bool = False) -> OpenedModel:
+def open_model(source: str, pretrained: str | None = None, *, weights: Weights = "memory") -> OpenedModel:
     """Open an encoder.
 
     Args:
@@ -207,25 +207,26 @@ def open_model(source: str, pretrained: str | None = None, *, lazy: bool = False
             ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` of nothing but tensors; ``hf-hub:org/repo/file`` too),
             with hidden widths of its own or not; ``none`` for random weights. For open_clip also ``TAG+FILE``: everything by the
             tag, then the vision tower of the file. Not for directories.
-        lazy: leave the weights on the disk, memory-mapped: enough to prune with :func:`dgmr_tp.prune_streaming`, not to run.
+        weights: ``memory``; ``disk``: memory-mapped, enough to prune from file to file, not to run; ``none``: on the meta
+            device, for its shapes alone, and nothing is read but the configuration.
 
     Raises:
         DgmrError: unknown name, no weights named, or a file that cannot be read; names the file and what to do.
     """
     kind, _, name = source.partition(":")
     if kind in ("open_clip", "timm") and name:
-        if pretrained is None:
+        if pretrained is None and weights != "none":
             raise DgmrError(f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)")
-        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, lazy)
+        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, weights)
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
     directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"))
     if not directory.is_dir():
         raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo")
-    return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, lazy=lazy)
+    return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, weights=weights)
 
 
-def load_pruned(directory: str | Path, name: str | None = None, *, lazy: bool = False) -> OpenedModel:
+def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weights = "memory") -> OpenedModel:
     """Open a model directory (or ``hf-hub:org/repo``), pruned or not, with whatever hidden width each block has.
 
     Raises:
@@ -235,13 +236,13 @@ def load_pruned(directory: str | Path, name: str | None = None, *, lazy: bool = 
     sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():
-        opened = _room("open_clip").from_directory(directory, name, lazy)
+        opened = _room("open_clip").from_directory(directory, name, weights)
     elif not (directory / "config.json").exists():
         raise DgmrError(f"{directory} is no model directory: it holds neither open_clip_config.json nor config.json")
     elif "architecture" in read_json(directory / "config.json"):
-        opened = _room("timm").from_directory(directory, name, lazy)
+        opened = _room("timm").from_directory(directory, name, weights)
     else:
-        opened = _room("transformers").from_directory(directory, name, lazy, sidecar.get("hidden"))
+        opened = _room("transformers").from_directory(directory, name, weights, sidecar.get("hidden"))
     return replace(opened, source=directory)
 
 

@@ -14,7 +14,7 @@ from open_clip.model import convert_to_custom_text_state_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
@@ -29,13 +29,13 @@ TRUNK = "trunk"
 """Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
 
 
-def by_name(name: str, pretrained: str | None, lazy: bool) -> OpenedModel:
+def by_name(name: str, pretrained: str | None, weights: Weights) -> OpenedModel:
     config = open_clip.get_model_config(name)
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
-    tag, file = _tag_and_file(pretrained)
+    tag, file = _tag_and_file(pretrained if weights != "none" else None)
     try:
-        module = _create(name, lazy and tag is None, pretrained=tag)
+        module = _create(name, "memory" if tag else weights, pretrained=tag)
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
@@ -85,31 +85,32 @@ def _tower_in_open_clips_names(tower: dict[str, Tensor], visual: nn.Module, file
     return {f"trunk.{name}": tensor for name, tensor in in_timms_names(tower, visual.trunk, file).items()}
 
 
-def from_directory(directory: Path, name: str, lazy: bool) -> OpenedModel:
+def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
     config = read_json(directory / "open_clip_config.json")
     schema = f"local-dir:{directory.resolve()}"
     try:
-        module = _built(directory, config, lazy)
+        module = _built(directory, config, weights)
     except Exception as error:  # whatever a wrong config leads to inside open_clip
         raise DgmrError(f"{directory}/open_clip_config.json describes no model: {first_line(error)}") from error
-    path = directory / WEIGHTS
-    load_by_shape(module, read_tensors(path), path)
+    if weights != "none":
+        path = directory / WEIGHTS
+        load_by_shape(module, read_tensors(path), path)
     return _opened(module, config["model_cfg"], schema, name)
 
 
-def _create(name: str, lazy: bool, **options: Any) -> nn.Module:
-    with empty(lazy):  # open_clip moves the model to its device, cpu if none is named
-        return open_clip.create_model(name, device="meta" if lazy else "cpu", **options)
+def _create(name: str, weights: Weights, **options: Any) -> nn.Module:
+    with empty(weights):  # open_clip moves the model to its device, cpu if none is named
+        return open_clip.create_model(name, device="cpu" if weights == "memory" else "meta", **options)
 
 
-def _built(directory: Path, config: dict[str, Any], lazy: bool) -> nn.Module:
+def _built(directory: Path, config: dict[str, Any], weights: Weights) -> nn.Module:
     trunk = config["model_cfg"]["vision_cfg"].get("timm_model_name", "")
     if not trunk.startswith("local-dir:") or not (directory / TRUNK).is_dir():
-        return _create(f"local-dir:{directory.resolve()}", lazy, load_weights=False)
+        return _create(f"local-dir:{directory.resolve()}", weights, load_weights=False)
     with TemporaryDirectory() as scratch:  # the directory may have been moved since
         relocated = _with_trunk(config, directory / TRUNK)
         (Path(scratch) / "open_clip_config.json").write_text(json.dumps(relocated))
-        return _create(f"local-dir:{scratch}", lazy, load_weights=False)
+        return _create(f"local-dir:{scratch}", weights, load_weights=False)
 
 
 def _with_trunk(config: dict[str, Any], trunk: Path) -> dict[str, Any]:

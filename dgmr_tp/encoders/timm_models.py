@@ -12,7 +12,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
-from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.widths import said
@@ -21,13 +21,14 @@ from dgmr_tp.errors import DgmrError
 WEIGHTS = "model.safetensors"
 
 
-def by_name(name: str, pretrained: str | None, lazy: bool) -> OpenedModel:
+def by_name(name: str, pretrained: str | None, weights: Weights) -> OpenedModel:
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}{nearest(name, timm.list_models())}")
-    if pretrained and is_file_name(pretrained):
-        with empty(lazy):
+    if weights == "none" or (pretrained and is_file_name(pretrained)):
+        with empty(weights):
             module = timm.create_model(name)
-        load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
+        if pretrained and weights != "none":
+            load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
         return opened(module, f"timm:{name}")
     try:
         module = timm.create_model(f"{name}.{pretrained}" if pretrained else name, pretrained=pretrained is not None)
@@ -47,15 +48,16 @@ def in_timms_names(tensors: dict[str, Tensor], module: nn.Module, source: str) -
         raise DgmrError(f"{source} is not laid out like any release of {type(module).__name__}: {first_line(error)}") from error
 
 
-def from_directory(directory: Path, name: str, lazy: bool) -> OpenedModel:
+def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
     read_json(directory / "config.json")
     try:
-        with empty(lazy):
+        with empty(weights):
             module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
     except Exception as error:  # whatever a wrong config leads to inside timm
         raise DgmrError(f"{directory}/config.json describes no model: {first_line(error)}") from error
-    path = weights_file(directory)
-    load_by_shape(module, read_tensors(path), path)
+    if weights != "none":
+        path = weights_file(directory)
+        load_by_shape(module, read_tensors(path), path)
     return opened(module, name)
 
 

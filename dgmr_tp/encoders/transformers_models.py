@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import empty, first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
 from dgmr_tp.encoders.widths import resize
@@ -26,17 +26,21 @@ TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")
 """Where the vision tower stands in transformers' models."""
 
 
-def from_directory(directory: Path, name: str, lazy: bool, hidden: Mapping[str, int] | None = None) -> OpenedModel:
+def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping[str, int] | None = None) -> OpenedModel:
     """``hidden`` is the hidden width of each site of the tower, where its config cannot say it."""
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture == RELEASED:
-        with empty(lazy):
+        with empty(weights):
             module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
-        weights = weights_file(directory)
-        load_by_shape(module, tensors_from_release(read_tensors(weights)), weights)
-    elif lazy:
-        module = _mapped(directory, architecture, hidden or {})
+        if weights != "none":
+            path = weights_file(directory)
+            load_by_shape(module, tensors_from_release(read_tensors(path)), path)
+    elif weights != "memory":
+        module = _on_meta(directory, architecture, hidden or {})
+        if weights == "disk":  # for checkpoints that stand there under the names that the class has in memory
+            path = weights_file(directory)
+            load_by_shape(module, read_tensors(path), path)
     else:
         module = _by_transformers(directory, architecture, hidden or {})
     where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
@@ -56,13 +60,11 @@ def _class(directory: Path, architecture: str) -> Any:
     return cls
 
 
-def _mapped(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
-    """With its weights left on the disk, for checkpoints that stand there under the names that the class has in memory."""
-    cls, path = _class(directory, architecture), weights_file(directory)
+def _on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+    cls = _class(directory, architecture)
     with torch.device("meta"):
         module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
     module.__class__ = cls
-    load_by_shape(module, read_tensors(path), path)
     return module
 
 

@@ -1,0 +1,106 @@
+"""What a recipe would do, found out without weights, data or a GPU: the tower on the meta device, plan, optimiser, paths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgmr_tp.encoders import open_model
+from dgmr_tp.oneshot import block_sites
+from dgmr_tp.pruning import MLPPruner, Site
+from dgmr_tp.pruning.cost import flop_cost, parameter_cost
+from dgmr_tp.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a dry run."""
+
+    keep: dict[str, int]
+    """Neurons kept, by site."""
+    parameters: int
+    flops: int
+    """Of one image."""
+    groups: list[dict[str, Any]] | None
+    """AdamW's parameter groups of the student, as ``{"tensors", "parameters", "weight_decay"}``; None without distillation."""
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What :func:`dry_run` finds."""
+
+    encoder: str
+    sites: list[Site]
+    parameters: int
+    flops: int
+    sizes: dict[str, Size]
+    deepspeed: dict[str, Any] | None
+    """DeepSpeed's configuration of each process; None without distillation."""
+    paths: dict[str, bool]
+    """Data paths of the recipe, and whether they are there; ``scenes:`` paths are made by the run."""
+
+    def __str__(self) -> str:
+        widths = sorted({(site.width, site.hidden) for site in self.sites})
+        lines = [
+            f"{self.encoder}: {len(self.sites)} MLPs of {', '.join(f'{width} × {hidden}' for width, hidden in widths)}, "
+            f"{self.parameters / 1e6:.1f} M parameters, {self.flops / 1e9:.1f} GFLOPs an image"
+        ]
+        for name, size in self.sizes.items():
+            kept = sorted(set(size.keep.values()))
+            lines.append(
+                f"{name}: hidden {', '.join(map(str, kept))}; {size.parameters / 1e6:.1f} M parameters "
+                f"({size.parameters / self.parameters - 1:+.1%}), {size.flops / 1e9:.1f} GFLOPs ({size.flops / self.flops - 1:+.1%})"
+            )
+            for group in size.groups or []:
+                lines.append(
+                    f"  trained: {group['tensors']} tensors, {group['parameters'] / 1e6:.1f} M parameters, decay {group['weight_decay']}"
+                )
+        if self.deepspeed:
+            lines.append(f"deepspeed: {self.deepspeed}")
+        lines += [f"{'found' if there else 'MISSING'}: {path}" for path, there in self.paths.items()]
+        return "\n".join(lines)
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Go through a recipe without doing it.
+
+    Raises:
+        DgmrError: the model is unknown, or a size is impossible.
+    """
+    opened = open_model(recipe.model.source, weights="none")
+    tower, sites = opened.encoder.module, block_sites(opened)
+    assert sites is not None
+    before = (parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size))
+    sizes = {}
+    for name, amount in recipe.prune.sizes.items():
+        pruner = MLPPruner(tower, sites=sites, image_size=opened.image_size, **amount)  # type: ignore[arg-type]
+        assert pruner.keep is not None
+        cut = {site.name: site.hidden - pruner.keep[site.name] for site in sites}
+        after = [cost.total - sum(cost.neuron[site] * count for site, count in cut.items()) for cost in before]
+        sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe, pruner.keep) if recipe.distill else None)
+    config = None
+    if recipe.distill:
+        from dgmr_tp.distillation.loop import Settings, deepspeed_config
+
+        settings = Settings(**recipe.distill.model_dump(exclude={"processes"}), seed=recipe.seed)
+        config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
+    roots = [recipe.images, *(entry.root for entry in (recipe.evaluate.datasets if recipe.evaluate else []))]
+    paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:")}
+    return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
+
+
+def _groups(recipe: Recipe, keep: dict[str, int]) -> list[dict[str, Any]]:
+    from dgmr_tp.distillation.loop import freeze_what_features_do_not_need, parameter_groups
+    from dgmr_tp.distillation.losses import FeatureTap
+    from dgmr_tp.encoders.widths import resize
+
+    assert recipe.distill
+    student = open_model(recipe.model.source, weights="none")
+    resize(student.encoder.module, keep)
+    tap = FeatureTap(student.encoder)
+    freeze_what_features_do_not_need(tap, student.image_size)
+    return [
+        {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}
+        for group in parameter_groups(tap, recipe.distill.weight_decay)
+    ]
