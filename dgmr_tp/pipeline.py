@@ -188,7 +188,7 @@ class Run:
         return json.loads(path.read_text())["figures"] if path.exists() else None
 
     def original(self) -> OpenedModel:
-        return open_model(self.recipe.model.source, self.recipe.model.pretrained)
+        return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
 
     def data_path(self, path: str) -> Path:
         """A path of the recipe; ``scenes:NAME`` is a generated set of this run."""

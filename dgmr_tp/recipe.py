@@ -25,6 +25,13 @@ class Model(Section):
     """``open_clip:NAME``, ``timm:NAME``, a model directory, or ``demo``."""
     pretrained: str | None = None
     """For a name: the library's tag, or a checkpoint file."""
+    image_size: int | None = Field(None, ge=1)
+    """For a name: height and width of the images, where they are not to be the library's."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of :func:`dgmr_tp.open_model` beside the weights."""
+        return {"source": self.source, "image_size": self.image_size}
 
 
 class Scenes(Section):

@@ -197,7 +197,7 @@ def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
     return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__)
 
 
-def open_model(source: str, pretrained: str | None = None, *, weights: Weights = "memory") -> OpenedModel:
+def open_model(source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory") -> OpenedModel:
     """Open an encoder.
 
     Args:
@@ -207,6 +207,8 @@ def open_model(source: str, pretrained: str | None = None, *, weights: Weights =
             ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` of nothing but tensors; ``hf-hub:org/repo/file`` too),
             with hidden widths of its own or not; ``none`` for random weights. For open_clip also ``TAG+FILE``: everything by the
             tag, then the vision tower of the file. Not for directories.
+        image_size: for a name: height and width of the images, where they are not to be the library's; positions are
+            interpolated.
         weights: ``memory``; ``disk``: memory-mapped, enough to prune from file to file, not to run; ``none``: on the meta
             device, for its shapes alone, and nothing is read but the configuration.
 
@@ -217,7 +219,9 @@ def open_model(source: str, pretrained: str | None = None, *, weights: Weights =
     if kind in ("open_clip", "timm") and name:
         if pretrained is None and weights != "none":
             raise DgmrError(f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)")
-        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, weights)
+        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, weights, image_size)
+    if image_size is not None:
+        raise DgmrError(f"image_size {image_size} goes with open_clip:NAME or timm:NAME; {source} has its own")
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
     directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import open_clip
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -29,18 +29,20 @@ TRUNK = "trunk"
 """Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
 
 
-def by_name(name: str, pretrained: str | None, weights: Weights) -> OpenedModel:
+def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int | None) -> OpenedModel:
     config = open_clip.get_model_config(name)
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
     tag, file = _tag_and_file(pretrained if weights != "none" else None)
     try:
-        module = _create(name, "memory" if tag else weights, pretrained=tag)
+        module = _create(name, "memory" if tag else weights, pretrained=tag, force_image_size=image_size)
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
         _load_release(module, file, tower_only=tag is not None)
     config = copy.deepcopy(config)
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size
     if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
         config["quick_gelu"] = True  # some weights ask for it, whatever the config says
     return _opened(module, config, name, f"open_clip:{name}")
@@ -69,6 +71,8 @@ def _in_open_clips_names(tensors: dict[str, Tensor], module: nn.Module, file: st
     tensors = convert_state_dict(module, dict(tensors))
     if "positional_embedding" in tensors and not hasattr(module, "positional_embedding"):
         tensors = convert_to_custom_text_state_dict(tensors)
+    if not hasattr(module.visual, "trunk"):
+        resize_pos_embed(tensors, module)
     tower = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
     others = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.") and name not in BUFFERS}
     tower = _tower_in_open_clips_names(tower, module.visual, file)

@@ -21,20 +21,21 @@ from dgmr_tp.errors import DgmrError
 WEIGHTS = "model.safetensors"
 
 
-def by_name(name: str, pretrained: str | None, weights: Weights) -> OpenedModel:
+def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int | None) -> OpenedModel:
+    size = {} if image_size is None else {"img_size": image_size}
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}{nearest(name, timm.list_models())}")
     if weights == "none" or (pretrained and is_file_name(pretrained)):
         with empty(weights):
-            module = timm.create_model(name)
+            module = timm.create_model(name, **size)
         if pretrained and weights != "none":
             load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
-        return opened(module, f"timm:{name}")
+        return opened(module, f"timm:{name}", image_size)
     try:
-        module = timm.create_model(f"{name}.{pretrained}" if pretrained else name, pretrained=pretrained is not None)
+        module = timm.create_model(f"{name}.{pretrained}" if pretrained else name, pretrained=pretrained is not None, **size)
     except Exception as error:  # unknown tag, no network: timm raises many kinds
         raise DgmrError(f"timm:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
-    return opened(module, f"timm:{name}")
+    return opened(module, f"timm:{name}", image_size)
 
 
 def in_timms_names(tensors: dict[str, Tensor], module: nn.Module, source: str) -> dict[str, Tensor]:
@@ -61,8 +62,8 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
     return opened(module, name)
 
 
-def opened(module: nn.Module, name: str) -> OpenedModel:
-    config = resolve_data_config({}, model=module)
+def opened(module: nn.Module, name: str, image_size: int | None = None) -> OpenedModel:
+    config = resolve_data_config({} if image_size is None else {"img_size": image_size}, model=module)
     return OpenedModel("timm", module, "", name, create_transform(**config), config)
 
 

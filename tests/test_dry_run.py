@@ -1,0 +1,110 @@
+"""The recipes of the papers' systems, gone through at full size on the meta device: every figure is the one in docs/models.md."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_command, write_recipe
+
+from dgmr_tp.dry_run import dry_run
+from dgmr_tp.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+INTERNVIT = {
+    "architectures": ["InternVisionModel"],
+    "hidden_size": 3200,
+    "image_size": 224,
+    "intermediate_size": 12800,
+    "norm_type": "rms_norm",
+    "num_attention_heads": 25,
+    "num_hidden_layers": 48,
+    "patch_size": 14,
+    "qk_normalization": True,
+    "qkv_bias": False,
+}
+# Recipe, row of docs/models.md, blocks, hidden before and after, the paper's 4 digits, M parameters that a smaller image saves.
+SYSTEMS = [
+    ("ViT-g-14", "OpenCLIP ViT-g/14", 40, 6144, 1408, (1012.6, 479.0), 0),
+    ("ViT-bigG-14", "OpenCLIP ViT-bigG/14", 48, 8192, 1664, (1844.9, 801.8), 0),
+    ("EVA02-E-14-plus", "EVA02-CLIP-E/14+", 64, 15360, 1792, (4350.6, 1237.5), 0),
+    ("EVA-CLIP-8B", "EVA-CLIP-8B", 32, 20480, 4096, (7526, 3231), 0),
+    ("InternViT-6B", "InternViT-6B", 48, 12800, 3200, (5900, 2950), 0),
+    ("DINOv2-g", "DINOv2-g/14", 40, 4096, 1536, (1136.5, 664.4), 1.7096),
+    ("Swin-B", "Swin-B", 24, 512, 128, None, 0),
+]
+FAST = "ViT-g-14"
+
+
+def table_row(system):
+    """Blocks, and the parameters and GFLOPs at ratio 1, as docs/models.md prints them."""
+    [line] = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith(f"| {system} |")]
+    cells = [re.match(r"[\d.]+", cell.strip()) for cell in line.split("|")[3:9]]
+    return [float(cell.group()) for cell in cells]
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    (tmp_path / "internvit").mkdir()
+    (tmp_path / "internvit" / "config.json").write_text(json.dumps(INTERNVIT))
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
+    (tmp_path / "internvit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    monkeypatch.setenv("INTERNVIT_6B", str(tmp_path / "internvit"))
+    monkeypatch.setenv("EVA_CLIP_8B", str(tmp_path / "EVA_CLIP_8B_psz14_s9B.pt"))
+    (tmp_path / "imagenet").mkdir()
+    monkeypatch.setenv("IMAGENET_DIR", str(tmp_path / "imagenet"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("system", [pytest.param(s, id=s[0], marks=() if s[0] == FAST else pytest.mark.slow) for s in SYSTEMS])
+def test_a_recipe_plans_what_the_table_says(environment, system):
+    name, row, blocks, hidden, kept, published, saved = system
+    found = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))
+    [size] = found.sizes.values()
+    assert len(found.sites) == blocks and found.sites[0].hidden == hidden
+    assert next(iter(size.keep.values())) == kept and len(size.keep) == blocks
+    millions, at_one, _, gigaflops, flops_at_one, _ = table_row(row)
+    assert found.parameters / 1e6 + saved == pytest.approx(millions, abs=0.051)
+    assert size.parameters / 1e6 + saved == pytest.approx(at_one, abs=0.051)
+    assert found.flops / 1e9 == pytest.approx(gigaflops, abs=0.051)
+    assert size.flops / 1e9 == pytest.approx(flops_at_one, abs=0.051)
+    if published:
+        digits = 2e-3 if name == "InternViT-6B" else 2e-4  # published to three digits, the others to four
+        assert (millions, at_one) == pytest.approx(published, rel=digits)
+    # The optimiser: what is trained is decayed or not, and nearly all of the student is trained.
+    decayed, plain = size.groups
+    assert decayed["weight_decay"] > 0 == plain["weight_decay"]
+    assert 0.95 * size.parameters < decayed["parameters"] + plain["parameters"] <= size.parameters
+    # DeepSpeed's own parser takes the configuration.
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    assert DeepSpeedConfig(found.deepspeed).zero_optimization_stage == 2
+    assert found.paths[str(environment / "imagenet" / "train")] is False
+    assert all(path.startswith(str(environment)) for path in found.paths)
+
+
+def test_the_command_says_what_is_there_and_what_is_missing(tmp_path):
+    recipe = write_recipe(tmp_path / "small.yaml", images=str(tmp_path / "photos"))
+    done = run_command("run", recipe, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "demo: 6 MLPs of 128 × 512, 1.2 M parameters" in done.stdout
+    assert "mlp_ratio-1: hidden 128" in done.stdout and "deepspeed: " in done.stdout
+    assert f"MISSING: {tmp_path / 'photos'}" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_impossible_size_is_refused_before_anything_runs(tmp_path):
+    done = run_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
+    assert done.returncode == 2 and "mlp_ratio = 5" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_recipes_allocate_nothing(environment):
+    """A tower of 7.5 billion parameters is gone through in the memory of the test."""
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.device("cpu"):
+        found = dry_run(load_recipe(ROOT / "recipes" / "EVA-CLIP-8B.yaml"))
+    assert found.parameters > 7e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # kilobytes; its weights would be 30 GB
