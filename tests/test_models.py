@@ -12,7 +12,7 @@ import torch
 from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
 
-from dgmr_tp import DgmrError, load_pruned, open_model, prune
+from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.oneshot import make_plan
 
@@ -105,6 +105,30 @@ def test_the_text_tower_comes_along(open_clip_directory, tmp_path):
     tokens = original.tokenizer(["a red star", "a blue ring"])
     with torch.no_grad():
         assert torch.equal(load_pruned(tmp_path / "pruned").module.encode_text(tokens), original.module.encode_text(tokens))
+
+
+@pytest.mark.parametrize(("keep", "opens"), [(29, True), ({"visual.*": 29, "*": 50}, True), ({"transformer.*.1.*": 17, "*": 50}, False)])
+def test_both_towers_may_be_pruned(open_clip_directory, tmp_path, keep, opens):
+    config = json.loads((open_clip_directory / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["layers"] = 2
+    (open_clip_directory / "open_clip_config.json").write_text(json.dumps(config))
+    module = redraw(open_clip.create_model(f"local-dir:{open_clip_directory}", load_weights=False))
+    save_file(module.state_dict(), open_clip_directory / "open_clip_model.safetensors")
+    model = open_model(str(open_clip_directory))
+    pruner = MLPPruner(model.module, keep=keep)
+    pruner.apply(pruner.plan())
+    model.save(tmp_path / "pruned")
+    tokens = model.tokenizer(["a red star", "a blue ring"])
+    model.module.eval()
+    with torch.no_grad():
+        expected = model.module.encode_text(tokens)
+        assert torch.equal(load_pruned(tmp_path / "pruned").module.eval().encode_text(tokens), expected)
+        assert not torch.allclose(module.encode_text(tokens), expected, rtol=1e-3)
+        assert ("alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text()) == opens
+        if opens:
+            assert torch.allclose(
+                open_clip.create_model(f"local-dir:{tmp_path / 'pruned'}").eval().encode_text(tokens), expected, atol=1e-6
+            )
 
 
 def test_saving_over_something_is_refused(directory, tmp_path):

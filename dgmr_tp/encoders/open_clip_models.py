@@ -161,9 +161,21 @@ def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
         vision["mlp_ratio"] = ratio
     else:
         opens = False
+    opens = _say_text(model, config["text_cfg"]) and opens
     preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
     return "open_clip.create_model('local-dir:{path}')" if opens else None
+
+
+def _say_text(model: OpenedModel, text: dict[str, Any]) -> bool:
+    """Put the text tower's hidden width into its config, where it was pruned too; whether open_clip can read it there."""
+    sites = [site for site in find_sites(model.module) if site.name.startswith(("text.", "transformer."))]
+    if all(site.hidden == int(site.width * text.get("mlp_ratio", 4.0)) for site in sites) or "hf_model_name" in text:
+        return True
+    ratio = ratio_for(sites)
+    if ratio is not None:
+        text["mlp_ratio"] = ratio
+    return ratio is not None
 
 
 def _save_trunk(model: OpenedModel, directory: Path, final: Path) -> tuple[str, bool]:
