@@ -23,6 +23,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import dgmr_tp.encoders.timm_models  # noqa: F401  (registers EVA-CLIP-8B with timm)
+
 NAME = "eva_clip_8b_patch14_224"
 
 

@@ -8,15 +8,13 @@ only the distillation leaves something there to go on from.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +25,7 @@ import torch
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
+from dgmr_tp.files import hold, sha256, write_whole
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.recipe import Distill, Recipe, parse_recipe
@@ -110,8 +109,7 @@ class Run:
             if name is not None and name not in STAGES:
                 raise DgmrError(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
         self._check_what_later_stages_need()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with _locked(self.directory):
+        with hold(self.directory, "dgmr-tp run is working"):
             self._run(redo, until, say)
 
     def _run(self, redo: str | None, until: str | None, say: Callable[[str], None]) -> None:
@@ -122,7 +120,7 @@ class Run:
         for stage in dropped:
             if (self.directory / stage).exists():
                 shutil.rmtree(self.directory / stage)
-        _write(self.directory / "recipe.json", self.recipe.model_dump_json(indent=1))
+        write_whole(self.directory / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
         last = STAGES.index(until) if until else len(STAGES)
         for step in (step for step in self.steps if STAGES.index(step.stage) <= last):
             if (self.folder(step.key) / "manifest.json").exists():
@@ -216,7 +214,7 @@ class Run:
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
             student.save(folder / "model", self._plan(size))
-            _write(folder / "figures.json", json.dumps(figures, indent=1))
+            write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
     # Each of the following fills the folder of one step and returns its figures.
 
@@ -351,7 +349,7 @@ class Run:
 
     def _made_from(self, step: Step) -> dict[str, Any]:
         manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
-        inputs = {key: _sha256(path) if path.exists() else None for key, path in manifests.items()}
+        inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
         return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
 
     def _check_still_true(self, step: Step) -> None:
@@ -380,7 +378,7 @@ class Run:
             shutil.rmtree(aside)
         aside.mkdir(parents=True, exist_ok=True)
         if not note.exists():
-            _write(note, json.dumps(made_from, indent=1))
+            write_whole(note, json.dumps(made_from, indent=1) + "\n")
         return aside
 
     def _aside(self, step: Step) -> Path:
@@ -391,7 +389,7 @@ class Run:
         folder = self._partial(step)
         figures = step.work(folder)
         (folder / "made_from.json").unlink()
-        _write(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1))
+        write_whole(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         os.rename(folder, self.folder(step.key))
 
@@ -415,21 +413,6 @@ def _fingerprint(source: str) -> str | None:
     return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a run directory: two runs in it would overwrite each other."""
-    with (directory / "lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DgmrError(f"another dgmr-tp run is working in {directory}; wait for it or stop it") from error
-        yield
-
-
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -444,9 +427,3 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     if path.startswith("inputs."):
         return [f"its input {path.removeprefix('inputs.')} changed"]
     return [f"{path}: {before} → {now}"]
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text + "\n")
-    os.replace(aside, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dgmr_tp.extras import require
+from dgmr_tp.files import write_whole
 
 LABELS = ("pruned", "recovered", "distilled", "onnx")
 SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5"}
@@ -82,9 +82,7 @@ def write_html(data: dict[str, Any], path: Path) -> Path:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(percent=percent, curve=curve, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G")
     template = environment.from_string(resources.files("dgmr_tp").joinpath("report.html.j2").read_text())
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(template.render(data))
-    os.replace(aside, path)
+    write_whole(path, template.render(data))
     return path
 
 

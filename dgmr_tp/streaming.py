@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Unpack
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.encoders.widths import resize
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import write_whole
 from dgmr_tp.oneshot import Progress, make_plan
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 
@@ -54,18 +57,19 @@ def prune_streaming(
     """
     directory = Path(directory)
     aside = unfinished(directory)
-    aside.mkdir(parents=True, exist_ok=True)
     journal = aside / JOURNAL
     opened = open_model(source, pretrained, weights="disk")
     request = {"source": source, "pretrained": pretrained, "criterion": str(criterion), "seed": seed, "amount": amount}
 
     def remember(plan: Plan) -> None:
-        fresh = journal.with_suffix(".new")
-        fresh.write_text(json.dumps({"request": request, "plan": plan.to_json()}))
-        fresh.replace(journal)
+        aside.mkdir(parents=True, exist_ok=True)
+        write_whole(journal, json.dumps({"request": request, "plan": plan.to_json()}))
 
     done = _read_journal(journal, request)
     plan = make_plan(opened, criterion, seed=seed, progress=progress, done=done, remember=remember, **amount)
+    for left in aside.iterdir():  # by a run that was killed while it wrote
+        if left != journal:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     pruned = _shadow(opened)
     resize(pruned.encoder.module, {name: len(site.kept) for name, site in plan.sites.items()})
     shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
@@ -79,7 +83,7 @@ def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
     try:
         found = json.loads(path.read_text())
         return Plan.from_json(found["plan"]) if found["request"] == json.loads(json.dumps(request)) else None
-    except (OSError, ValueError, KeyError):  # the first time, or the disk was full
+    except (OSError, ValueError, KeyError, DgmrError):  # the first time, or a damaged one
         return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import tempfile
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export import onnx_file, torchscript_file
 from dgmr_tp.export.latency import median_milliseconds
+from dgmr_tp.files import sha256, write_whole
 
 FORMATS: dict[str, tuple[str, Any]] = {"onnx": ("model.onnx", onnx_file), "torchscript": ("model.pt", torchscript_file)}
 BATCHES = (1, 3, 5)
@@ -77,7 +77,7 @@ def export_bundle(
             raise DgmrError(f"{directory / file_name}.failed: its output differs from PyTorch's by {worst:.1e} (allowed {TOLERANCE:.0e})")
         files[name] = {
             "file": file_name,
-            "sha256": {path.name: _sha256(directory / path.name) for path in written},
+            "sha256": {path.name: sha256(directory / path.name) for path in written},
             "megabytes": sum((directory / path.name).stat().st_size for path in written) / 1e6,
             "relative_error": {str(batch): error for batch, error in errors.items()},
             "latency_ms": latency,
@@ -92,7 +92,7 @@ def export_bundle(
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, **({"onnxruntime": onnx_file.runtime_version()} if "onnx" in formats else {})},
     }
-    (directory / "export.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(directory / "export.json", json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -133,8 +133,3 @@ def _latencies(
             str(batch): median_milliseconds({name: lambda run=run, batch=batch: run(images[batch]) for name, run in runs.items()})
             for batch in batches
         }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -16,7 +16,8 @@ from conftest import BIN, SMALL, command, recipe, run_command, write_recipe
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline import Run, _locked
+from dgmr_tp.files import hold
+from dgmr_tp.pipeline import Run
 
 
 def weights(run: Path, stage: str = "distill"):
@@ -98,7 +99,7 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
 
 def test_two_runs_do_not_work_in_one_directory(small_run):
     directory, _ = small_run
-    with _locked(directory), pytest.raises(DgmrError, match="another dgmr-tp run is working"):
+    with hold(directory, "dgmr-tp run is working"), pytest.raises(DgmrError, match="another dgmr-tp run is working"):
         Run(recipe(), directory).run()
 
 

@@ -86,7 +86,9 @@ def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
     # A decision that only the journal can have made, to see that it is taken over and not made again.
     taken_over["sites"][name]["kept"] = list(range(40))
     journal.write_text(json.dumps({**left, "plan": json.dumps(taken_over)}))
+    (tmp_path / ".out.partial" / "left_over").mkdir()
     plan = prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
+    assert not (tmp_path / "out" / "left_over").exists() and not (tmp_path / "out" / JOURNAL).exists()
     assert plan.sites[name].kept == tuple(range(40)) != first.sites[name].kept
     assert {n: s for n, s in plan.sites.items() if n != name} == {n: s for n, s in first.sites.items() if n != name}
 
@@ -122,6 +124,7 @@ def test_what_cannot_stream_is_refused(tmp_path):
     FAMILIES["transformers DINOv2"](tmp_path / "dinov2")
     with pytest.raises(DgmrError, match=r"model\.safetensors holds a tensor 'encoder\.layer\.0\.attention\.attention\.key"):
         prune_streaming(str(tmp_path / "dinov2"), tmp_path / "out", keep=40)
+    assert not list(tmp_path.glob(".*partial"))
     (tmp_path / "there").mkdir()
     with pytest.raises(DgmrError, match="exists already"):
         prune_streaming(str(tmp_path / "dinov2"), tmp_path / "there", keep=40)

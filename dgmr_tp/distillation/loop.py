@@ -5,7 +5,6 @@ Teacher and student arrive opened, the settings as a plain object; recipes and r
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import shutil
@@ -23,6 +22,7 @@ from dgmr_tp.distillation.losses import FeatureTap, feature_loss
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
+from dgmr_tp.files import hold
 from dgmr_tp.progress import Meter
 
 WHOLE = "whole"
@@ -71,7 +71,7 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
     """
     deepspeed = _start_deepspeed()
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    lock = _lock(directory) if rank == 0 else None
+    lock = hold(directory, "distillation is running") if rank == 0 else None
     if settings.batch_size % world:
         raise DgmrError(f"distill.batch_size = {settings.batch_size} cannot be divided over {world} processes")
     torch.manual_seed(settings.seed)
@@ -131,7 +131,7 @@ def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     student_tap.load_state_dict({**start, **trained})
     if lock is not None:
-        os.close(lock)
+        lock.close()
     return {**asdict(settings), "processes": world, "images": len(images)}
 
 
@@ -166,17 +166,6 @@ def _start_deepspeed() -> Any:
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(verbose=False)
     return deepspeed
-
-
-def _lock(directory: Path) -> int:
-    """Hold ``directory`` for this run: a second one would overwrite its checkpoints."""
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise DgmrError(f"another distillation is running in {directory}; wait for it or stop it") from error
-    return handle
 
 
 def freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:

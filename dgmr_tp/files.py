@@ -1,0 +1,40 @@
+"""Files that appear whole or not at all, and folders that one process works in at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+from typing import IO
+
+from dgmr_tp.errors import DgmrError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader or a kill never meets half of it."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hold(directory: Path, what: str) -> IO[str]:
+    """Take ``directory`` for this process until the stream returned is closed.
+
+    Raises:
+        DgmrError: another process holds it; ``what`` says what that is.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    stream = (directory / "lock").open("w")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise DgmrError(f"another {what} in {directory}; wait for it or stop it") from error
+    return stream
