@@ -68,7 +68,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     Raises:
         DgmrError: the model is unknown, or a size is impossible.
     """
-    opened = open_model(**recipe.model.options, weights="none")
+    opened = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
     tower, sites = opened.encoder.module, block_sites(opened)
     assert sites is not None
     before = (parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size))
@@ -96,7 +96,7 @@ def _groups(recipe: Recipe, keep: dict[str, int]) -> list[dict[str, Any]]:
     from dgmr_tp.encoders.widths import resize
 
     assert recipe.distill
-    student = open_model(**recipe.model.options, weights="none")
+    student = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
     resize(student.encoder.module, keep)
     tap = FeatureTap(student.encoder)
     freeze_what_features_do_not_need(tap, student.image_size)

@@ -149,7 +149,7 @@ class Run:
         last = {}
         for size, amount in recipe.prune.sizes.items():
             section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
-            steps.append(Step("prune", size, section, (), partial(self._prune, amount=amount)))
+            steps.append(Step("prune", size, section, (), partial(self._prune, size=size, amount=amount)))
             last[size] = f"prune/{size}"
         if recipe.recover:
             for size in last:
@@ -213,7 +213,7 @@ class Run:
         figures = distill(self.original(), student, images, settings, folder)
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
-            student.save(folder / "model", self._plan(size))
+            student.save(folder / "model", self._plan(size), final=self.folder(step.key) / "model")
             write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
     # Each of the following fills the folder of one step and returns its figures.
@@ -228,14 +228,14 @@ class Run:
         scenes.write_retrieval(folder / "captions", counts.captions, SCENE_SEEDS["captions"])
         return {}
 
-    def _prune(self, folder: Path, amount: dict[str, float]) -> dict[str, Any]:
+    def _prune(self, folder: Path, size: str, amount: dict[str, float]) -> dict[str, Any]:
         from dgmr_tp.progress import shown
 
         model = self.original()
         before = self._cost(model)
         with shown() as progress:
             result = prune(model, criterion=self.recipe.prune.criterion, seed=self.recipe.seed, progress=progress, **amount)  # type: ignore[arg-type]
-        result.model.save(folder / "model", result.plan)
+        result.model.save(folder / "model", result.plan, final=self.folder(f"prune/{size}") / "model")
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
         return {"original": before, "pruned": self._cost(result.model), "sites": sites}
 
@@ -257,7 +257,7 @@ class Run:
                 progress=progress,
             )
         result.model.module.cpu()
-        result.model.save(folder / "model", result.plan)
+        result.model.save(folder / "model", result.plan, final=self.folder(f"recover/{size}") / "model")
         return {"sites": [row._asdict() for row in result.table], "broken_images": images.broken, "other_files": images.other_files}
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:

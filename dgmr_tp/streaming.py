@@ -21,7 +21,7 @@ from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import write_whole
+from dgmr_tp.files import hold, write_whole
 from dgmr_tp.oneshot import Progress, make_plan
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 
@@ -43,7 +43,8 @@ def prune_streaming(
     """Prune a checkpoint into a model directory, MLP by MLP, without ever holding the dense tower. Same result as ``prune``.
 
     Memory: a few float64 copies of one MLP's first Linear, whatever the size of the tower. Killed and called again, it goes
-    on with the MLPs that were not decided yet; ``directory`` appears whole or not at all. No recovery: it needs the tower.
+    on with the MLPs that were not decided yet; ``directory`` appears whole or not at all. No recovery: it needs the tower. The
+    file keeps the checkpoint's number type.
 
     Args:
         source, pretrained: a model directory, or a library's name and a checkpoint file (see :func:`open_model`). Weights
@@ -57,25 +58,27 @@ def prune_streaming(
     """
     directory = Path(directory)
     aside = unfinished(directory)
-    journal = aside / JOURNAL
     opened = open_model(source, pretrained, weights="disk")
-    request = {"source": source, "pretrained": pretrained, "criterion": str(criterion), "seed": seed, "amount": amount}
+    rule = criterion if isinstance(criterion, str) else type(criterion).__name__
+    request = {"source": source, "pretrained": pretrained, "criterion": rule, "seed": seed, "amount": amount}
+    journal = aside / JOURNAL
 
     def remember(plan: Plan) -> None:
-        aside.mkdir(parents=True, exist_ok=True)
         write_whole(journal, json.dumps({"request": request, "plan": plan.to_json()}))
 
-    done = _read_journal(journal, request)
-    plan = make_plan(opened, criterion, seed=seed, progress=progress, done=done, remember=remember, **amount)
-    for left in aside.iterdir():  # by a run that was killed while it wrote
-        if left != journal:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-    pruned = _shadow(opened)
-    resize(pruned.encoder.module, {name: len(site.kept) for name, site in plan.sites.items()})
-    shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
-    _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan, progress))
-    journal.unlink()
-    pruned.finish(directory, plan)
+    with hold(aside, "dgmr-tp prune is working") as lock:
+        done = _read_journal(journal, request)
+        plan = make_plan(opened, criterion, seed=seed, progress=progress, done=done, remember=remember, **amount)
+        for left in aside.iterdir():  # by a run that was killed while it wrote
+            if left.name not in (JOURNAL, Path(lock.name).name):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        pruned = _shadow(opened)
+        resize(pruned.encoder.module, {name: len(site.kept) for name, site in plan.sites.items()})
+        shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
+        _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan, progress))
+        journal.unlink()
+        Path(lock.name).unlink()
+        pruned.finish(directory, plan, directory)
     return plan
 
 

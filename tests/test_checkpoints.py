@@ -54,6 +54,7 @@ def tiny_clip(tmp_path_factory):
 
 
 SAVERS = {
+    "old.pth": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "open_clip_model.safetensors": save_file,
     "open_clip_pytorch_model.bin": torch.save,
     "flat.pt": torch.save,
@@ -300,5 +301,47 @@ def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_p
     arguments = ("-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/sub/vit.pth", "--criterion", "l2")
     file = run_command("plan", *arguments, env=environment)
     assert file.returncode == 0 and "blocks.11.mlp" in file.stdout, file.stderr
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "missing-shard.safetensors"}}))
+    index = run_command(
+        "plan", "-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/model.safetensors.index.json", env=environment
+    )
+    assert index.returncode == 2 and "cannot get hf-hub:org/clip" in index.stderr and index.stderr.count("\n") == 1
+    nothing = run_command("plan", "-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/vit.pth", env=environment)
+    assert nothing.returncode == 2 and "names no file" in nothing.stderr
     missing = run_command("inspect", "hf-hub:org/other", env=environment)
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot get hf-hub:org/other" in missing.stderr
+
+
+def test_open_clips_older_repositories_open(tiny_clip, tmp_path):
+    """Weights called open_clip_pytorch_model.bin, with what older versions kept beside them."""
+    FAMILIES["open_clip"](tmp_path / "clip")
+    state = read_tensors(tmp_path / "clip" / "open_clip_model.safetensors")
+    (tmp_path / "clip" / "open_clip_model.safetensors").unlink()
+    torch.save(
+        {**state, "logit_scale": state["logit_scale"].reshape(1), "context_length": torch.tensor(16)},
+        tmp_path / "clip" / "open_clip_pytorch_model.bin",
+    )
+    opened = open_model(str(tmp_path / "clip"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in opened.module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"architectures": ["InternVisionModel"]}, {"architectures": ["CLIPVisionModel"], "model_type": "magic"}]
+)
+@pytest.mark.parametrize("weights", ["none", "disk", "memory"])
+def test_a_config_that_describes_nothing_is_one_sentence(tmp_path, config, weights):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DgmrError, match=re.escape(str(tmp_path))) as caught:
+        open_model(str(tmp_path / "model"), weights=weights)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_that_transformers_cannot_reopen_is_refused(tmp_path):
+    FAMILIES["transformers CLIPModel"](tmp_path / "clip")
+    model = open_model(str(tmp_path / "clip"))
+    pruner = MLPPruner(model.module, keep=20)
+    pruner.apply(pruner.plan())
+    with pytest.raises(DgmrError, match=r"text_model.* lies outside the vision tower"):
+        model.save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

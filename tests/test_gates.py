@@ -62,7 +62,19 @@ class Interleaved(FGlu):
         return self.out(F.silu(gate) * value)
 
 
+class LlamaNamed(nn.Module):
+    """``w2`` is the last layer, not ``w3``."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH), nn.Linear(WIDTH, HIDDEN)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
 GATES = {
+    "Llama's names": LlamaNamed,
     "packed": lambda: SwiGLUPacked(WIDTH, 2 * HIDDEN),
     "packed, gate last": lambda: GluMlp(WIDTH, 2 * HIDDEN),
     "packed, normed": lambda: GluMlp(WIDTH, 2 * HIDDEN, norm_layer=nn.LayerNorm),

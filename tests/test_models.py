@@ -232,3 +232,69 @@ def test_planning_is_what_pruning_does(directory):
     assert make_plan(opened, "random", mlp_ratio=1, seed=1) != make_plan(opened, "random", mlp_ratio=1, seed=2)
     with pytest.raises(DgmrError, match="unknown criterion"):
         make_plan(opened, "magic")
+
+
+def hugging_face_tokenizer(directory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "star": 4, "blue": 5, "ring": 6}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(directory)
+
+
+def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
+    """As in SigLIP: open_clip looks for it in the directory, whatever name the config gives."""
+    config = json.loads((open_clip_directory / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "somewhere/on-the-hub"
+    (open_clip_directory / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(DgmrError, match="cannot load its tokenizer"):
+        open_model(str(open_clip_directory))
+    hugging_face_tokenizer(open_clip_directory)
+    original = open_model(str(open_clip_directory))
+    original.source = None  # opened by its name, there is no directory to copy from
+    model, plan, _ = prune(original, keep=29)
+    model.save(tmp_path / "pruned", plan)
+    again = load_pruned(tmp_path / "pruned")
+    assert torch.equal(again.tokenizer(["a red star", "blue"]), original.tokenizer(["a red star", "blue"]))
+    assert not torch.equal(again.tokenizer(["a red star"]), again.tokenizer(["a blue ring"]))
+
+
+def test_classes_of_its_own_survive(tmp_path):
+    """A fine-tuned checkpoint with other classes than the architecture's 1,000."""
+    module = redraw(timm.create_model("vit_tiny_patch16_224", num_classes=7))
+    torch.save(module.state_dict(), tmp_path / "mine.pth")
+    opened = open_model("timm:vit_tiny_patch16_224", str(tmp_path / "mine.pth"))
+    opened.save(tmp_path / "saved")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    images = pictures(1, size=224)
+    assert plain(images).shape == (1, 7) and torch.equal(plain(images), module(images))
+
+
+@pytest.mark.parametrize("name", ["timm:vit_small_patch16_dinov3", "open_clip:ViT-S-32-alt", "timm:vit_tiny_patch16_224"])
+def test_an_image_size_of_its_own_survives(tmp_path, name):
+    opened = open_model(name, "none", image_size=64)
+    assert opened.image_size == 64
+    images = pictures(2, size=64)
+    with torch.no_grad():
+        expected = opened.encoder.module.eval()(images)
+    opened.save(tmp_path / "saved")
+    again = load_pruned(tmp_path / "saved")
+    assert again.image_size == 64
+    assert again.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again.encoder.module.eval()(images), expected)
+
+
+def test_shapes_alone_need_no_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    program = "import dgmr_tp; print(len(dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none').encoder.blocks()))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "12", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("source", "tag"), [("timm:vit_tiny_patch16_224", "augreg_in21k_ft_in1k"), ("open_clip:ViT-B-32", "openai")])
+def test_unknown_tags_are_refused_without_a_download(source, tag):
+    assert open_model(source, tag, weights="none").encoder.module is not None
+    with pytest.raises(DgmrError, match=f"has no weights 'nonsense'; there are: .*{tag}"):
+        open_model(source, "nonsense", weights="none")

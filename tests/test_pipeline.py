@@ -33,6 +33,8 @@ def test_a_run_leaves_every_stage_and_a_table(small_run):
     for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1", "evaluate/original", "export/mlp_ratio-1"):
         assert (directory / key / "manifest.json").exists(), key
     assert not list(directory.rglob("*.partial"))
+    for model in directory.glob("*/*/model"):
+        assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another place"
     for word in ("original", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html"):
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(directory))

@@ -12,6 +12,7 @@ from families import FAMILIES, bf16_shards, plain_output
 from safetensors import safe_open
 
 from dgmr_tp import DgmrError, load_pruned, open_model, prune
+from dgmr_tp.files import hold
 from dgmr_tp.oneshot import make_plan
 from dgmr_tp.streaming import JOURNAL, prune_streaming
 
@@ -53,12 +54,15 @@ def test_the_file_is_plain_safetensors(tmp_path):
         assert file.get_tensor("logit_scale").shape == ()
 
 
-def test_bf16_shards_stream(tmp_path):
+@pytest.mark.parametrize("criterion", ["dgmr", "l2"])
+def test_bf16_shards_stream(tmp_path, criterion):
     source = tmp_path / "source"
     bf16_shards(source)
-    prune_streaming(str(source), tmp_path / "out", keep=24)
+    plan = prune_streaming(str(source), tmp_path / "out", criterion=criterion, keep=24)
     opened = load_pruned(tmp_path / "out")
-    expected, _, _ = prune(str(source), keep=24)
+    expected, expected_plan, _ = prune(str(source), criterion=criterion, keep=24)
+    assert plan == expected_plan
+    assert prune(str(source), plan=plan).plan == plan  # the plan fits the checkpoint that is opened in memory
     state = opened.module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.module.state_dict().items())
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
@@ -118,6 +122,18 @@ def test_killed_from_outside_it_goes_on(tmp_path):
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
     got, (expected, _, _) = load_pruned(tmp_path / "out"), prune(str(tmp_path / "source"), keep=40)
     assert all(torch.equal(a, b) for a, b in zip(got.module.parameters(), expected.module.parameters(), strict=True))
+
+
+def test_random_weights_stream_too(tmp_path):
+    prune_streaming("open_clip:ViT-S-32-alt", tmp_path / "out", "none", criterion="l2", keep=256)
+    assert load_pruned(tmp_path / "out").encoder.module.transformer.resblocks[0].mlp.c_fc.out_features == 256
+
+
+def test_two_at_once_are_refused(tmp_path):
+    FAMILIES["open_clip"](tmp_path / "source")
+    (tmp_path / ".out.partial").mkdir()
+    with hold(tmp_path / ".out.partial", "test"), pytest.raises(DgmrError, match="another dgmr-tp prune is working"):
+        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
 
 
 def test_what_cannot_stream_is_refused(tmp_path):

@@ -37,7 +37,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             return {name: tensor for shard in shards for name, tensor in read_tensors(path.parent / shard).items()}
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = _unpickled(path)
     except Exception as error:  # a damaged file fails in many ways
         if "weights_only" in str(error) or "Weights only load" in str(error):
             raise DgmrError(f"{path} holds Python objects, which are never executed; save its state_dict alone") from error
@@ -48,6 +48,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise DgmrError(f"{path} is no checkpoint: it holds something else than tensors by name")
     prefix = "module." if all(name.startswith("module.") for name in found) else ""
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
 
 
 def weights_file(directory: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 
 HUB = "hf-hub:"
+IGNORED = ("*.py", "*.msgpack", "*.h5", "*.onnx")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 
@@ -22,15 +25,23 @@ def local_file(name: str) -> Path:
     """A local path as it is; of a hub name the file, downloaded if it is not in the cache."""
     if not name.startswith(HUB):
         return Path(name)
-    organisation, repository, file = name.removeprefix(HUB).split("/", 2)
-    return Path(_from_hub(name, "hf_hub_download", f"{organisation}/{repository}", filename=file))
+    parts = name.removeprefix(HUB).split("/", 2)
+    if len(parts) < 3:
+        raise DgmrError(f"{name} names no file; write it as hf-hub:ORG/REPO/FILE")
+    repository = "/".join(parts[:2])
+    path = Path(_from_hub(name, "hf_hub_download", repository, filename=parts[2]))
+    if path.name.endswith(".index.json"):
+        folder = parts[2].rpartition("/")[0]
+        for shard in set(json.loads(path.read_text())["weight_map"].values()):
+            _from_hub(name, "hf_hub_download", repository, filename=f"{folder}/{shard}".lstrip("/"))
+    return path
 
 
-def local_folder(name: str) -> Path:
-    """A local path as it is; of a hub name the repository's folder, downloaded if it is not in the cache."""
+def local_folder(name: str, *, weights: bool = True) -> Path:
+    """A local path as it is; of a hub name the repository's folder, downloaded if it is not in the cache, weights or not."""
     if not name.startswith(HUB):
         return Path(name)
-    return Path(_from_hub(name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=["*.py", "*.msgpack", "*.h5"]))
+    return Path(_from_hub(name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=[*IGNORED, *(() if weights else WEIGHTS)]))
 
 
 def _from_hub(name: str, function: str, repository: str, **options: Any) -> str:

@@ -70,12 +70,13 @@ class OpenedModel:
         """The same model with weights of its own."""
         return replace(self, module=copy.deepcopy(self.module), config=copy.deepcopy(self.config))
 
-    def save(self, directory: Path, plan: Plan | None = None) -> None:
+    def save(self, directory: Path, plan: Plan | None = None, *, final: Path | None = None) -> None:
         """Write a model directory; it must not exist yet, and appears whole or not at all.
 
         Args:
             directory: where to.
             plan: the plan that the encoder was pruned by, kept beside the weights.
+            final: where the directory will be moved to, if it will; its README and its config name that place.
         """
         directory = Path(directory)
         aside = unfinished(directory)
@@ -87,12 +88,14 @@ class OpenedModel:
         else:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
             save_file(tensors, aside / room.WEIGHTS, metadata={"format": "pt"})
-        self.finish(directory, plan)
+        self.finish(directory, plan, final or directory)
 
-    def finish(self, directory: Path, plan: Plan | None) -> None:
+    def finish(self, directory: Path, plan: Plan | None, final: Path) -> None:
         """Complete the unfinished directory, which holds the weights, and give it its name."""
         aside = unfinished(directory)
-        opens = _room(self.library).save_config(self, aside, directory)
+        opens = _room(self.library).save_config(self, aside, final)
+        if hasattr(self.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the directory
+            self.tokenizer.save_pretrained(str(aside))
         if self.source is not None:
             for file in self.source.glob("*"):
                 if file.name.startswith(TEXT_FILES) and not (aside / file.name).exists():
@@ -102,7 +105,7 @@ class OpenedModel:
         hidden = {site.name: site.hidden for site in find_sites(self.encoder.module)}
         sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
         (aside / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
-        (aside / "README.md").write_text(_readme(self, directory, opens, hidden))
+        (aside / "README.md").write_text(_readme(self, final, opens, hidden, moved=(aside / "trunk").is_dir()))
         for file in aside.rglob("*"):  # safetensors keeps its files from other users; a server is another user
             file.chmod(0o755 if file.is_dir() else 0o644)
         os.rename(aside, directory)
@@ -129,7 +132,7 @@ def _room(library: str) -> Any:
     return require(f"dgmr_tp.encoders.{library}_models", "encoders")
 
 
-def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict[str, int]) -> str:
+def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict[str, int], moved: bool) -> str:
     widths = sorted(set(hidden.values()))
     lines = [
         f"# {model.name}, hidden width {widths[0] if len(widths) == 1 else f'{widths[0]} to {widths[-1]}'}",
@@ -151,7 +154,7 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
             f"import {model.library}\n\nmodel = {opens.format(path=directory)}",
             "```",
         ]
-        if (unfinished(directory) / "trunk").is_dir():
+        if moved:
             lines += ["", "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`."]
     return "\n".join(lines) + "\n"
 
@@ -224,7 +227,7 @@ def open_model(source: str, pretrained: str | None = None, *, image_size: int | 
         raise DgmrError(f"image_size {image_size} goes with open_clip:NAME or timm:NAME; {source} has its own")
     if pretrained is not None:
         raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
-    directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"))
+    directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"), weights=weights != "none")
     if not directory.is_dir():
         raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo")
     return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, weights=weights)
@@ -236,7 +239,7 @@ def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weig
     Raises:
         DgmrError: it is no model directory, or a file in it is damaged or does not fit; names the file or the key.
     """
-    directory = local_folder(str(directory))
+    directory = local_folder(str(directory), weights=weights != "none")
     sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():

@@ -25,6 +25,8 @@ from dgmr_tp.pruning import find_sites
 BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
 """What older checkpoints hold beside their weights."""
 WEIGHTS = "open_clip_model.safetensors"
+RELEASED = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
+"""How the weights are called in repositories of open_clip's."""
 TRUNK = "trunk"
 """Folder in a model directory with the timm config of the trunk, where its widths are not those of a timm name."""
 
@@ -35,7 +37,12 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
     tag, file = _tag_and_file(pretrained if weights != "none" else None)
     try:
-        module = _create(name, "memory" if tag else weights, pretrained=tag, force_image_size=image_size)
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if weights == "none" and pretrained and not is_file_name(pretrained) and pretrained not in known:
+            raise DgmrError(f"open_clip:{name} has no weights {pretrained!r}; there are: {', '.join(known) or 'none'}")
+        module = _create(name, weights if file or weights == "none" else "memory", pretrained=tag, force_image_size=image_size)
+    except DgmrError:
+        raise
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
@@ -45,7 +52,7 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
         config["vision_cfg"]["image_size"] = image_size
     if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
         config["quick_gelu"] = True  # some weights ask for it, whatever the config says
-    return _opened(module, config, name, f"open_clip:{name}")
+    return _opened(module, config, name, f"open_clip:{name}", weights)
 
 
 def _tag_and_file(pretrained: str | None) -> tuple[str | None, str | None]:
@@ -62,7 +69,10 @@ def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
     if any(name.startswith(("visual.", "text", "transformer.resblocks.")) and "logit_scale" in tensors for name in tensors):
         load_by_shape(module, _in_open_clips_names(tensors, module, file), file)
     elif tower_only:
-        load_by_shape(module.visual, _tower_in_open_clips_names(tensors, module.visual, file), file)
+        tower = {f"visual.{name.removeprefix('visual.')}": tensor for name, tensor in tensors.items()}
+        if not hasattr(module.visual, "trunk"):
+            resize_pos_embed(tower, module)
+        load_by_shape(module.visual, _tower_in_open_clips_names(tower, module.visual, file), file)
     else:
         raise DgmrError(f"{file} holds the vision tower alone; name the text tower's weights too: --pretrained TAG+{file}")
 
@@ -97,14 +107,14 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
     except Exception as error:  # whatever a wrong config leads to inside open_clip
         raise DgmrError(f"{directory}/open_clip_config.json describes no model: {first_line(error)}") from error
     if weights != "none":
-        path = directory / WEIGHTS
-        load_by_shape(module, read_tensors(path), path)
-    return _opened(module, config["model_cfg"], schema, name)
+        path = next((directory / file for file in RELEASED if (directory / file).exists()), directory / WEIGHTS)
+        load_by_shape(module, _in_open_clips_names(read_tensors(path), module, str(path)), path)
+    return _opened(module, config["model_cfg"], schema, name, weights)
 
 
 def _create(name: str, weights: Weights, **options: Any) -> nn.Module:
     with empty(weights):  # open_clip moves the model to its device, cpu if none is named
-        return open_clip.create_model(name, device="cpu" if weights == "memory" else "meta", **options)
+        return open_clip.create_model(name, device="cpu" if weights == "memory" else "meta", pretrained_text=False, **options)
 
 
 def _built(directory: Path, config: dict[str, Any], weights: Weights) -> nn.Module:
@@ -137,8 +147,12 @@ def relocate(directory: Path) -> bool:
     return True
 
 
-def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str) -> OpenedModel:
+def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, weights: Weights) -> OpenedModel:
     preprocess_config = dict(module.visual.preprocess_cfg)
+    try:  # shapes alone need no tokenizer, which may have to come from the hub
+        tokenizer = open_clip.get_tokenizer(schema) if weights != "none" else None
+    except Exception as error:  # no network, or a directory without the tokenizer's files
+        raise DgmrError(f"{name}: cannot load its tokenizer: {first_line(error)}") from error
     return OpenedModel(
         "open_clip",
         module,
@@ -147,7 +161,7 @@ def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str) -
         open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess_config), is_train=False),
         preprocess_config,
         config,
-        open_clip.get_tokenizer(schema),
+        tokenizer,
     )
 
 
@@ -169,7 +183,11 @@ def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
 
 def _say_text(model: OpenedModel, text: dict[str, Any]) -> bool:
     """Put the text tower's hidden width into its config, where it was pruned too; whether open_clip can read it there."""
-    sites = [site for site in find_sites(model.module) if site.name.startswith(("text.", "transformer."))]
+    others = [site for site in find_sites(model.module) if not site.name.startswith("visual.")]
+    sites = [site for site in others if site.name.startswith(("text.", "transformer."))]
+    decoder = model.config.get("multimodal_cfg", {}).get("mlp_ratio", 4.0)
+    if any(site.hidden != int(site.width * decoder) for site in others if site not in sites):
+        return False
     if all(site.hidden == int(site.width * text.get("mlp_ratio", 4.0)) for site in sites) or "hf_model_name" in text:
         return True
     ratio = ratio_for(sites)
@@ -182,7 +200,9 @@ def _save_trunk(model: OpenedModel, directory: Path, final: Path) -> tuple[str, 
     """The ``timm_model_name`` that says the trunk's widths, and whether it does: open_clip hands no width on to timm."""
     trunk, name = model.encoder.module.trunk, model.config["vision_cfg"]["timm_model_name"]
     arguments = said_in_config(trunk)
-    if not arguments and not name.startswith("local-dir:"):
+    # open_clip builds a trunk at the size of its name, whatever size it was resized to since.
+    native = tuple(trunk.pretrained_cfg.get("input_size", ()))[1:] in ((), tuple(trunk.patch_embed.img_size or ()))
+    if not arguments and native and not name.startswith("local-dir:"):
         return name, arguments is not None
     (directory / TRUNK).mkdir()
     save_config_for_hf(trunk, directory / TRUNK / "config.json", model_args=arguments)

@@ -25,15 +25,22 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
     size = {} if image_size is None else {"img_size": image_size}
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}{nearest(name, timm.list_models())}")
+    tag = f".{pretrained}" if pretrained and not is_file_name(pretrained) else ""
+    if tag and not timm.is_model_pretrained(f"{name}{tag}"):
+        known = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+        raise DgmrError(f"timm:{name} has no weights {pretrained!r}; there are: {', '.join(known) or 'none'}")
     if weights == "none" or (pretrained and is_file_name(pretrained)):
         with empty(weights):
-            module = timm.create_model(name, **size)
+            module = timm.create_model(f"{name}{tag}", **size)
         if pretrained and weights != "none":
             load_by_shape(module, in_timms_names(read_tensors(local_file(pretrained)), module, pretrained), pretrained)
+            classifier = module.get_classifier()
+            if isinstance(classifier, nn.Linear):  # a fine-tuned checkpoint has classes of its own
+                module.num_classes = classifier.out_features  # type: ignore[assignment]
         return opened(module, f"timm:{name}", image_size)
     try:
-        module = timm.create_model(f"{name}.{pretrained}" if pretrained else name, pretrained=pretrained is not None, **size)
-    except Exception as error:  # unknown tag, no network: timm raises many kinds
+        module = timm.create_model(f"{name}{tag}", pretrained=bool(tag), **size)
+    except Exception as error:  # no network: timm raises many kinds
         raise DgmrError(f"timm:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
     return opened(module, f"timm:{name}", image_size)
 
@@ -69,7 +76,8 @@ def opened(module: nn.Module, name: str, image_size: int | None = None) -> Opene
 
 def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     arguments = said_in_config(model.module)
-    save_config_for_hf(model.module, directory / "config.json", model_args=arguments)
+    data = {key: model.preprocess_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    save_config_for_hf(model.module, directory / "config.json", model_args=arguments, data_config=data)
     # without pretrained=True timm silently leaves the weights random
     return None if arguments is None else "timm.create_model('local-dir:{path}', pretrained=True)"
 

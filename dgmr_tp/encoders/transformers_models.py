@@ -31,8 +31,11 @@ def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
     if architecture == RELEASED:
-        with empty(weights):
-            module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
+        try:
+            with empty(weights):
+                module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
+        except Exception as error:  # a key that is missing, or a value that is impossible
+            raise DgmrError(f"{directory}/config.json describes no InternViT: {first_line(error)}") from error
         if weights != "none":
             path = weights_file(directory)
             load_by_shape(module, tensors_from_release(read_tensors(path)), path)
@@ -62,8 +65,11 @@ def _class(directory: Path, architecture: str) -> Any:
 
 def _on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
     cls = _class(directory, architecture)
-    with torch.device("meta"):
-        module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+    try:
+        with torch.device("meta"):
+            module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+    except Exception as error:  # whatever a wrong config leads to inside transformers
+        raise DgmrError(f"{directory}/config.json describes no {architecture}: {first_line(error)}") from error
     module.__class__ = cls
     return module
 
@@ -149,12 +155,26 @@ def save_weights(model: OpenedModel, directory: Path) -> None:
 def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     tower = model.encoder.module
     opens = _say(tower)
+    _refuse_other_cuts(model)
     model.module.config.architectures = [type(model.module).__name__]
     model.module.config.save_pretrained(directory)
     model.preprocess.processor.save_pretrained(directory)  # type: ignore[attr-defined]
     name = type(model.module).__name__
     cls = "AutoModel" if name in MODEL_MAPPING_NAMES.values() else name
     return f"transformers.{cls}.from_pretrained('{{path}}')" if opens else None
+
+
+def _refuse_other_cuts(model: OpenedModel) -> None:
+    """Nothing in a model directory says the widths of what is no vision tower."""
+    with torch.device("meta"):
+        built = type(model.module)(copy.deepcopy(model.module.config))
+    inside = f"{model.tower}." if model.tower else ""
+    wanted = {site.name: site.hidden for site in find_sites(built)}
+    for site in find_sites(model.module):
+        if not site.name.startswith(inside) and site.hidden != wanted[site.name]:
+            raise DgmrError(
+                f"{site.name} lies outside the vision tower and was cut to {site.hidden}; transformers' models save cuts of the tower alone"
+            )
 
 
 def _say(tower: nn.Module) -> bool:

@@ -102,8 +102,11 @@ class Plan:
 
 
 def weight_sha256(model: nn.Module, site: Site) -> str:
-    """SHA-256 of the bytes of the site's first producer's weight; of its shape alone on the meta device."""
+    """SHA-256 of the bytes, as float32, of the site's first producer's weight; of its shape alone on the meta device.
+
+    As float32, so that a plan fits the checkpoint whether it was opened in its own type or not.
+    """
     weight = model.get_submodule(site.producers[0]).weight.detach()
     if weight.is_meta:
         return f"meta {tuple(weight.shape)}"
-    return hashlib.sha256(weight.cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(weight.cpu().float().contiguous().view(torch.uint8).numpy()).hexdigest()

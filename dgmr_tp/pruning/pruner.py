@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
@@ -95,7 +96,10 @@ class MLPPruner:
     def scores(self, site: Site) -> Tensor:
         """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
         rows = site.hidden * (2 if site.fused else 1)
-        group = _group(self.model, site, range(rows))
+        mlp = self.model.get_submodule(site.name)
+        if next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):  # sums of thousands of squares need more digits
+            mlp = copy.deepcopy(mlp).float()
+        group = _group(mlp, site, range(rows))
         try:
             # Ours need not order the neurons that go; torch-pruning's own take no such hint.
             hint = {"picks": self.keep[site.name]} if self.keep and isinstance(self.importance, DGMRImportance) else {}
@@ -131,7 +135,7 @@ class MLPPruner:
             return
         expected = _masked_output(self.model, site, drop) if site.exact else None
         before = dict(mlp.named_parameters())
-        _group(self.model, site, drop).prune()
+        _group(mlp, site, drop).prune()
         for name, parameter in mlp.named_parameters():
             parameter.requires_grad_(before[name].requires_grad)
         for norm in mlp.modules():  # torch-pruning does not know every RMSNorm's attribute
@@ -165,9 +169,9 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def _group(model: nn.Module, site: Site, neurons: range | list[int]) -> tp.Group:
+def _group(mlp: nn.Module, site: Site, neurons: range | list[int]) -> tp.Group:
     producer = site.producers[0].removeprefix(f"{site.name}.") if site.name else site.producers[0]
-    group = hidden_group(model.get_submodule(site.name), producer, neurons)
+    group = hidden_group(mlp, producer, neurons)
     if group is None:
         raise DgmrError(f"site {site.name} cannot be traced any more; it was changed after find_sites")
     return group

@@ -133,9 +133,12 @@ def _as_modules(mlp: nn.Module) -> nn.Module:
 
     xformers' operators take the Linears' weights without calling the Linears, so that no tracer can follow them.
     """
-    if {name for name, _ in mlp.named_children()} in ({"w12", "w3"}, {"w1", "w2", "w3"}):
-        return _SwiGLU(mlp)
-    return mlp
+    layers = dict(mlp.named_children())
+    if not all(isinstance(layer, nn.Linear) for layer in layers.values()):
+        return mlp
+    fused = set(layers) == {"w12", "w3"}
+    split = set(layers) == {"w1", "w2", "w3"} and layers["w2"].out_features == layers["w3"].in_features == layers["w1"].out_features
+    return _SwiGLU(mlp) if fused or (split and layers["w1"].in_features == layers["w2"].in_features) else mlp
 
 
 class _SwiGLU(nn.Module):
