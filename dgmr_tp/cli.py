@@ -30,7 +30,7 @@ out = Console(highlight=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]
-CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2 or random.")]
+CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2, random; or output, activation, which look at images.")]
 RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
@@ -85,6 +85,8 @@ def plan(
     budget: BudgetOption = None,
     round_to: RoundOption = 1,
     seed: SeedOption = 0,
+    images: Annotated[Path | None, typer.Option(help="For output and activation: unlabelled images to look at.")] = None,
+    count: Annotated[int, typer.Option(help="How many of them.")] = 1024,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
     """Decide which neurons stay and print it. Changes nothing."""
@@ -93,10 +95,13 @@ def plan(
     from dgmr_tp.progress import shown
 
     opened = open_model(model, pretrained)
+    opened.module.to(_device())
     with shown() as progress:
         decided = make_plan(
             opened,
             criterion,
+            images,
+            calibration=count,
             seed=seed,
             progress=progress,
             mlp_ratio=mlp_ratio,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Amount, DGMRImportance, MLPPruner, Plan, Site, SitePlan, find_sites, recover
+from dgmr_tp.pruning import (
+    Amount,
+    DGMRImportance,
+    FunctionalImportance,
+    MLPPruner,
+    Plan,
+    Site,
+    SitePlan,
+    find_sites,
+    rank_encoder,
+    recover,
+)
 from dgmr_tp.pruning.plan import weight_sha256
 
 Progress = Callable[[str, int, int], None]
@@ -27,6 +38,8 @@ CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "l1": lambda: tp.importance.MagnitudeImportance(p=1),
     "random": tp.importance.RandomImportance,
 }
+SEEING = ("output", "activation")
+"""Criteria that look at calibration images; see dgmr_tp.pruning.functional."""
 
 
 class SiteRow(NamedTuple):
@@ -67,12 +80,13 @@ def prune(
 
     Args:
         model: anything :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
-        images: unlabelled images for recovery: a folder, a tar or a folder of tars, or preprocessed batches
-            ``[batch, 3, height, width]``. None: no recovery.
+        images: unlabelled images for recovery and for criteria that see the data: a folder, a tar or a folder of tars, or
+            preprocessed batches ``[batch, 3, height, width]``. None: no recovery.
         pretrained: weights, for a model given by its library's name.
-        criterion: ``dgmr``, ``l1``, ``l2``, ``random``, or any torch-pruning importance.
+        criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output`` or ``activation`` (see
+            :mod:`dgmr_tp.pruning.functional`); or any torch-pruning importance.
         plan: apply this plan and decide nothing.
-        calibration: how many images recovery reads from a folder.
+        calibration: how many images are read from a folder.
         damping: see :func:`recover`.
         seed: of ``random`` and of the choice of images.
         progress: see :data:`Progress`.
@@ -87,8 +101,9 @@ def prune(
     """
     opened = open_model(model, pretrained) if isinstance(model, str) else model
     result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
+    images = images if images is None or isinstance(images, str | Path) else list(images)  # read twice by criteria that see them
     if plan is None:
-        plan = make_plan(opened, criterion, seed=seed, progress=progress, **amount)
+        plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, progress=progress, **amount)
     elif _asked(amount):
         raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(_asked(amount))}")
     MLPPruner(_tower(result)).apply(plan)
@@ -96,8 +111,7 @@ def prune(
     errors = {}
     if images is not None:
         dense, pruned = (m.encoder if isinstance(m, OpenedModel) else as_encoder(m) for m in (opened, result))
-        like = next(pruned.module.parameters())
-        batches = (batch.to(like.device, like.dtype) for batch in _batches(images, opened, calibration, seed))
+        batches = _batches(images, opened, calibration, seed)
         report = recover(dense, pruned, batches, damping=damping, progress=partial(progress, "recover"))
         errors = {entry.site: entry for entry in report}
     table = []
@@ -111,7 +125,9 @@ def prune(
 def make_plan(
     model: OpenedModel | nn.Module,
     criterion: str | tp.importance.Importance = "dgmr",
+    images: str | Path | Iterable[Tensor] | None = None,
     *,
+    calibration: int = 1024,
     seed: int = 0,
     progress: Progress = lambda title, done, total: None,
     done: Plan | None = None,
@@ -127,7 +143,16 @@ def make_plan(
     if not _asked(amount):
         amount["mlp_ratio"] = 1
     name, size = (model.name, model.image_size) if isinstance(model, OpenedModel) else (None, None)
-    pruner = MLPPruner(_tower(model), importance(criterion), sites=block_sites(model), name=name, image_size=size, **amount)
+    seeing = isinstance(criterion, str) and criterion in SEEING
+    rule = None if seeing else importance(criterion)
+    pruner = MLPPruner(_tower(model), rule, sites=block_sites(model), name=name, image_size=size, **amount)
+    if seeing:
+        if images is None:
+            raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --recover IMAGES)")
+        encoder = model.encoder if isinstance(model, OpenedModel) else as_encoder(model)
+        batches = _batches(images, model, calibration, seed)
+        rankings = rank_encoder(encoder, batches, by=criterion, picks=pruner.keep, progress=partial(progress, "rank"))
+        pruner.importance = FunctionalImportance(encoder.module, rankings, criterion)
     decided: dict[str, SitePlan] = {}
     for index, site in enumerate(pruner.sites):
         old = done.sites.get(site.name) if done else None
@@ -155,7 +180,7 @@ def importance(criterion: str | tp.importance.Importance) -> tp.importance.Impor
     if not isinstance(criterion, str):
         return criterion
     if criterion not in CRITERIA:
-        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join(CRITERIA)}")
+        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join((*CRITERIA, *SEEING))}")
     return CRITERIA[criterion]()
 
 
@@ -176,11 +201,14 @@ def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
     return sites
 
 
-def _batches(images: str | Path | Iterable[Tensor], model: Any, count: int, seed: int) -> Iterable[Tensor]:
-    if not isinstance(images, str | Path):
-        return images
-    from dgmr_tp.data.images import Images
+def _batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Module, count: int, seed: int) -> Iterator[Tensor]:
+    """Preprocessed batches on the model's device and in its dtype."""
+    like = next(_tower(model).parameters())
+    found = images
+    if isinstance(images, str | Path):
+        from dgmr_tp.data.images import Images
 
-    if not isinstance(model, OpenedModel):
-        raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
-    return Images.find(images).sample(count, seed, model.preprocess)
+        if not isinstance(model, OpenedModel):
+            raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
+        found = Images.find(images).sample(count, seed, model.preprocess)
+    return (batch.to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]

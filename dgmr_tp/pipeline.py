@@ -26,9 +26,9 @@ from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
-from dgmr_tp.oneshot import prune
+from dgmr_tp.oneshot import SEEING, make_plan, prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import Distill, Recipe, parse_recipe
+from dgmr_tp.recipe import Distill, Recipe, Recover, parse_recipe
 
 STAGES = ("scenes", "prune", "recover", "distill", "evaluate", "export")
 PACKAGES = (
@@ -149,7 +149,10 @@ class Run:
         last = {}
         for size, amount in recipe.prune.sizes.items():
             section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
-            steps.append(Step("prune", size, section, (), partial(self._prune, size=size, amount=amount)))
+            seeing = recipe.prune.criterion in SEEING
+            if seeing:
+                section |= {"calibration": self._calibration, **images}
+            steps.append(Step("prune", size, section, data if seeing else (), partial(self._prune, size=size, amount=amount)))
             last[size] = f"prune/{size}"
         if recipe.recover:
             for size in last:
@@ -187,6 +190,11 @@ class Run:
 
     def original(self) -> OpenedModel:
         return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
+
+    @property
+    def _calibration(self) -> int:
+        """How many images a criterion that sees the data looks at."""
+        return self.recipe.recover.images if self.recipe.recover else Recover.model_fields["images"].default
 
     def data_path(self, path: str) -> Path:
         """A path of the recipe; ``scenes:NAME`` is a generated set of this run."""
@@ -233,8 +241,14 @@ class Run:
 
         model = self.original()
         before = self._cost(model)
+        options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
+        if self.recipe.prune.criterion in SEEING:
+            model.module.to(self.device)
+            options |= {"images": self.data_path(self.recipe.images), "calibration": self._calibration}
         with shown() as progress:
-            result = prune(model, criterion=self.recipe.prune.criterion, seed=self.recipe.seed, progress=progress, **amount)  # type: ignore[arg-type]
+            plan = make_plan(model, progress=progress, **options)
+        model.module.cpu()
+        result = prune(model, plan=plan)
         result.model.save(folder / "model", result.plan, final=self.folder(f"prune/{size}") / "model")
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
         return {"original": before, "pruned": self._cost(result.model), "sites": sites}

@@ -48,7 +48,7 @@ class Scenes(Section):
 class Prune(Section):
     """Which neurons stay. ``mlp_ratio`` or ``keep_ratio``, a number or a list of them: every size goes through the whole recipe."""
 
-    criterion: Literal["dgmr", "l1", "l2", "random"] = "dgmr"
+    criterion: Literal["dgmr", "l1", "l2", "random", "output", "activation"] = "dgmr"
     mlp_ratio: float | list[float] | None = None
     keep_ratio: float | list[float] | None = None
     round_to: int = Field(1, ge=1)

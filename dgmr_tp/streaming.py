@@ -22,7 +22,7 @@ from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold, write_whole
-from dgmr_tp.oneshot import Progress, make_plan
+from dgmr_tp.oneshot import SEEING, Progress, make_plan
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 
 JOURNAL = "decided.json"
@@ -58,6 +58,8 @@ def prune_streaming(
     """
     directory = Path(directory)
     aside = unfinished(directory)
+    if criterion in SEEING:
+        raise DgmrError(f"criterion {criterion} runs the tower on images, which streaming does not do")
     opened = open_model(source, pretrained, weights="disk")
     rule = criterion if isinstance(criterion, str) else type(criterion).__name__
     request = {"source": source, "pretrained": pretrained, "criterion": rule, "seed": seed, "amount": amount}

@@ -14,7 +14,8 @@ from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import MLPPruner, last_state, recover
-from dgmr_tp.pruning.recovery import Moments, _refit_layer, refit, token_weights
+from dgmr_tp.pruning.calibration import token_weights
+from dgmr_tp.pruning.recovery import Moments, _refit_layer, refit
 
 
 def reference(h, y, w, weight, bias, damping):

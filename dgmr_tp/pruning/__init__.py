@@ -2,6 +2,7 @@
 
 from dgmr_tp.pruning.allocation import Amount
 from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state
+from dgmr_tp.pruning.functional import FunctionalImportance, rank_encoder
 from dgmr_tp.pruning.importance import DGMRImportance
 from dgmr_tp.pruning.plan import Plan, SitePlan
 from dgmr_tp.pruning.pruner import MLPPruner
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "DGMRImportance",
     "Encoder",
+    "FunctionalImportance",
     "MLPPruner",
     "Plan",
     "Selection",
@@ -23,6 +25,7 @@ __all__ = [
     "Tower",
     "find_sites",
     "last_state",
+    "rank_encoder",
     "recover",
     "select_diverse_rows",
 ]

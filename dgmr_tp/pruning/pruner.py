@@ -84,7 +84,8 @@ class MLPPruner:
 
     def plan_of(self, decided: dict[str, SitePlan]) -> Plan:
         """A plan of these decisions under the pruner's name and criterion."""
-        return Plan(self.name, type(self.importance).__name__.removesuffix("Importance"), decided)
+        criterion = getattr(self.importance, "name", type(self.importance).__name__.removesuffix("Importance"))
+        return Plan(self.name, criterion, decided)
 
     def decide(self, site: Site) -> SitePlan:
         """What stays of one site."""

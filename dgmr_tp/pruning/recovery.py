@@ -7,15 +7,11 @@ For each site, over the tokens ``t`` of the calibration images, with ``h_t`` wha
 
 where ``U_K`` are the columns that pruning kept. No labels, no gradients; images are read once, and the walk goes forward
 over the blocks once, so each block is fitted on what the recovered blocks before it really produce.
-
-The one place with forward hooks in this package: a block takes a state to a state, and only a hook tells what a Linear
-inside it sees without a copy of every family's forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -24,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.encoder import Encoder, tokens_read
+from dgmr_tp.pruning.calibration import evaluating, recorded_inputs, token_weights
+from dgmr_tp.pruning.encoder import Encoder
 from dgmr_tp.pruning.sites import find_sites
 
 HELD_OUT = 10
@@ -117,8 +114,8 @@ def recover(
 ) -> list[SiteRecovery]:
     """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons.
 
-    The class token and all other tokens together weigh the same; in the last block only the tokens count that the head
-    reads. One image in ten is held out: a site whose error on those does not fall keeps its cut weights.
+    Tokens count as :func:`token_weights` says. One image in ten is held out: a site whose error on those does not fall keeps
+    its cut weights.
 
     Args:
         dense: the original; its MLPs say what the answers should be.
@@ -136,13 +133,8 @@ def recover(
     """
     if damping < 0:
         raise DgmrError(f"damping = {damping}; it must be 0 or more")
-    was_training = [(module, module.training) for encoder in (dense, pruned) for module in encoder.module.modules()]
-    try:
-        dense.module.eval(), pruned.module.eval()
+    with evaluating(dense, pruned):
         return _recover(dense, pruned, images, damping, progress)
-    finally:
-        for module, mode in was_training:
-            module.training = mode
 
 
 def _recover(
@@ -169,19 +161,6 @@ def _recover(
     return report
 
 
-def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
-    """How much each token of ``state`` ``[batch, tokens, width]`` counts, ``[tokens]``, in sum 1."""
-    tokens = state.shape[1]
-    weight = torch.full((tokens,), 1 / tokens, dtype=torch.float64, device=state.device)
-    class_token, _ = encoder.features(state)
-    if class_token is not None:
-        is_class = tokens_read(lambda s: cast(Tensor, encoder.features(s)[0]), state)
-        weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
-    if last:
-        weight = weight * tokens_read(encoder.embed, state)
-    return weight.double() / weight.sum()
-
-
 def _site_moments(
     block: Callable[[Tensor], Tensor], mlp: nn.Module, dense_mlp: nn.Module, consumer: nn.Linear, states: list[Tensor], weight: Tensor
 ) -> tuple[Moments, Moments]:
@@ -189,7 +168,7 @@ def _site_moments(
     counted = torch.nonzero(weight).flatten()
     image = 0
     for state in states:
-        with _recorded_inputs(mlp, consumer) as seen:
+        with recorded_inputs(mlp, consumer) as seen:
             block(state)
         answer = dense_mlp(seen[mlp])[:, counted]
         hidden = seen[consumer][:, counted]
@@ -216,19 +195,3 @@ def _refit_layer(name: str, layer: nn.Linear, fit: Moments, held_out: Moments, d
         if new_bias is not None:
             layer.bias.copy_(new_bias)
     return SiteRecovery(name, cut, recovered, kept_cut=not better)
-
-
-@contextmanager
-def _recorded_inputs(*modules: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
-    """What the modules were last called with, while the context lasts."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def record(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen[module] = arguments[0]
-
-    handles = [module.register_forward_pre_hook(record) for module in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
