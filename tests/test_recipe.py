@@ -72,7 +72,6 @@ def test_values_come_from_the_environment(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path, monkeypatch):
-    monkeypatch.setenv("CIFAR10_DIR", "/data")
-    monkeypatch.setenv("IMAGENET_DIR", "/data")
-    monkeypatch.setenv("CIFAR10_CLIP", "/model")
+    for name in ("CIFAR10_DIR", "IMAGENET_DIR", "CIFAR10_CLIP", "EVA_CLIP_8B", "INTERNVIT_6B"):
+        monkeypatch.setenv(name, "/somewhere")
     assert load_recipe(path).name == path.stem
