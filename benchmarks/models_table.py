@@ -53,13 +53,18 @@ FOOTER = """
 - Swin-B: the papers' code has a path for it, but neither settings nor figures."""
 
 
+def write_internvit(directory: Path) -> None:
+    """InternViT-6B's folder without its weights."""
+    (directory / "config.json").write_text(json.dumps(INTERNVIT))
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+
+
 def opened(source: str, **options):
     if source != "InternViT-6B":
         return open_model(source, weights="none", **options)
     with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "config.json").write_text(json.dumps(INTERNVIT))
-        processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
-        (Path(scratch) / "preprocessor_config.json").write_text(json.dumps(processor))
+        write_internvit(Path(scratch))
         return open_model(scratch, weights="none")
 
 
@@ -76,7 +81,7 @@ def row(name: str, source: str, published: str, published_flops: str) -> str:
     for ratio in (1, 2):
         counts = keep_counts(sites, mlp_ratio=ratio)
         for column, cost, unit in zip(columns, costs, (1e6, 1e9), strict=True):
-            after = cost.total - sum(cost.neuron[site.name] * (site.hidden - counts[site.name]) for site in sites)
+            after = cost.without({site.name: site.hidden - counts[site.name] for site in sites})
             column.append(f"{after / unit:.1f} ({100 * (after / cost.total - 1):.1f} %)")
     return " | ".join([f"| {name}", blocks, *columns[0], *columns[1], f"{published}, {published_flops} |"])
 

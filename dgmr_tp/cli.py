@@ -104,11 +104,7 @@ def plan(
             calibration=count,
             seed=seed,
             progress=progress,
-            mlp_ratio=mlp_ratio,
-            keep_ratio=keep_ratio,
-            keep=keep,
-            budget=_budget(budget),
-            round_to=round_to,
+            **_amount(mlp_ratio, keep_ratio, keep, budget, round_to),
         )
     _print_plan(opened, decided)
     if file:
@@ -137,14 +133,7 @@ def prune(
     if stream:
         if plan_file or recover:
             raise DgmrError("--stream decides by itself and does not recover; leave out --plan and --recover")
-        amount: Amount = {
-            "mlp_ratio": mlp_ratio,
-            "keep_ratio": keep_ratio,
-            "keep": keep,
-            "budget": _budget(budget),
-            "round_to": round_to,
-        }
-        _prune_streaming(model, pretrained, out_dir, criterion, seed, amount)
+        _prune_streaming(model, pretrained, out_dir, criterion, seed, _amount(mlp_ratio, keep_ratio, keep, budget, round_to))
         return
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import prune as prune_model
@@ -161,11 +150,7 @@ def prune(
             opened,
             batches,
             criterion=criterion,
-            mlp_ratio=mlp_ratio,
-            keep_ratio=keep_ratio,
-            keep=keep,
-            budget=_budget(budget),
-            round_to=round_to,
+            **_amount(mlp_ratio, keep_ratio, keep, budget, round_to),
             plan=decided,
             damping=damping,
             seed=seed,
@@ -349,17 +334,16 @@ def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> N
     out.print(f"written: {directory}")
 
 
-def _budget(entries: list[str] | None) -> dict[str, float] | None:
-    if not entries:
-        return None
+def _amount(mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, entries: list[str] | None, round_to: int) -> Amount:
+    """The options that say how many neurons stay, as the library takes them."""
     budget = {}
-    for entry in entries:
+    for entry in entries or []:
         key, _, value = entry.partition("=")
         try:
             budget[key] = float(value)
         except ValueError:
             raise DgmrError(f"--budget {entry}: write it as params=0.5 or flops=0.4") from None
-    return budget
+    return {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget or None, "round_to": round_to}
 
 
 def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
@@ -372,12 +356,12 @@ def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
     table = Table("site", "width", "hidden", "kept", "M params", "GFLOPs", title=f"{plan.encoder} · {plan.criterion}", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    after = [size.total, work.total]
     for name, site in plan.sites.items():
-        kept, cut = len(site.kept), site.hidden - len(site.kept)
-        after[0], after[1] = after[0] - cut * size.neuron[name], after[1] - cut * work.neuron[name]
+        kept = len(site.kept)
         spent = (f"{kept * size.neuron[name] / 1e6:.3f}", f"{kept * work.neuron[name] / 1e9:.3f}")
         table.add_row(name, str(site.width), str(site.hidden), str(kept), *spent)
+    cut = {name: site.hidden - len(site.kept) for name, site in plan.sites.items()}
+    after = (size.without(cut), work.without(cut))
     out.print(table)
     out.print(
         f"tower: {size.total / 1e6:.2f} M → {after[0] / 1e6:.2f} M parameters ({after[0] / size.total - 1:+.1%}), "

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dgmr_tp.encoders import open_model
+from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.oneshot import block_sites
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
-from dgmr_tp.recipe import Recipe
+from dgmr_tp.recipe import Distill, Recipe
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         pruner = MLPPruner(tower, sites=sites, image_size=opened.image_size, **amount)  # type: ignore[arg-type]
         assert pruner.keep is not None
         cut = {site.name: site.hidden - pruner.keep[site.name] for site in sites}
-        after = [cost.total - sum(cost.neuron[site] * count for site, count in cut.items()) for cost in before]
-        sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe, pruner.keep) if recipe.distill else None)
+        after = [cost.without(cut) for cost in before]
+        sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe.distill, opened.copy(), pruner.keep) if recipe.distill else None)
     config = None
     if recipe.distill:
         from dgmr_tp.distillation.loop import Settings, deepspeed_config
@@ -90,17 +90,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 
 
-def _groups(recipe: Recipe, keep: dict[str, int]) -> list[dict[str, Any]]:
+def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
     from dgmr_tp.distillation.loop import freeze_what_features_do_not_need, parameter_groups
     from dgmr_tp.distillation.losses import FeatureTap
     from dgmr_tp.encoders.widths import resize
 
-    assert recipe.distill
-    student = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
     resize(student.encoder.module, keep)
     tap = FeatureTap(student.encoder)
     freeze_what_features_do_not_need(tap, student.image_size)
     return [
         {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}
-        for group in parameter_groups(tap, recipe.distill.weight_decay)
+        for group in parameter_groups(tap, distill.weight_decay)
     ]

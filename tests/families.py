@@ -130,6 +130,11 @@ def bf16_shards(directory: Path) -> None:
     FAMILIES["timm EVA-g"](directory)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
     (directory / "model.safetensors").unlink()
+    write_shards(directory, tensors)
+
+
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Two shards and their index, ``model.safetensors.index.json``."""
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for shard, part in parts.items():

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from conftest import pictures, redraw, run_command
-from families import FAMILIES, INTERN, OPEN_CLIP, TEXT, VIT, in_transformers, plain_output
+from families import FAMILIES, INTERN, OPEN_CLIP, TEXT, VIT, in_transformers, plain_output, write_shards
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,13 +78,7 @@ def test_a_clip_opens_from_every_format(tiny_clip, tmp_path, file, width):
 
 
 def test_shards_open_by_their_index(tiny_clip, tmp_path):
-    state = tiny_clip.state_dict()
-    names = sorted(state)
-    parts = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
-    for shard, part in parts.items():
-        save_file({name: state[name] for name in part}, tmp_path / shard)
-    index = {"weight_map": {name: shard for shard, part in parts.items() for name in part}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_shards(tmp_path, tiny_clip.state_dict())
     same_and_not_by_chance(
         open_model("open_clip:tiny-clip", str(tmp_path / "model.safetensors.index.json")).module.visual, tiny_clip.visual
     )

@@ -1,29 +1,17 @@
 """The recipes of the papers' systems, gone through at full size on the meta device: every figure is the one in docs/models.md."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_command, write_recipe
+from models_table import write_internvit
 
 from dgmr_tp.dry_run import dry_run
 from dgmr_tp.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-INTERNVIT = {
-    "architectures": ["InternVisionModel"],
-    "hidden_size": 3200,
-    "image_size": 224,
-    "intermediate_size": 12800,
-    "norm_type": "rms_norm",
-    "num_attention_heads": 25,
-    "num_hidden_layers": 48,
-    "patch_size": 14,
-    "qk_normalization": True,
-    "qkv_bias": False,
-}
 # Recipe, row of docs/models.md, blocks, hidden before and after, the paper's 4 digits, M parameters that a smaller image saves.
 SYSTEMS = [
     ("ViT-g-14", "OpenCLIP ViT-g/14", 40, 6144, 1408, (1012.6, 479.0), 0),
@@ -47,9 +35,7 @@ def table_row(system):
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
     (tmp_path / "internvit").mkdir()
-    (tmp_path / "internvit" / "config.json").write_text(json.dumps(INTERNVIT))
-    processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
-    (tmp_path / "internvit" / "preprocessor_config.json").write_text(json.dumps(processor))
+    write_internvit(tmp_path / "internvit")
     monkeypatch.setenv("INTERNVIT_6B", str(tmp_path / "internvit"))
     monkeypatch.setenv("EVA_CLIP_8B", str(tmp_path / "EVA_CLIP_8B_psz14_s9B.pt"))
     (tmp_path / "imagenet").mkdir()

@@ -20,6 +20,7 @@ from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
 from dgmr_tp.encoders.widths import ratio_for
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import find_sites
 
 BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
@@ -36,13 +37,11 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}{nearest(name, open_clip.list_models())}")
     tag, file = _tag_and_file(pretrained if weights != "none" else None)
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if weights == "none" and pretrained and not is_file_name(pretrained) and pretrained not in known:
+        raise DgmrError(f"open_clip:{name} has no weights {pretrained!r}; there are: {', '.join(known) or 'none'}")
     try:
-        known = open_clip.list_pretrained_tags_by_model(name)
-        if weights == "none" and pretrained and not is_file_name(pretrained) and pretrained not in known:
-            raise DgmrError(f"open_clip:{name} has no weights {pretrained!r}; there are: {', '.join(known) or 'none'}")
         module = _create(name, weights if file or weights == "none" else "memory", pretrained=tag, force_image_size=image_size)
-    except DgmrError:
-        raise
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
@@ -143,7 +142,7 @@ def relocate(directory: Path) -> bool:
     config = read_json(path)
     if not (directory / TRUNK).is_dir():
         return False
-    path.write_text(json.dumps(_with_trunk(config, directory / TRUNK), indent=1) + "\n")
+    write_whole(path, json.dumps(_with_trunk(config, directory / TRUNK), indent=1) + "\n")
     return True
 
 

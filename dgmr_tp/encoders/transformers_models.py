@@ -46,7 +46,7 @@ def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping
             load_by_shape(module, read_tensors(path), path)
     else:
         module = _by_transformers(directory, architecture, hidden or {})
-    where = next((path for path in TOWERS if _has(module, path) and has_walk(module.get_submodule(path))), None)
+    where = _where(module)
     if where is None:
         raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
     processor = _processor(directory)
@@ -93,8 +93,8 @@ def _resized(cls: Any, hidden: Mapping[str, int]) -> Any:
 
     def __init__(self: nn.Module, config: Any) -> None:
         cls.__init__(self, config)
-        if hidden:
-            resize(self.get_submodule(next(path for path in TOWERS if _has(self, path) and has_walk(self.get_submodule(path)))), hidden)
+        if hidden and (where := _where(self)) is not None:
+            resize(self.get_submodule(where), hidden)
 
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
@@ -110,12 +110,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
+def _where(module: nn.Module) -> str | None:
+    """The path of the vision tower in ``module``."""
+    modules = dict(module.named_modules())
+    return next((path for path in TOWERS if path in modules and has_walk(modules[path])), None)
 
 
 class _Preprocess:

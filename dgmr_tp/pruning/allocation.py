@@ -95,7 +95,7 @@ def _within(budget: Mapping[str, float], sites: Sequence[Site], round_to: int, c
         return {site.name: _rounded(max(1, site.hidden * step // widest), round_to, site) for site in sites}
 
     def cost(key: str, counts: Mapping[str, int]) -> int:
-        return costs[key].total - sum(costs[key].neuron[site.name] * (site.hidden - counts[site.name]) for site in sites)
+        return costs[key].without({site.name: site.hidden - counts[site.name] for site in sites})
 
     def fits(step: int) -> bool:
         return all(cost(key, share(step)) <= limit for key, limit in limits.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import Site
 
 
@@ -33,6 +34,10 @@ class Cost:
     total: int
     neuron: dict[str, int]
     """By site name."""
+
+    def without(self, cut: Mapping[str, int]) -> int:
+        """The tower's cost when so many neurons of each site are gone."""
+        return self.total - sum(self.neuron[name] * count for name, count in cut.items())
 
 
 def parameter_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
@@ -59,13 +64,7 @@ def _counted(module: nn.Module, image_size: int) -> FlopCounterMode:
     images = torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device="meta")
     state: dict[str, Tensor] = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()}
     buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in module.named_buffers()}
-    training = {child: child.training for child in module.modules()}
-    try:
-        module.eval()
-        # With gradients on, nn.MultiheadAttention takes the path whose products the counter sees.
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            torch.func.functional_call(module, {**buffers, **state}, (images.requires_grad_(True),))
-        return counter
-    finally:
-        for child, mode in training.items():
-            child.training = mode
+    # With gradients on, nn.MultiheadAttention takes the path whose products the counter sees.
+    with evaluating(module), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        torch.func.functional_call(module, {**buffers, **state}, (images.requires_grad_(True),))
+    return counter

@@ -23,8 +23,9 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.calibration import evaluating, recorded_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights
 from dgmr_tp.pruning.encoder import Encoder
+from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
 
 SPENT = 1e-9
@@ -109,7 +110,7 @@ def rank_encoder(
     Raises:
         DgmrError: no images, or activations that are not finite.
     """
-    with evaluating(encoder):
+    with evaluating(encoder.module):
         states = [encoder.stem(batch) for batch in images]
         if not states:
             raise DgmrError("selection by the data needs calibration images, got none")
@@ -118,41 +119,23 @@ def rank_encoder(
             weight = token_weights(encoder, block(states[0]), last=depth == len(blocks) - 1)
             sites = find_sites(block.module)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
-            sums = [_Sum(consumer.in_features) for consumer in consumers]
+            sums = [Moments() for _ in consumers]
+            counted = torch.nonzero(weight).flatten()
             for place, state in enumerate(states):
                 with recorded_inputs(*consumers) as seen:
                     states[place] = block(state)
                 for consumer, accumulated in zip(consumers, sums, strict=True):
-                    accumulated.add(seen[consumer], weight)
+                    rows = seen[consumer][:, counted].flatten(0, 1)
+                    accumulated.add(rows, rows[:, :0], weight[counted].repeat(len(state)))  # of h alone: y is empty
             for site, consumer, accumulated in zip(sites, consumers, sums, strict=True):
                 name = f"{block.name}.{site.name}"
-                gram = accumulated.gram(centred=consumer.bias is not None)
+                mean, nothing = accumulated.mean()
+                gram, _, _ = accumulated.about(mean if consumer.bias is not None else torch.zeros_like(mean), nothing)
                 if not torch.isfinite(gram).all():
                     raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
                 rankings[name] = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
             progress(depth + 1, len(blocks))
         return rankings
-
-
-class _Sum:
-    """First and second moments of hidden activations, weighted by token, in float64."""
-
-    def __init__(self, hidden: int) -> None:
-        self.weight, self.first, self.second = 0.0, torch.zeros(hidden, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-
-    def add(self, hidden: Tensor, weight: Tensor) -> None:
-        counted = torch.nonzero(weight).flatten()
-        rows = hidden[:, counted].flatten(0, 1).double()
-        each = weight[counted].repeat(len(hidden))
-        weighted = rows * each[:, None]
-        self.weight += float(each.sum())
-        self.first = weighted.sum(0) + self.first.to(rows)
-        self.second = rows.T @ weighted + self.second.to(rows)
-
-    def gram(self, *, centred: bool) -> Tensor:
-        gram = self.second / self.weight
-        mean = self.first / self.weight
-        return gram - torch.outer(mean, mean) if centred else gram
 
 
 class FunctionalImportance(tp.importance.Importance):

@@ -14,6 +14,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, parameter_cost
 from dgmr_tp.pruning.importance import DGMRImportance
+from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
 
@@ -191,10 +192,5 @@ def _output(model: nn.Module, site: Site, replaced: dict[str, Tensor]) -> Tensor
     parameters = {name: parameter.detach().float() for name, parameter in mlp.named_parameters()}
     device = next(iter(parameters.values())).device
     tokens = torch.randn(8, site.width, generator=torch.Generator().manual_seed(0)).to(device)
-    training = {child: child.training for child in mlp.modules()}
-    try:
-        with torch.no_grad():
-            return torch.func.functional_call(mlp.eval(), {**parameters, **replaced}, (tokens,))
-    finally:
-        for child, mode in training.items():
-            child.training = mode
+    with evaluating(mlp), torch.no_grad():
+        return torch.func.functional_call(mlp, {**parameters, **replaced}, (tokens,))

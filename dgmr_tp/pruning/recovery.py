@@ -20,52 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.calibration import evaluating, recorded_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights
 from dgmr_tp.pruning.encoder import Encoder
+from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
 
 HELD_OUT = 10
 """One image in so many is not fitted on, and decides whether a refit is kept."""
-
-
-class Moments:
-    """Weighted first and second moments of pairs ``(h, y)``, in float64; the pairs themselves are never kept."""
-
-    def __init__(self) -> None:
-        self.weight = 0.0
-        zero = torch.zeros((), dtype=torch.float64)
-        self.h, self.y, self.hh, self.yh = zero, zero, zero, zero
-        self.yy = 0.0
-
-    def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add rows ``h`` ``[n, k]`` and ``y`` ``[n, d]`` with weights ``[n]``."""
-        h, y, weight = h.double(), y.double(), weight.double()
-        weighted = h * weight[:, None]
-        self.weight += float(weight.sum())
-        self.h = weighted.sum(0) + self.h
-        self.y = weight @ y + self.y
-        self.hh = h.T @ weighted + self.hh
-        self.yh = y.T @ weighted + self.yh
-        self.yy += float(weight @ y.square().sum(1))
-
-    def about(self, h0: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, float]:
-        """``Σ_hh``, ``Σ_yh`` and ``tr Σ_yy`` per unit of weight, about the points ``h0`` and ``y0``."""
-        mean_h, mean_y = self.mean()
-        dh, dy = mean_h - h0, mean_y - y0
-        hh = self.hh / self.weight - torch.outer(mean_h, mean_h) + torch.outer(dh, dh)
-        yh = self.yh / self.weight - torch.outer(mean_y, mean_h) + torch.outer(dy, dh)
-        return hh, yh, max(0.0, self.yy / self.weight - float(mean_y @ mean_y) + float(dy @ dy))
-
-    def mean(self) -> tuple[Tensor, Tensor]:
-        return self.h / self.weight, self.y / self.weight
-
-    def error(self, weight: Tensor, bias: Tensor | None) -> float:
-        """Mean squared error of ``y ≈ weight h + bias`` over the variance of ``y``: 0 is perfect, 1 as good as the mean."""
-        mean_h, mean_y = self.mean()
-        hh, yh, yy = self.about(mean_h, mean_y)
-        offset = mean_y - weight @ mean_h - (0 if bias is None else bias)
-        error = yy - 2 * float((weight * yh).sum()) + float(((weight @ hh) * weight).sum()) + float(offset @ offset)
-        return max(0.0, error) / yy if yy > 0 else 0.0
 
 
 def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
@@ -133,7 +94,7 @@ def recover(
     """
     if damping < 0:
         raise DgmrError(f"damping = {damping}; it must be 0 or more")
-    with evaluating(dense, pruned):
+    with evaluating(dense.module, pruned.module):
         return _recover(dense, pruned, images, damping, progress)
 
 

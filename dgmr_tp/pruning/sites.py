@@ -18,6 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.modes import evaluating
 
 SMALLEST_WIDTH = 8
 """Narrower MLPs do not work on tokens: those of SwinV2's positions take two coordinates."""
@@ -114,18 +115,14 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     that was pruned through once has stale split offsets. None if ``mlp`` cannot be run on a matrix of tokens.
     """
     first = cast(nn.Linear, mlp.get_submodule(producer))
-    training = {child: child.training for child in mlp.modules()}
     probe = first.weight.detach().new_zeros(2, first.in_features).requires_grad_(True)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tp.DependencyGraph().build_dependency(_as_modules(mlp), example_inputs=(probe,))
             return graph.get_pruning_group(first, tp.prune_linear_out_channels, list(neurons))
     except Exception:  # a module that needs more than one matrix, such as attention, fails in its own way
         return None
-    finally:
-        for child, mode in training.items():
-            child.training = mode
 
 
 def _as_modules(mlp: nn.Module) -> nn.Module:
