@@ -35,8 +35,9 @@ RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multi
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
 BudgetOption = Annotated[
-    list[str] | None, typer.Option(help="What the tower may cost: params=0.5 or flops=0.4, a share up to 1 or a number; may be repeated.")
+    list[str] | None, typer.Option(help="What the tower may cost: params=0.5, or params=0.5,flops=0.4; a share up to 1 or a number.")
 ]
+RankingsOption = Annotated[Path | None, typer.Option(help="Choose by these rankings, written by dgmr-tp rank.")]
 RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this, such as 8 or 64.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
@@ -75,6 +76,39 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 
 
 @app.command()
+def rank(
+    images: Annotated[Path, typer.Option(help="Unlabelled images like those you serve: a folder, a tar, or shards.")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
+    criterion: Annotated[str, typer.Option(help="output or activation.")] = "output",
+    count: Annotated[int, typer.Option(help="How many images to look at.")] = 1024,
+    seed: SeedOption = 0,
+) -> None:
+    """Order all neurons by what they do on images, once; plan and prune then take any size from the file at once."""
+    from dgmr_tp.decide import rank as rank_model
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.progress import shown
+
+    _refuse_existing(file)
+    opened = open_model(model, pretrained)
+    opened.module.to(_device())
+    with shown() as progress:
+        rankings = rank_model(opened, criterion, images, calibration=count, seed=seed, progress=progress)
+    rankings.save(file)
+    table = Table("site", "hidden", "neurons for 99 %", "sensitivity", title=f"{rankings.encoder} · {criterion}", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, ranking in rankings.sites.items():
+        enough = int((ranking.error > 0.01).sum())
+        table.add_row(name, str(len(ranking.order)), str(enough), f"{ranking.sensitivity:.4f}")
+    out.print(table)
+    out.print("neurons for 99 %: from so many the MLP's output can be rebuilt but for 1 % of its variance")
+    out.print("sensitivity: what an MLP's error does to the embedding")
+    out.print(f"written: {file}")
+
+
+@app.command()
 def plan(
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -87,28 +121,35 @@ def plan(
     seed: SeedOption = 0,
     images: Annotated[Path | None, typer.Option(help="For output and activation: unlabelled images to look at.")] = None,
     count: Annotated[int, typer.Option(help="How many of them.")] = 1024,
+    rankings: RankingsOption = None,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
-    """Decide which neurons stay and print it. Changes nothing."""
+    """Decide which neurons stay and print it. Changes nothing. Several --budget: one line each."""
+    from dgmr_tp.decide import Rankings, make_plan
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.oneshot import make_plan
     from dgmr_tp.progress import shown
 
-    opened = open_model(model, pretrained)
-    opened.module.to(_device())
-    with shown() as progress:
-        decided = make_plan(
-            opened,
-            criterion,
-            images,
-            calibration=count,
-            seed=seed,
-            progress=progress,
-            **_amount(mlp_ratio, keep_ratio, keep, budget, round_to),
-        )
-    _print_plan(opened, decided)
+    amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
+    if rankings and images:
+        raise DgmrError("--rankings were made from images already; leave out --images")
+    if file and len(amounts) > 1:
+        raise DgmrError("one plan can be written at a time; give one --budget with --out")
+    opened = open_model(model, pretrained, weights="none" if rankings else "memory")
+    if rankings:
+        ranked = Rankings.read(rankings)
+        decided = [ranked.plan(opened, **amount) for amount in amounts]
+    else:
+        opened.module.to(_device())
+        with shown() as progress:
+            decided = [
+                make_plan(opened, criterion, images, calibration=count, seed=seed, progress=progress, **amount) for amount in amounts
+            ]
+    if len(decided) == 1:
+        _print_plan(opened, decided[0])
+    else:
+        _print_plans(opened, budget or [], decided)
     if file:
-        file.write_text(decided.to_json() + "\n")
+        file.write_text(decided[0].to_json() + "\n")
 
 
 @app.command()
@@ -123,6 +164,7 @@ def prune(
     budget: BudgetOption = None,
     round_to: RoundOption = 1,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
+    rankings: RankingsOption = None,
     recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
     count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
@@ -130,11 +172,18 @@ def prune(
     stream: Annotated[bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")] = False,
 ) -> None:
     """Prune an encoder, recover it if images are given, and write a model directory."""
+    amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
+    if len(amounts) > 1:
+        raise DgmrError("prune writes one model; give one --budget (limits that hold together are joined by a comma)")
+    [amount] = amounts
     if stream:
-        if plan_file or recover:
-            raise DgmrError("--stream decides by itself and does not recover; leave out --plan and --recover")
-        _prune_streaming(model, pretrained, out_dir, criterion, seed, _amount(mlp_ratio, keep_ratio, keep, budget, round_to))
+        if plan_file or rankings or recover:
+            raise DgmrError("--stream decides by itself and does not recover; leave out --plan, --rankings and --recover")
+        _prune_streaming(model, pretrained, out_dir, criterion, seed, amount)
         return
+    if plan_file and rankings:
+        raise DgmrError("give either --plan or --rankings")
+    from dgmr_tp.decide import Rankings
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import prune as prune_model
     from dgmr_tp.progress import shown
@@ -144,13 +193,15 @@ def prune(
     opened = open_model(model, pretrained)
     opened.module.to(_device())
     decided = Plan.read(plan_file) if plan_file else None
+    if rankings:
+        decided, amount = Rankings.read(rankings).plan(opened, **amount), {}
     batches, found = _images(recover, count, seed, opened)
     with shown() as progress:
         result = prune_model(
             opened,
             batches,
             criterion=criterion,
-            **_amount(mlp_ratio, keep_ratio, keep, budget, round_to),
+            **amount,
             plan=decided,
             damping=damping,
             seed=seed,
@@ -334,25 +385,45 @@ def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> N
     out.print(f"written: {directory}")
 
 
-def _amount(mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, entries: list[str] | None, round_to: int) -> Amount:
-    """The options that say how many neurons stay, as the library takes them."""
-    budget = {}
-    for entry in entries or []:
-        key, _, value = entry.partition("=")
-        try:
-            budget[key] = float(value)
-        except ValueError:
-            raise DgmrError(f"--budget {entry}: write it as params=0.5 or flops=0.4") from None
-    return {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget or None, "round_to": round_to}
+def _amounts(mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int) -> list[Amount]:
+    """The options that say how many neurons stay, as the library takes them: one size, or one per budget."""
+    limits = [_budget(text) for text in budgets] if budgets else [None]
+    return [{"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": limit, "round_to": round_to} for limit in limits]
+
+
+def _budget(text: str) -> dict[str, float]:
+    try:
+        return {key: float(value) for key, value in (limit.split("=") for limit in text.split(","))}
+    except ValueError:
+        raise DgmrError(f"--budget {text}: write it as params=0.5 or params=0.5,flops=0.4") from None
+
+
+def _print_plans(opened, names, plans) -> None:  # type: ignore[no-untyped-def]
+    """One line per plan."""
+    from dgmr_tp.pruning import find_sites
+    from dgmr_tp.pruning.cost import costs
+
+    tower = opened.encoder.module
+    sites = [site for site in find_sites(tower) if site.name in plans[0].sites]
+    found = costs(tower, sites, opened.image_size)
+    table = Table("budget", "M params", "GFLOPs", "narrowest", "widest", title=f"{plans[0].encoder} · {plans[0].criterion}", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.add_row("all", f"{found['params'].total / 1e6:.2f}", f"{found['flops'].total / 1e9:.2f}", "", "")
+    for name, plan in zip(names, plans, strict=True):
+        after = plan.cost(found)
+        kept = [len(site.kept) for site in plan.sites.values()]
+        table.add_row(name, f"{after['params'] / 1e6:.2f}", f"{after['flops'] / 1e9:.2f}", str(min(kept)), str(max(kept)))
+    out.print(table)
 
 
 def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
     from dgmr_tp.pruning import find_sites
-    from dgmr_tp.pruning.cost import flop_cost, parameter_cost
+    from dgmr_tp.pruning.cost import costs
 
     tower = opened.encoder.module
-    sites = [site for site in find_sites(tower) if site.name in plan.sites]
-    size, work = parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size)
+    found = costs(tower, [site for site in find_sites(tower) if site.name in plan.sites], opened.image_size)
+    size, work, after = found["params"], found["flops"], plan.cost(found)
     table = Table("site", "width", "hidden", "kept", "M params", "GFLOPs", title=f"{plan.encoder} · {plan.criterion}", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -360,12 +431,10 @@ def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
         kept = len(site.kept)
         spent = (f"{kept * size.neuron[name] / 1e6:.3f}", f"{kept * work.neuron[name] / 1e9:.3f}")
         table.add_row(name, str(site.width), str(site.hidden), str(kept), *spent)
-    cut = {name: site.hidden - len(site.kept) for name, site in plan.sites.items()}
-    after = (size.without(cut), work.without(cut))
     out.print(table)
     out.print(
-        f"tower: {size.total / 1e6:.2f} M → {after[0] / 1e6:.2f} M parameters ({after[0] / size.total - 1:+.1%}), "
-        f"{work.total / 1e9:.2f} → {after[1] / 1e9:.2f} GFLOPs an image ({after[1] / work.total - 1:+.1%})"
+        f"tower: {size.total / 1e6:.2f} M → {after['params'] / 1e6:.2f} M parameters ({after['params'] / size.total - 1:+.1%}), "
+        f"{work.total / 1e9:.2f} → {after['flops'] / 1e9:.2f} GFLOPs an image ({after['flops'] / work.total - 1:+.1%})"
     )
 
 

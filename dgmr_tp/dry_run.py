@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgmr_tp.decide import block_sites
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.oneshot import block_sites
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 from dgmr_tp.recipe import Distill, Recipe

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
+from dgmr_tp.decide import SEEING, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
-from dgmr_tp.oneshot import SEEING, make_plan, prune
+from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.recipe import Distill, Recipe, Recover, parse_recipe
 

@@ -17,12 +17,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from dgmr_tp.decide import SEEING, Progress, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold, write_whole
-from dgmr_tp.oneshot import SEEING, Progress, make_plan
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 
 JOURNAL = "decided.json"

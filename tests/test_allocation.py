@@ -1,8 +1,10 @@
 """Keep counts: exact integers, multiples, and budgets that are met and used."""
 
+import itertools
 from fractions import Fraction
 from math import floor
 
+import numpy as np
 import pytest
 import torch
 from conftest import pictures, redraw, timm_tower
@@ -12,9 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.oneshot import block_sites, make_plan
+from dgmr_tp.decide import block_sites, make_plan
 from dgmr_tp.pruning import MLPPruner, Site, Tower
-from dgmr_tp.pruning.allocation import keep_counts
+from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, flops, parameter_cost, parameters
 
 
@@ -129,3 +131,55 @@ def test_costs_are_counted_without_memory_or_a_change():
         shadow = timm_tower()
     assert flops(tower, 32) == flops(shadow, 32) > 0
     assert tower.training and all(torch.equal(a, b) for a, b in zip(before, tower.parameters(), strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(2, 3), st.floats(0.2, 0.9), st.booleans())
+def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits):
+    """Against every combination of widths, on convex curves: the optimum where neurons cost the same, else within a neuron per limit."""
+    rng = np.random.default_rng(seed)
+    sites = [site(str(i), int(rng.integers(4, 10))) for i in range(count)]
+    loss = {s.name: rng.uniform(0.1, 5) * np.append(np.sort(rng.uniform(0, 1, s.hidden)).cumsum()[::-1], 0) for s in sites}
+    same = bool(rng.integers(2)) and not two_limits
+    price = {s.name: 1 if same else int(rng.integers(1, 4)) for s in sites}
+    costs = {"params": Cost(10 + sum(s.hidden * price[s.name] for s in sites), price)}
+    budget = {"params": share}
+    if two_limits:
+        other = {s.name: int(rng.integers(1, 4)) for s in sites}
+        costs["flops"], budget["flops"] = Cost(5 + sum(s.hidden * other[s.name] for s in sites), other), float(rng.uniform(0.3, 0.9))
+
+    def fits(kept):
+        cut = {s.name: s.hidden - k for s, k in zip(sites, kept, strict=True)}
+        return all(costs[key].without(cut) <= part * costs[key].total for key, part in budget.items())
+
+    def lost(kept):
+        return sum(loss[s.name][k] for s, k in zip(sites, kept, strict=True))
+
+    everything = list(itertools.product(*(range(1, s.hidden + 1) for s in sites)))
+    if not any(map(fits, everything)):
+        with pytest.raises(DgmrError, match="cannot be met"):
+            fitted_widths(sites, loss, budget=budget, costs=costs)
+        return
+    kept = tuple(fitted_widths(sites, loss, budget=budget, costs=costs).values())
+    assert fits(kept)
+    best = min(lost(k) for k in everything if fits(k))
+    one_neuron = max(max(loss[s.name][:-1] - loss[s.name][1:]) for s in sites)
+    assert lost(kept) <= best + (0 if same else len(budget) * one_neuron) + 1e-9
+    lost_by = {s.name: [loss[s.name][k - 1] - loss[s.name][k] for k in range(1, s.hidden + 1)] for s in sites}
+    assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # convex, as the first line says
+
+
+def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
+    sites = [site("a", 640), site("b", 640), site("c", 640)]
+    flat, steep = np.linspace(1, 0, 641), np.geomspace(1000, 0.001, 641)
+    bumpy = np.maximum(steep / 10, (np.arange(641) < 300) * 5.0)
+    costs = {"params": Cost(1920, {"a": 1, "b": 1, "c": 1})}
+    for round_to in (1, 8, 64):
+        kept = fitted_widths(sites, {"a": flat, "b": steep, "c": bumpy}, budget={"params": 0.5}, costs=costs, round_to=round_to)
+        assert all(count % round_to == 0 for count in kept.values()) and 960 - 2 * round_to < sum(kept.values()) <= 960
+        assert kept["a"] < kept["b"] and kept["a"] >= max(10, round_to) and kept["c"] >= 300
+    assert fitted_widths(sites, {"a": flat * 0, "b": steep, "c": flat * 0}, budget={"params": 0.4}, costs=costs)["a"] == 10
+    with pytest.raises(DgmrError, match=r"budget params = 0.01 cannot be met: with the fewest neurons the tower still costs 30"):
+        fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"params": 0.01}, costs=costs)
+    with pytest.raises(DgmrError, match=r"unknown budget 'watts'"):
+        fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"watts": 0.5}, costs=costs)

@@ -16,8 +16,8 @@ from families import FAMILIES, FORMS, plain_output
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
+from dgmr_tp.decide import make_plan
 from dgmr_tp.export import export_bundle, open_exported
-from dgmr_tp.oneshot import make_plan
 from dgmr_tp.pruning import Tower, find_sites, last_state
 from dgmr_tp.pruning.plan import Plan, SitePlan
 

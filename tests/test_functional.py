@@ -14,9 +14,11 @@ from scipy.linalg import lapack
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
+from dgmr_tp.decide import Rankings, block_sites, make_plan, rank
 from dgmr_tp.encoders import as_encoder
-from dgmr_tp.oneshot import make_plan
-from dgmr_tp.pruning import FunctionalImportance, MLPPruner, find_sites, rank_encoder
+from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_encoder
+from dgmr_tp.pruning.calibration import token_weights
+from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.functional import rank_neurons
 from dgmr_tp.streaming import prune_streaming
 
@@ -125,12 +127,13 @@ def test_after_recovery_it_beats_selection_that_does_not_look(family, tmp_path):
 def test_it_works_in_a_stock_pruner():
     tower = redraw(timm_tower(init_values=None))
     rankings = rank_encoder(as_encoder(tower), [pictures(40)])
+    scores = {name: ranking.scores for name, ranking in rankings.items()}
     pruned = copy.deepcopy(tower)
     ignored = [m for name, m in pruned.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")]
     pruner = tp.pruner.BasePruner(
         pruned,
         (pictures(1),),
-        importance=FunctionalImportance(pruned, rankings),
+        importance=GivenScores(pruned, scores, "output"),
         pruning_ratio=1 - 48.5 / 192,
         ignored_layers=ignored,
         in_channel_groups={},
@@ -141,8 +144,106 @@ def test_it_works_in_a_stock_pruner():
     for name, ranking in rankings.items():
         kept = sorted(ranking.order[:48].tolist())
         assert torch.equal(pruned.get_submodule(name).fc1.weight, tower.get_submodule(name).fc1.weight[kept])
-    plan = MLPPruner(tower, FunctionalImportance(tower, rankings), keep=48).plan()
+    plan = MLPPruner(tower, GivenScores(tower, scores, "output"), keep=48).plan()
     assert all(list(plan.sites[name].kept) == sorted(ranking.order[:48].tolist()) for name, ranking in rankings.items())
+
+
+def test_more_picks_than_a_panel_change_nothing(monkeypatch):
+    hidden, weight = problem(3, neurons=40, tokens=200)
+    whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
+    monkeypatch.setattr("dgmr_tp.pruning.functional.PANEL", 7)
+    for by, expected in whole.items():
+        got = ranked(hidden, weight, by=by)
+        assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_path):
+    """Every MLP cut alone to an eighth and refitted by numpy; what the tower then answers, in units of the curve's error."""
+    FAMILIES[family](tmp_path / "model")
+    model = open_model(str(tmp_path / "model"))
+    model.module.eval()
+    images = pictures(70)
+    batches = images.split(35)
+    rankings = rank_encoder(model.encoder, batches)
+    with torch.no_grad():
+        dense = model.encoder.embed(last_state(model.encoder, images)).double()
+    for site in block_sites(model):
+        ranking = rankings[site.name]
+        kept = ranking.order[: site.hidden // 8].sort().values
+        changed = model.copy()
+        layer = changed.encoder.module.get_submodule(site.consumer)
+        seen = []
+        handle = layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach().double()))
+        with torch.no_grad():
+            last_state(changed.encoder, images)
+        handle.remove()
+        tokens = seen[0].shape[1]
+        place = [block.name for block in model.encoder.blocks()].index(site.name.rpartition(".mlp")[0] or site.name)
+        with torch.no_grad():
+            state = model.encoder.stem(images)
+            for block in model.encoder.blocks()[: place + 1]:
+                state = block(state)
+            weight = token_weights(model.encoder, state, last=place == len(rankings) - 1)
+        root = weight.sqrt().repeat(len(images))[:, None]
+        assert len(weight) == tokens
+        hidden = seen[0].flatten(0, 1)
+        mean = (root**2 * hidden).sum(0) / (root**2).sum() if layer.bias is not None else 0 * hidden[0]
+        centred = (root * (hidden - mean)).numpy()
+        target = centred @ layer.weight.detach().double().numpy().T
+        fit = torch.from_numpy(np.linalg.lstsq(centred[:, kept], target, rcond=None)[0].T)
+        with torch.no_grad():
+            if layer.bias is not None:
+                layer.bias += (layer.weight.double() @ mean - fit @ mean[kept]).float()
+            layer.weight.zero_()
+            layer.weight[:, kept] = fit.float()
+            embedding = changed.encoder.embed(last_state(changed.encoder, images)).double()
+        relative = float((embedding - dense).square().sum() / (dense - dense.mean(0)).square().sum())
+        assert ranking.sensitivity == pytest.approx(relative / float(ranking.error[len(kept)]), rel=0.02)
+
+
+def test_rankings_on_disk_give_the_plans_of_a_fresh_search_at_any_size(tmp_path):
+    images = pictures(60).split(20)
+    tower = redraw(timm_tower())
+    rank(tower, "output", images).save(tmp_path / "r.safetensors")
+    stored = Rankings.read(tmp_path / "r.safetensors")
+    for amount in ({"budget": {"params": 0.7}}, {"keep_ratio": 0.25}, {}, {"keep": 24, "round_to": 8}):
+        plan = stored.plan(tower, **amount)
+        assert plan == make_plan(tower, "output", images, **amount)
+        assert prune(tower, plan=plan).plan == plan
+    widths = [len(site.kept) for site in stored.plan(tower, budget={"params": 0.7}).sites.values()]
+    assert len(set(widths)) > 1
+    with torch.device("meta"):
+        shadow = timm_tower()
+    assert stored.plan(shadow, budget={"params": 0.7}) == stored.plan(tower, budget={"params": 0.7})
+    with pytest.raises(DgmrError, match="another encoder or checkpoint"):
+        stored.plan(redraw(timm_tower(), seed=5), keep=8)
+    with pytest.raises(DgmrError, match="exactly one of"):
+        stored.plan(tower, budget={"params": 0.7}, keep=8)
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    for path in ("bad.safetensors", "missing.safetensors"):
+        with pytest.raises(DgmrError, match=rf"cannot read the rankings .*{path}.*dgmr-tp rank"):
+            Rankings.read(tmp_path / path)
+    with pytest.raises(DgmrError, match="criterion l2 needs no ranking"):
+        rank(tower, "l2", images)
+
+
+def test_fitted_widths_recover_better_than_equal_ones(tmp_path):
+    """The same number of parameters, on a tower whose MLPs matter unequally: one writes with a tenth of the force."""
+    tower = redraw(timm_tower())
+    with torch.no_grad():
+        for index, block in enumerate(tower.blocks):
+            block.mlp.fc2.weight *= 3 if index == 0 else 0.3
+    images, new = pictures(160).split(40), pictures(60, seed=9)
+    with torch.no_grad():
+        dense = tower(new)
+    fitted = prune(tower, images, criterion="output", budget={"params": 0.6})
+    keep = sum(len(site.kept) for site in fitted.plan.sites.values()) // len(fitted.plan.sites)
+    equal = prune(tower, images, criterion="output", keep=keep)
+    assert parameters(fitted.model) <= parameters(equal.model) * 1.01
+    with torch.no_grad():
+        errors = [float((pruned(new) - dense).square().mean()) for pruned in (fitted.model, equal.model)]
+    assert errors[0] < 0.9 * errors[1]
 
 
 def test_without_images_it_says_what_to_give(tmp_path):

@@ -13,8 +13,8 @@ from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
+from dgmr_tp.decide import make_plan
 from dgmr_tp.encoders import OpenedModel
-from dgmr_tp.oneshot import make_plan
 
 OPEN_CLIP_CONFIG = {
     "embed_dim": 24,

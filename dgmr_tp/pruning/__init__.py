@@ -2,8 +2,8 @@
 
 from dgmr_tp.pruning.allocation import Amount
 from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state
-from dgmr_tp.pruning.functional import FunctionalImportance, rank_encoder
-from dgmr_tp.pruning.importance import DGMRImportance
+from dgmr_tp.pruning.functional import Ranking, rank_encoder
+from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
 from dgmr_tp.pruning.plan import Plan, SitePlan
 from dgmr_tp.pruning.pruner import MLPPruner
 from dgmr_tp.pruning.recovery import SiteRecovery, recover
@@ -15,9 +15,10 @@ __all__ = [
     "Block",
     "DGMRImportance",
     "Encoder",
-    "FunctionalImportance",
+    "GivenScores",
     "MLPPruner",
     "Plan",
+    "Ranking",
     "Selection",
     "Site",
     "SitePlan",

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from itertools import pairwise
 from math import isfinite
 from typing import TypedDict, cast
+
+import numpy as np
+import scipy.optimize
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import Cost
 from dgmr_tp.pruning.sites import Site
+
+FLOOR = 64
+"""No fitted width is below this part of the neurons."""
 
 
 class Amount(TypedDict, total=False):
@@ -82,6 +89,86 @@ def keep_counts(
 
 
 def _within(budget: Mapping[str, float], sites: Sequence[Site], round_to: int, costs: Mapping[str, Cost]) -> dict[str, int]:
+    limits = _limits(budget, costs)
+    widest = max(site.hidden for site in sites)
+
+    def share(step: int) -> dict[str, int]:
+        return {site.name: _rounded(max(1, site.hidden * step // widest), round_to, site) for site in sites}
+
+    def fits(step: int) -> bool:
+        return all(costs[key].without(_cut(sites, share(step))) <= limit for key, limit in limits.items())
+
+    _refuse_unmet(share(0), sites, budget, limits, costs)
+    low, high = 0, widest  # fits(low); the largest step that fits is found by halving
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return share(low)
+
+
+def fitted_widths(
+    sites: Sequence[Site],
+    loss: Mapping[str, np.ndarray],
+    *,
+    budget: Mapping[str, float],
+    costs: Mapping[str, Cost],
+    round_to: int = 1,
+) -> dict[str, int]:
+    """The widths that lose least in sum under a budget, each MLP with a width of its own.
+
+    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic solution
+    leaves at most one site per limit between two corners. What room is left goes to the neurons that still fit.
+
+    Args:
+        sites: the MLPs.
+        loss: by site name, float64 ``[hidden + 1]``: what is lost when the site keeps so many neurons.
+        budget, costs, round_to: as for :func:`keep_counts`.
+
+    No site falls below a 64th of its neurons, the smallest step of AMP's search: a curve from a few images is no reason
+    to lose a whole MLP.
+
+    Raises:
+        DgmrError: the budget cannot be met.
+    """
+    limits = _limits(budget, costs)
+    counts = {site.name: _rounded(max(1, -(-site.hidden // FLOOR)), round_to, site) for site in sites}
+    _refuse_unmet(counts, sites, budget, limits, costs)
+    left = {key: limit - costs[key].without(_cut(sites, counts)) for key, limit in limits.items()}
+    steps = []  # (site, neurons, gain): the hulls' edges, each site's in the order in which they are taken
+    for site in sites:
+        corners = [*range(counts[site.name], site.hidden, round_to), site.hidden]
+        hull = _lower_hull(np.array(corners), np.minimum.accumulate(loss[site.name])[corners])
+        steps += [(site, high - low, loss[site.name][low] - loss[site.name][high]) for low, high in pairwise(hull)]
+    if not steps:
+        return counts
+    room = {key: max(1.0, float(left[key])) for key in limits}
+    prices = [[costs[key].neuron[site.name] * neurons / room[key] for site, neurons, _ in steps] for key in limits]
+    gains = np.array([gain for _, _, gain in steps])
+    programme = scipy.optimize.linprog(-gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1))
+    density = gains / np.sum(prices, axis=0)
+    for place in np.lexsort((-density, -programme.x)):  # whole edges first, then the parts that still fit, the best first
+        site, neurons, gain = steps[place]
+        fits = min(left[key] // costs[key].neuron[site.name] for key in limits)
+        if gain > 0 and (more := neurons if fits >= neurons else int(fits) // round_to * round_to):
+            counts[site.name] += more
+            left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
+    return counts
+
+
+def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
+    """The ``x`` of the corners of the lower convex hull of points in ascending order (Andrew's monotone chain)."""
+    corners: list[int] = []
+    for k in range(len(x)):
+        while len(corners) > 1:
+            i, j = corners[-2:]
+            if (y[j] - y[i]) * (x[k] - x[j]) < (y[k] - y[j]) * (x[j] - x[i]):
+                break
+            corners.pop()
+        corners.append(k)
+    return [int(x[k]) for k in corners]
+
+
+def _limits(budget: Mapping[str, float], costs: Mapping[str, Cost]) -> dict[str, Fraction]:
     limits = {}
     for key, value in budget.items():
         if key not in costs:
@@ -89,27 +176,20 @@ def _within(budget: Mapping[str, float], sites: Sequence[Site], round_to: int, c
         if not isfinite(value) or value <= 0:
             raise DgmrError(f"budget {key} = {value}; give a share of the tower up to 1, or a number above 1")
         limits[key] = Fraction(str(value)) * (costs[key].total if value <= 1 else 1)
-    widest = max(site.hidden for site in sites)
+    return limits
 
-    def share(step: int) -> dict[str, int]:
-        return {site.name: _rounded(max(1, site.hidden * step // widest), round_to, site) for site in sites}
 
-    def cost(key: str, counts: Mapping[str, int]) -> int:
-        return costs[key].without({site.name: site.hidden - counts[site.name] for site in sites})
+def _cut(sites: Sequence[Site], counts: Mapping[str, int]) -> dict[str, int]:
+    return {site.name: site.hidden - counts[site.name] for site in sites}
 
-    def fits(step: int) -> bool:
-        return all(cost(key, share(step)) <= limit for key, limit in limits.items())
 
-    if not fits(0):
-        key = next(key for key, limit in limits.items() if cost(key, share(0)) > limit)
-        raise DgmrError(
-            f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs {cost(key, share(0)):,}"
-        )
-    low, high = 0, widest  # fits(low); the largest step that fits is found by halving
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return share(low)
+def _refuse_unmet(
+    fewest: Mapping[str, int], sites: Sequence[Site], budget: Mapping[str, float], limits: Mapping[str, Fraction], costs: Mapping[str, Cost]
+) -> None:
+    for key, limit in limits.items():
+        least = costs[key].without(_cut(sites, fewest))
+        if least > limit:
+            raise DgmrError(f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs {least:,}")
 
 
 def _rounded(count: int, round_to: int, site: Site) -> int:

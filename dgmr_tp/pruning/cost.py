@@ -59,6 +59,14 @@ def flop_cost(model: nn.Module, sites: Sequence[Site], image_size: int) -> Cost:
     return Cost(counted.get_total_flops(), {site.name: by_module[site.name] // site.hidden for site in sites})
 
 
+def costs(model: nn.Module, sites: Sequence[Site], image_size: int | None) -> dict[str, Cost]:
+    """What a budget can be of: ``params``, and ``flops`` where the image size is known."""
+    found = {"params": parameter_cost(model, sites)}
+    if image_size is not None:
+        found["flops"] = flop_cost(model, sites, image_size)
+    return found
+
+
 def _counted(module: nn.Module, image_size: int) -> FlopCounterMode:
     like = next(module.parameters())
     images = torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device="meta")

@@ -14,12 +14,12 @@ Dropping ``W`` leaves pivoted Cholesky, DGMR's Gram-Schmidt over the activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
@@ -30,6 +30,10 @@ from dgmr_tp.pruning.sites import find_sites
 
 SPENT = 1e-9
 """A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""
+PROBED = 64
+"""Images on which it is measured how much an MLP's error matters."""
+PANEL = 64
+"""So many picks are gathered before the residual Gram is updated, by one matrix product."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,17 @@ class Ranking:
     order: Tensor
     """int64 ``[hidden]``, first pick first."""
     error: Tensor
-    """float64 ``[hidden + 1]``: the relative squared error of the best fit from the first ``k`` neurons; 1 at 0."""
+    """float64 ``[hidden + 1]``: the relative squared error of the MLP's output, best fitted from the first ``k`` neurons; 1 at 0."""
+    sensitivity: float = 1.0
+    """The relative squared error of the tower's embedding per error of this MLP; ``sensitivity · error`` is what widths are fitted by."""
+
+    @property
+    def scores(self) -> Tensor:
+        """The place in the order as a score, float64 ``[hidden]`` by neuron: 1 first, above 0 last."""
+        hidden = len(self.order)
+        scores = torch.empty(hidden, dtype=torch.float64)
+        scores[self.order] = torch.arange(hidden, 0, -1, dtype=torch.float64) / hidden
+        return scores
 
 
 def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int | None = None) -> Ranking:
@@ -54,32 +68,40 @@ def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int
     Neurons that those before them explain come last, larger variance first.
     """
     hidden = len(gram)
-    left = gram.diagonal().clone()  # R_jj
-    image = weight @ gram  # W R
-    energy = image.square().sum(0)  # ‖W R_:j‖²
+    residual = gram.clone()  # R, as it was at the start of the panel
+    image = weight @ gram  # W R, likewise
+    left = gram.diagonal().clone()  # R_jj now
+    energy = image.square().sum(0)  # ‖W R_:j‖² now
     total = float((image * weight).sum())
     spent = SPENT * float(left.mean())
     picks = hidden if picks is None else min(picks, hidden)
-    factor = torch.zeros(hidden, picks, dtype=gram.dtype, device=gram.device)  # R = G − factor factorᵀ
     open_ = torch.ones(hidden, dtype=torch.bool, device=gram.device)
     order: list[int] = []
     error = [1.0]
-    for step in range(picks):
-        usable = open_ & (left > spent)
-        gain = torch.where(usable, energy / left.clamp(min=spent or 1) if by == "output" else left, -1.0)
-        pick = int(gain.argmax())
-        if not usable[pick]:
-            break
-        scale = left[pick].sqrt()
-        column = (gram[:, pick] - factor[:, :step] @ factor[pick, :step]) / scale
-        direction = image[:, pick] / scale
-        energy = (energy - 2 * column * (direction @ image) + column.square() * direction.square().sum()).clamp(min=0)
-        image -= torch.outer(direction, column)
-        factor[:, step] = column
-        left = (left - column.square()).clamp(min=0)
-        open_[pick] = False
-        order.append(pick)
-        error.append(max(0.0, error[-1] - float(direction.square().sum()) / total) if total > 0 else 0.0)
+    while len(order) < picks:
+        # R = residual − columns columnsᵀ and W R = image − directions columnsᵀ: a panel of picks, then one matrix product each
+        columns, directions = gram.new_zeros(hidden, PANEL), gram.new_zeros(len(weight), PANEL)
+        taken = 0
+        while taken < PANEL and len(order) < picks:
+            usable = open_ & (left > spent)
+            gain = torch.where(usable, energy / left.clamp(min=spent or 1) if by == "output" else left, -1.0)
+            pick = int(gain.argmax())
+            if not usable[pick]:
+                picks = len(order)
+                break
+            scale, before = left[pick].sqrt(), columns[pick, :taken]
+            column = (residual[:, pick] - columns[:, :taken] @ before) / scale
+            direction = (image[:, pick] - directions[:, :taken] @ before) / scale
+            along = direction @ image - columns[:, :taken] @ (direction @ directions[:, :taken])
+            energy = (energy - 2 * column * along + column.square() * direction.square().sum()).clamp(min=0)
+            left = (left - column.square()).clamp(min=0)
+            columns[:, taken], directions[:, taken] = column, direction
+            taken += 1
+            open_[pick] = False
+            order.append(pick)
+            error.append(max(0.0, error[-1] - float(direction.square().sum()) / total) if total > 0 else 0.0)
+        residual.addmm_(columns, columns.T, alpha=-1)
+        image.addmm_(directions, columns.T, alpha=-1)
     rest = torch.nonzero(open_).flatten()
     order += rest[gram.diagonal()[rest].argsort(descending=True, stable=True)].tolist()
     error += [error[-1]] * (hidden + 1 - len(error))
@@ -96,6 +118,9 @@ def rank_encoder(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Ranking]:
     """Rank the neurons of every MLP in the blocks of ``encoder``, in one walk over its blocks.
+
+    How much an MLP's error matters is measured: on the first batches, up to :data:`PROBED` images, an eighth of its neurons
+    stays, best fitted, and the blocks behind it say what that does to the embedding. With ``picks`` it is not.
 
     Args:
         encoder: the original; unchanged.
@@ -115,12 +140,15 @@ def rank_encoder(
         if not states:
             raise DgmrError("selection by the data needs calibration images, got none")
         blocks, rankings = encoder.blocks(), {}
+        probed = [] if picks else states[: next((n for n in range(1, len(states)) if sum(map(len, states[:n])) >= PROBED), len(states))]
+        answers = _embeddings(encoder, probed, 0) if probed else None
         for depth, block in enumerate(blocks):
             weight = token_weights(encoder, block(states[0]), last=depth == len(blocks) - 1)
             sites = find_sites(block.module)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
             sums = [Moments() for _ in consumers]
             counted = torch.nonzero(weight).flatten()
+            before = states[: len(probed)]
             for place, state in enumerate(states):
                 with recorded_inputs(*consumers) as seen:
                     states[place] = block(state)
@@ -130,37 +158,48 @@ def rank_encoder(
             for site, consumer, accumulated in zip(sites, consumers, sums, strict=True):
                 name = f"{block.name}.{site.name}"
                 mean, nothing = accumulated.mean()
-                gram, _, _ = accumulated.about(mean if consumer.bias is not None else torch.zeros_like(mean), nothing)
+                mean = mean if consumer.bias is not None else torch.zeros_like(mean)
+                gram, _, _ = accumulated.about(mean, nothing)
                 if not torch.isfinite(gram).all():
                     raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
-                rankings[name] = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
+                ranking = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
+                if answers is not None:
+                    kept = ranking.order[: max(1, site.hidden // 8)].to(gram.device)
+                    with _fitted_from(consumer, gram, mean, kept):
+                        found = _embeddings(encoder, before, depth)
+                    changed = (found - answers).square().sum() / (answers - answers.mean(0)).square().sum()
+                    lost = float(ranking.error[len(kept)])
+                    ranking = replace(ranking, sensitivity=float(changed) / lost if lost > 0 else 0.0)
+                rankings[name] = ranking
             progress(depth + 1, len(blocks))
         return rankings
 
 
-class FunctionalImportance(tp.importance.Importance):
-    """torch-pruning importance from a :class:`Ranking` per MLP: the place in the greedy order, 1 first, 0 last.
+def _embeddings(encoder: Encoder, states: Iterable[Tensor], depth: int) -> Tensor:
+    """What the tower gives for states before its block ``depth``, float64 ``[images, embedding]``."""
+    embeddings = []
+    for state in states:
+        for block in encoder.blocks()[depth:]:
+            state = block(state)
+        embeddings.append(encoder.embed(state).double())
+    return torch.cat(embeddings)
 
-    Args:
-        model: the module whose MLPs were ranked, and whose groups will be scored.
-        rankings: of :func:`rank_encoder`, by site name in ``model``.
-        name: what a plan calls the criterion.
-    """
 
-    def __init__(self, model: nn.Module, rankings: Mapping[str, Ranking], name: str = "output") -> None:
-        self.name = name
-        self.rankings = {}
-        for site in find_sites(model):
-            if site.name in rankings:
-                self.rankings[model.get_submodule(site.producers[0])] = rankings[site.name]
-
-    def __call__(self, group: tp.Group, **_: object) -> Tensor | None:
-        """Scores aligned with ``group[0].idxs``; None for a group that was not ranked."""
-        ranking = self.rankings.get(group[0].dep.target.module)
-        if ranking is None:
-            return None
-        hidden = len(ranking.order)
-        scores = torch.empty(hidden, dtype=torch.float64)
-        scores[ranking.order] = torch.arange(hidden - 1, -1, -1, dtype=torch.float64) / hidden
-        channels = group._DG.get_out_channels(group[0].dep.target.module)
-        return scores.repeat(channels // hidden)[group[0].idxs]
+@contextmanager
+def _fitted_from(layer: nn.Linear, gram: Tensor, mean: Tensor, kept: Tensor) -> Iterator[None]:
+    """While the context lasts, ``layer`` reads the neurons ``kept`` alone, fitted to its answer on the calibration tokens."""
+    weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
+    inner = gram[kept][:, kept]
+    inner.diagonal().add_(SPENT * inner.diagonal().mean())
+    target = weight.double() @ gram[:, kept]
+    fitted = torch.linalg.solve(inner, target.T).T
+    try:
+        layer.weight.zero_()
+        layer.weight[:, kept] = fitted.to(layer.weight.dtype)
+        if bias is not None:
+            layer.bias.add_((weight.double() @ mean - fitted @ mean[kept]).to(bias.dtype))
+        yield
+    finally:
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)

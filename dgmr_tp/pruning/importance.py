@@ -1,13 +1,15 @@
-"""DGMR as a torch-pruning importance criterion."""
+"""torch-pruning importance criteria: DGMR, and scores that were found elsewhere."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
 from dgmr_tp.pruning.selection import Selection, select_diverse_rows
-from dgmr_tp.pruning.sites import prunes_outputs
+from dgmr_tp.pruning.sites import find_sites, prunes_outputs
 
 
 class DGMRImportance(tp.importance.Importance):
@@ -92,3 +94,25 @@ def selection_scores(selection: Selection) -> torch.Tensor:
     scores = torch.empty(rows, dtype=torch.float64)
     scores[torch.from_numpy(selection.order)] = (place + within_slot) / rows
     return scores
+
+
+class GivenScores(tp.importance.Importance):
+    """torch-pruning importance from scores that are there already, for criteria that look at a whole encoder.
+
+    Args:
+        model: the module whose groups will be scored.
+        scores: by site name in ``model``, ``[hidden]``, higher is kept.
+        name: what a plan calls the criterion.
+    """
+
+    def __init__(self, model: nn.Module, scores: Mapping[str, torch.Tensor], name: str) -> None:
+        self.name = name
+        self.scores = {model.get_submodule(site.producers[0]): scores[site.name] for site in find_sites(model) if site.name in scores}
+
+    def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
+        """Scores aligned with ``group[0].idxs``; None for a group that has none."""
+        scores = self.scores.get(group[0].dep.target.module)
+        if scores is None:
+            return None
+        channels = group._DG.get_out_channels(group[0].dep.target.module)
+        return scores.repeat(channels // len(scores))[group[0].idxs]

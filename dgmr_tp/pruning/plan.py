@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.cost import Cost
 from dgmr_tp.pruning.sites import Site
 
 FORMAT = 1
@@ -93,6 +95,11 @@ class Plan:
                 raise DgmrError(
                     f"the plan was made for another checkpoint: the weights of {site.producers[0]} differ; make a new plan for this one"
                 )
+
+    def cost(self, costs: Mapping[str, Cost]) -> dict[str, int]:
+        """What the tower costs after the cut, in each of ``costs``."""
+        cut = {name: site.hidden - len(site.kept) for name, site in self.sites.items()}
+        return {key: cost.without(cut) for key, cost in costs.items()}
 
     def __str__(self) -> str:
         name_width = max(len("site"), *(len(name) for name in self.sites))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
-from dgmr_tp.pruning.cost import Cost, flop_cost, parameter_cost
+from dgmr_tp.pruning.cost import costs
 from dgmr_tp.pruning.importance import DGMRImportance
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
@@ -55,16 +55,9 @@ class MLPPruner:
         self.model = model
         self.importance = importance or DGMRImportance()
         self.sites = list(sites) if sites is not None else find_sites(model)
-        self.keep = keep_counts(self.sites, **amount, costs=self._costs(amount, image_size)) if amount else None
+        known = costs(model, self.sites, image_size) if amount.get("budget") else None
+        self.keep = keep_counts(self.sites, **amount, costs=known) if amount else None
         self.name = name or type(model).__name__
-
-    def _costs(self, amount: Amount, image_size: int | None) -> dict[str, Cost]:
-        if amount.get("budget") is None:
-            return {}
-        costs = {"params": parameter_cost(self.model, self.sites)}
-        if image_size is not None:
-            costs["flops"] = flop_cost(self.model, self.sites, image_size)
-        return costs
 
     def plan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
         """Score every site and choose what stays. Changes nothing.

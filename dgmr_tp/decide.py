@@ -1,0 +1,237 @@
+"""Deciding what stays: criteria by name, rankings that serve any size, and plans. Changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Unpack
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from dgmr_tp.encoders import OpenedModel, as_encoder
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
+from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
+from dgmr_tp.pruning.cost import costs
+from dgmr_tp.pruning.plan import weight_sha256
+
+Progress = Callable[[str, int, int], None]
+"""Receives what is going on (``select``, ``recover``), steps done, and steps in all."""
+
+CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
+    "dgmr": DGMRImportance,
+    "l2": lambda: tp.importance.MagnitudeImportance(p=2),
+    "l1": lambda: tp.importance.MagnitudeImportance(p=1),
+    "random": tp.importance.RandomImportance,
+}
+SEEING = ("output", "activation")
+"""Criteria that look at calibration images; see dgmr_tp.pruning.functional."""
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """The neurons of every MLP of an encoder in greedy order, with error curves: made once, it serves any size at once."""
+
+    encoder: str
+    criterion: str
+    sites: dict[str, Ranking]
+    sha256: dict[str, str]
+    """Of each site's first Linear: the rankings fit this checkpoint and no other."""
+
+    def plan(self, model: OpenedModel | nn.Module, **amount: Unpack[Amount]) -> Plan:
+        """A plan of any size; with a ``budget`` every MLP gets the width that suits it (see :func:`fitted_widths`).
+
+        Args:
+            model: the encoder that was ranked; without weights (``open_model(…, weights="none")``) it takes no time.
+            amount: see :func:`keep_counts`. Default: ``mlp_ratio=1``.
+
+        Raises:
+            DgmrError: another encoder was ranked, or the amount is impossible.
+        """
+        tower = tower_of(model)
+        sites = block_sites(model) or find_sites(tower)
+        for site in sites:
+            ranked, found = self.sites.get(site.name), weight_sha256(tower, site)
+            if ranked is None or len(ranked.order) != site.hidden or (found != self.sha256[site.name] and not found.startswith("meta")):
+                raise DgmrError(f"the rankings were made for another encoder or checkpoint than {self.encoder}: {site.name} differs")
+        if budget := amount.get("budget"):
+            if len(given := asked(amount)) > 1:
+                raise DgmrError(f"give exactly one of {', '.join(given)}")
+            size = model.image_size if isinstance(model, OpenedModel) else None
+            loss = {name: (ranking.sensitivity * ranking.error).numpy() for name, ranking in self.sites.items()}
+            keep = fitted_widths(sites, loss, budget=budget, costs=costs(tower, sites, size), round_to=amount.get("round_to", 1))
+        else:
+            keep = keep_counts(sites, **_or_default(amount))
+        decided = {}
+        for site in sites:
+            kept = sorted(self.sites[site.name].order[: keep[site.name]].tolist())
+            decided[site.name] = SitePlan(site.width, site.hidden, tuple(kept), self.sha256[site.name])
+        return Plan(self.encoder, self.criterion, decided)
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, whole or not at all."""
+        sites = {name: {"sensitivity": ranking.sensitivity, "sha256": self.sha256[name]} for name, ranking in self.sites.items()}
+        note = json.dumps({"encoder": self.encoder, "criterion": self.criterion, "sites": sites})
+        tensors = {f"{name}.{part}": getattr(ranking, part) for name, ranking in self.sites.items() for part in ("order", "error")}
+        aside = path.with_name(f".{path.name}.partial")
+        safetensors.torch.save_file(tensors, aside, {"rankings": note})
+        os.replace(aside, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Rankings:
+        """Inverse of :meth:`save`.
+
+        Raises:
+            DgmrError: the file is none of these.
+        """
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                note = json.loads(file.metadata()["rankings"])
+                sites = {
+                    name: Ranking(file.get_tensor(f"{name}.order"), file.get_tensor(f"{name}.error"), site["sensitivity"])
+                    for name, site in note["sites"].items()
+                }
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise DgmrError(f"cannot read the rankings {path}: {error}; make them with dgmr-tp rank") from error
+        return cls(note["encoder"], note["criterion"], sites, {name: site["sha256"] for name, site in note["sites"].items()})
+
+
+def rank(
+    model: OpenedModel | nn.Module,
+    criterion: str = "output",
+    images: str | Path | Iterable[Tensor] | None = None,
+    *,
+    calibration: int = 1024,
+    seed: int = 0,
+    picks: Mapping[str, int] | None = None,
+    progress: Progress = lambda title, done, total: None,
+) -> Rankings:
+    """Rank all neurons of an encoder by what they do on images; the order serves plans of any size.
+
+    Args:
+        model: the original; unchanged.
+        criterion: ``output`` or ``activation``; see :func:`dgmr_tp.pruning.functional.rank_neurons`.
+        images, calibration, seed: as for :func:`dgmr_tp.prune`.
+        picks: by site name, how many neurons have to be ordered; then nothing is measured for budgets. Default: all.
+        progress: see :data:`Progress`.
+
+    Raises:
+        DgmrError: bad input; says what and what to do.
+    """
+    if criterion not in SEEING:
+        raise DgmrError(f"criterion {criterion} needs no ranking; those that look at images are {', '.join(SEEING)}")
+    if images is None:
+        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --recover IMAGES)")
+    encoder = encoder_of(model)
+    found = rank_encoder(encoder, batches(images, model, calibration, seed), by=criterion, picks=picks, progress=partial(progress, "rank"))
+    sites = {site.name: site for site in find_sites(encoder.module)}
+    return Rankings(encoder.name, criterion, found, {name: weight_sha256(encoder.module, sites[name]) for name in found})
+
+
+def make_plan(
+    model: OpenedModel | nn.Module,
+    criterion: str | tp.importance.Importance = "dgmr",
+    images: str | Path | Iterable[Tensor] | None = None,
+    *,
+    calibration: int = 1024,
+    seed: int = 0,
+    progress: Progress = lambda title, done, total: None,
+    done: Plan | None = None,
+    remember: Callable[[Plan], None] = lambda plan: None,
+    **amount: Unpack[Amount],
+) -> Plan:
+    """Decide what :func:`dgmr_tp.prune` would cut, and change nothing; same arguments, same errors.
+
+    Args:
+        done: decisions of an earlier call with the same arguments; they are taken over where the weights are the same.
+        remember: called with all decisions so far after each.
+    """
+    name, size = (model.name, model.image_size) if isinstance(model, OpenedModel) else (None, None)
+    sites = block_sites(model)
+    if isinstance(criterion, str) and criterion in SEEING:
+        # Only a budget needs the whole curves.
+        picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower_of(model)), **_or_default(amount))
+        return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(model, **amount)
+    pruner = MLPPruner(tower_of(model), importance(criterion), sites=sites, name=name, image_size=size, **_or_default(amount))
+    decided: dict[str, SitePlan] = {}
+    for index, site in enumerate(pruner.sites):
+        old = done.sites.get(site.name) if done else None
+        if old and old.sha256 == weight_sha256(pruner.model, site):
+            decided[site.name] = old
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
+                decided[site.name] = pruner.decide(site)
+        remember(pruner.plan_of(decided))
+        progress("select", len(decided), len(pruner.sites))
+    return pruner.plan_of(decided)
+
+
+def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
+    """A criterion by name, or as it is.
+
+    Raises:
+        DgmrError: the name is unknown.
+    """
+    if not isinstance(criterion, str):
+        return criterion
+    if criterion not in CRITERIA:
+        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join((*CRITERIA, *SEEING))}")
+    return CRITERIA[criterion]()
+
+
+def asked(amount: Amount) -> list[str]:
+    """Which of the ways to say how many neurons stay were used."""
+    return [key for key, value in amount.items() if key != "round_to" and value is not None]
+
+
+def _or_default(amount: Amount) -> Amount:
+    return amount if asked(amount) else {**amount, "mlp_ratio": 1}
+
+
+def tower_of(model: OpenedModel | nn.Module) -> nn.Module:
+    return model.encoder.module if isinstance(model, OpenedModel) else model
+
+
+def encoder_of(model: OpenedModel | nn.Module) -> Encoder:
+    """The walk over a model's blocks.
+
+    Raises:
+        DgmrError: it has none.
+    """
+    return model.encoder if isinstance(model, OpenedModel) else as_encoder(model)
+
+
+def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
+    """The sites inside residual blocks, where a walk is known: heads with an MLP of their own are not the papers' matter."""
+    try:
+        encoder = encoder_of(model)
+    except DgmrError:
+        return None
+    inside = tuple(f"{block.name}." for block in encoder.blocks())
+    sites = [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
+    if not sites:
+        raise DgmrError(f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?")
+    return sites
+
+
+def batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Module, count: int, seed: int) -> Iterator[Tensor]:
+    """Preprocessed batches on the model's device and in its dtype."""
+    like = next(tower_of(model).parameters())
+    found = images
+    if isinstance(images, str | Path):
+        from dgmr_tp.data.images import Images
+
+        if not isinstance(model, OpenedModel):
+            raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
+        found = Images.find(images).sample(count, seed, model.preprocess)
+    return (batch.to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]
