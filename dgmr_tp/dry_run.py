@@ -18,7 +18,7 @@ class Size:
     """One size of a dry run."""
 
     keep: dict[str, int]
-    """Neurons kept, by site."""
+    """Neurons kept, by site. With a budget and a criterion that sees images, the run gives each MLP a width of its own instead."""
     parameters: int
     flops: int
     """Of one image."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dgmr_tp.decide import SEEING, make_plan
+from dgmr_tp.decide import SEEING, Rankings, make_plan, rank
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
@@ -31,7 +31,7 @@ from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.recipe import Distill, Recipe, Recover, parse_recipe
 
-STAGES = ("scenes", "prune", "recover", "distill", "evaluate", "export")
+STAGES = ("scenes", "rank", "prune", "recover", "distill", "evaluate", "export")
 PACKAGES = (
     "dgmr-tp",
     "torch",
@@ -147,13 +147,15 @@ class Run:
         if recipe.evaluate:  # first: a model or data set that cannot be evaluated shows before anything is computed
             section = {**recipe.evaluate.model_dump(), **model}
             steps.append(Step("evaluate", "original", section, data, self._evaluate_original))
+        ranked: tuple[str, ...] = ()
+        if recipe.prune.criterion in SEEING:
+            section = {**model, "criterion": recipe.prune.criterion, "calibration": self._calibration, **images}
+            steps.append(Step("rank", "all", section, data, self._rank))
+            ranked = ("rank/all",)
         last = {}
         for size, amount in recipe.prune.sizes.items():
             section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
-            seeing = recipe.prune.criterion in SEEING
-            if seeing:
-                section |= {"calibration": self._calibration, **images}
-            steps.append(Step("prune", size, section, data if seeing else (), partial(self._prune, size=size, amount=amount)))
+            steps.append(Step("prune", size, section, ranked, partial(self._prune, size=size, amount=amount)))
             last[size] = f"prune/{size}"
         if recipe.recover:
             for size in last:
@@ -237,18 +239,27 @@ class Run:
         scenes.write_retrieval(folder / "captions", counts.captions, SCENE_SEEDS["captions"])
         return {}
 
-    def _prune(self, folder: Path, size: str, amount: dict[str, float]) -> dict[str, Any]:
+    def _rank(self, folder: Path) -> dict[str, Any]:
+        from dgmr_tp.progress import shown
+
+        model = self.original()
+        model.module.to(self.device)
+        options = {"calibration": self._calibration, "seed": self.recipe.seed}
+        with shown() as progress:
+            rankings = rank(model, self.recipe.prune.criterion, self.data_path(self.recipe.images), progress=progress, **options)
+        rankings.save(folder / "rankings.safetensors")
+        return {"sensitivity": {name: ranking.sensitivity for name, ranking in rankings.sites.items()}}
+
+    def _prune(self, folder: Path, size: str, amount: dict[str, Any]) -> dict[str, Any]:
         from dgmr_tp.progress import shown
 
         model = self.original()
         before = self._cost(model)
-        options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
         if self.recipe.prune.criterion in SEEING:
-            model.module.to(self.device)
-            options |= {"images": self.data_path(self.recipe.images), "calibration": self._calibration}
-        with shown() as progress:
-            plan = make_plan(model, progress=progress, **options)
-        model.module.cpu()
+            plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
+        else:
+            with shown() as progress:
+                plan = make_plan(model, self.recipe.prune.criterion, seed=self.recipe.seed, progress=progress, **amount)
         result = prune(model, plan=plan)
         result.model.save(folder / "model", result.plan, final=self.folder(f"prune/{size}") / "model")
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]

@@ -45,37 +45,48 @@ class Scenes(Section):
     """Captioned scenes for zero-shot retrieval, all captions different."""
 
 
+AMOUNTS = ("mlp_ratio", "keep_ratio", "budget")
+
+
 class Prune(Section):
-    """Which neurons stay. ``mlp_ratio`` or ``keep_ratio``, a number or a list of them: every size goes through the whole recipe."""
+    """Which neurons stay: one of the amounts, alone or as a list; every size goes through the whole recipe."""
 
     criterion: Literal["dgmr", "l1", "l2", "random", "output", "activation"] = "dgmr"
     mlp_ratio: float | list[float] | None = None
     keep_ratio: float | list[float] | None = None
+    budget: dict[str, float] | list[dict[str, float]] | None = None
+    """What the tower may cost, as ``{params: 0.5}``, ``{flops: 0.4}`` or both; see dgmr_tp.pruning.allocation."""
     round_to: int = Field(1, ge=1)
     """Hidden widths are multiples of this."""
 
     @model_validator(mode="after")
     def _one_size(self) -> Prune:
-        if (self.mlp_ratio is None) == (self.keep_ratio is None):
-            raise ValueError("give either mlp_ratio or keep_ratio")
+        given = [key for key in AMOUNTS if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(AMOUNTS)}")
         if len(self.sizes) != (len(self._amounts) or None):
             raise ValueError("the list of sizes is empty or names a size twice")
-        for size in self.sizes.values():
-            if next(iter(size.values())) <= 0:
-                raise ValueError(f"{next(iter(size))} must be above 0, got {next(iter(size.values()))}")
+        for amount in self._amounts:
+            for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:
+                if number <= 0:
+                    raise ValueError(f"{key} must be above 0, got {number}")
         return self
 
     @property
-    def sizes(self) -> dict[str, dict[str, float]]:
-        """Name and arguments of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}``."""
-        key = "mlp_ratio" if self.mlp_ratio is not None else "keep_ratio"
+    def sizes(self) -> dict[str, dict[str, Any]]:
+        """Name and arguments of each size, such as ``{"mlp_ratio-1": {"mlp_ratio": 1}}`` or ``{"params-0.5": {"budget": …}}``."""
+        key = next(key for key in AMOUNTS if getattr(self, key) is not None)
         rounded = {"round_to": self.round_to} if self.round_to > 1 else {}
-        return {f"{key}-{number:g}": {key: number, **rounded} for number in self._amounts}
+        sizes = {}
+        for amount in self._amounts:
+            limits = amount if isinstance(amount, dict) else {key: amount}
+            sizes["-".join(f"{name}-{number:g}" for name, number in limits.items())] = {key: amount, **rounded}
+        return sizes
 
     @property
-    def _amounts(self) -> list[float]:
-        value = self.keep_ratio if self.mlp_ratio is None else self.mlp_ratio
-        return value if isinstance(value, list) else [value or 0]
+    def _amounts(self) -> list[Any]:
+        value = next(value for key in AMOUNTS if (value := getattr(self, key)) is not None)
+        return value if isinstance(value, list) else [value]
 
 
 class Recover(Section):

@@ -267,18 +267,29 @@ def test_the_original_stays_as_it_is(tower):
 
 
 def test_a_recipe_and_the_command_line_take_it(tmp_path):
+    """Two sizes from one ranking in a run; the commands give the same plans from their own file."""
+    budgets = [{"params": 0.6}, {"params": 0.5, "flops": 0.52}]
     recipe = write_recipe(
-        tmp_path / "small.yaml", prune={"mlp_ratio": 0.25, "criterion": "output"}, distill=None, evaluate=None, export=None
+        tmp_path / "small.yaml", prune={"budget": budgets, "criterion": "output"}, distill=None, evaluate=None, export=None
     )
     done = run_command("run", recipe, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    plan = (tmp_path / "run" / "prune" / "mlp_ratio-0.25" / "model" / "plan.json").read_text()
-    assert '"criterion": "output"' in plan
-    images = tmp_path / "run" / "scenes" / "all" / "images"
-    told = run_command(
-        "plan", "--criterion", "output", "--mlp-ratio", "0.25", "--images", images, "--count", "60", "-o", tmp_path / "plan.json"
-    )
-    assert told.returncode == 0, told.stderr
-    assert (tmp_path / "plan.json").read_text() == plan
-    refused = run_command("prune", "--criterion", "output", "-o", tmp_path / "out")
-    assert refused.returncode == 2 and "looks at calibration images" in refused.stderr and refused.stderr.count("\n") == 1
+    assert done.stdout.count("rank/all: done") == 1
+    images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
+    told = run_command("rank", "--images", images, "--count", "60", "-o", ranked)
+    assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
+    written = tmp_path / "plan.json"
+    for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):
+        told = run_command("plan", "--rankings", ranked, "--budget", limits, "-o", written)
+        assert told.returncode == 0, told.stderr
+        assert written.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
+    both = run_command("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5,flops=0.52")
+    assert both.returncode == 0 and "params=0.6" in both.stdout and "params=0.5,flops=0.52" in both.stdout, both.stderr
+    for command, says in (
+        (("prune", "--criterion", "output", "-o", tmp_path / "out"), "looks at calibration images"),
+        (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
+        (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
+        (("rank", "--images", images, "-o", ranked), "exists already"),
+    ):
+        refused = run_command(*command)
+        assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1

@@ -32,6 +32,14 @@ def test_a_good_recipe(tmp_path):
     assert recipe.distill is None and recipe.recover is None
 
 
+def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
+    text = GOOD.replace("mlp_ratio: 1", "budget: [{params: 0.5}, {params: 0.4, flops: 2.0e+9}]\n  round_to: 8")
+    assert load_recipe(write(tmp_path, text)).prune.sizes == {
+        "params-0.5": {"budget": {"params": 0.5}, "round_to": 8},
+        "params-0.4-flops-2e+09": {"budget": {"params": 0.4, "flops": 2e9}, "round_to": 8},
+    }
+
+
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
@@ -41,7 +49,9 @@ def test_a_good_recipe(tmp_path):
         ("images: IMAGES\n", "", r"the key images is missing"),
         ("mlp_ratio: 1", "mlp_ratio: wide", r"line 5: prune\.mlp_ratio: .*number.*'wide'"),
         ("mlp_ratio: 1", "mlp_ratio: 0", r"line 4: prune: mlp_ratio must be above 0"),
-        ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give either mlp_ratio or keep_ratio"),
+        ("mlp_ratio: 1", "budget: {params: 0}", r"line 4: prune: params must be above 0, got 0"),
+        ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
+        ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, budget"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  criterion: best", r"line 6: prune\.criterion: .*'dgmr'.*got 'best'"),
         ("IMAGES", "scenes:images", r"no section scenes"),
         ("prune:", "recover: {images: 3}\nprune:", r"line 4: recover\.images: .*10, got 3"),
