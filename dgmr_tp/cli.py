@@ -30,7 +30,7 @@ out = Console(highlight=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]
-CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2, random; or output, activation, which look at images.")]
+CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2, random; or output, activation, taylor, amp, which look at images.")]
 RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
@@ -109,6 +109,53 @@ def rank(
 
 
 @app.command()
+def amp(
+    images: Annotated[Path, typer.Option(help="Unlabelled images, not those you will judge by: a folder, a tar, or shards.")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="The plan (JSON) to write.")],
+    threshold: Annotated[float, typer.Option(help="How much each MLP's cut may raise the entropy, nats.")] = 0.01,
+    model: ModelOption = "demo",
+    pretrained: PretrainedOption = None,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Of the similarities.")] = 1 / 15,
+    candidates: Annotated[int, typer.Option(min=2, help="Images of one entropy; the threshold's meaning depends on it.")] = 512,
+    count: Annotated[int, typer.Option(help="How many images to search on, in whole groups of candidates.")] = 4096,
+    two_sided: Annotated[bool, typer.Option("--two-sided", help="A fall of the entropy counts too; the paper lets it pass.")] = False,
+    seed: SeedOption = 0,
+) -> None:
+    """Find every MLP's width by AMP's search (arXiv 2603.08100) and write the plan. Goes on where it was stopped.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m dgmr_tp amp ...
+    """
+    from dgmr_tp.decide import search
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.progress import shown
+
+    _refuse_existing(file)
+    journal = file.with_name(f".{file.name}.partial")
+    opened = open_model(model, pretrained)
+    first = _join_processes()
+    opened.module.to(_device())
+    with shown() as progress:
+        found = search(
+            opened,
+            images,
+            threshold=threshold,
+            two_sided=two_sided,
+            temperature=temperature,
+            candidates=candidates,
+            calibration=count,
+            seed=seed,
+            journal=journal,
+            progress=progress,
+        )
+    if first:
+        _print_plan(opened, found.plan)
+        blocks = len(opened.encoder.blocks())
+        out.print(f"entropy {found.entropy:.4f} nats; the search cost {found.image_blocks / blocks:,.0f} forward passes of an image")
+        journal.unlink()
+        file.write_text(found.plan.to_json() + "\n")
+
+
+@app.command()
 def plan(
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -119,7 +166,7 @@ def plan(
     budget: BudgetOption = None,
     round_to: RoundOption = 1,
     seed: SeedOption = 0,
-    images: Annotated[Path | None, typer.Option(help="For output and activation: unlabelled images to look at.")] = None,
+    images: Annotated[Path | None, typer.Option(help="For criteria that look at images: unlabelled ones.")] = None,
     count: Annotated[int, typer.Option(help="How many of them.")] = 1024,
     rankings: RankingsOption = None,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
@@ -447,6 +494,18 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _join_processes() -> bool:
+    """Meet the other processes of a torchrun, if there are any; whether this one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group()
+    return torch.distributed.get_rank() == 0
 
 
 def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
+from dgmr_tp.files import write_whole
+from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, GivenScores, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
+from dgmr_tp.pruning.amp import TEMPERATURE, Search, entropy, gate_scores, search_widths, weight_gradients
 from dgmr_tp.pruning.cost import costs
 from dgmr_tp.pruning.plan import weight_sha256
 
@@ -35,6 +39,10 @@ CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
 }
 SEEING = ("output", "activation")
 """Criteria that look at calibration images; see dgmr_tp.pruning.functional."""
+DIFFERENTIATING = ("taylor", "amp")
+"""Criteria that look at gradients of AMP's entropy on images: torch-pruning's over weights, the paper's over hidden neurons."""
+CANDIDATES = 512
+"""Images whose similarities make one entropy: EVA-CLIP's number in AMP's paper; 1,024 for the others."""
 
 
 @dataclass(frozen=True)
@@ -156,24 +164,144 @@ def make_plan(
         remember: called with all decisions so far after each.
     """
     name, size = (model.name, model.image_size) if isinstance(model, OpenedModel) else (None, None)
-    sites = block_sites(model)
+    tower, sites = tower_of(model), block_sites(model)
     if isinstance(criterion, str) and criterion in SEEING:
         # Only a budget needs the whole curves.
-        picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower_of(model)), **_or_default(amount))
+        picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower), **_or_default(amount))
         return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(model, **amount)
-    pruner = MLPPruner(tower_of(model), importance(criterion), sites=sites, name=name, image_size=size, **_or_default(amount))
-    decided: dict[str, SitePlan] = {}
-    for index, site in enumerate(pruner.sites):
-        old = done.sites.get(site.name) if done else None
-        if old and old.sha256 == weight_sha256(pruner.model, site):
-            decided[site.name] = old
+    with ExitStack() as stack:
+        if isinstance(criterion, str) and criterion in DIFFERENTIATING:
+            groups = candidate_groups(criterion, images, model, calibration, seed, CANDIDATES, at_least=False)
+            if criterion == "amp":
+                rule: tp.importance.Importance = GivenScores(tower, gate_scores(encoder_of(model), groups), "amp")
+            else:
+                rule = tp.importance.TaylorImportance()
+                stack.enter_context(weight_gradients(encoder_of(model), groups))
         else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
-                decided[site.name] = pruner.decide(site)
-        remember(pruner.plan_of(decided))
-        progress("select", len(decided), len(pruner.sites))
+            rule = importance(criterion)
+        pruner = MLPPruner(tower, rule, sites=sites, name=name, image_size=size, **_or_default(amount))
+        decided: dict[str, SitePlan] = {}
+        for index, site in enumerate(pruner.sites):
+            old = done.sites.get(site.name) if done else None
+            if old and old.sha256 == weight_sha256(pruner.model, site):
+                decided[site.name] = old
+            else:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
+                    decided[site.name] = pruner.decide(site)
+            remember(pruner.plan_of(decided))
+            progress("select", len(decided), len(pruner.sites))
     return pruner.plan_of(decided)
+
+
+class Found(NamedTuple):
+    """What :func:`search` returns."""
+
+    plan: Plan
+    entropy: float
+    """Of the pruned encoder on the search images, nats."""
+    image_blocks: int
+    """Images times blocks that were evaluated, the scoring's forward passes left out."""
+
+
+def search(
+    model: OpenedModel | nn.Module,
+    images: str | Path | Iterable[Tensor],
+    *,
+    threshold: float,
+    two_sided: bool = False,
+    temperature: float = TEMPERATURE,
+    candidates: int = CANDIDATES,
+    calibration: int = 4096,
+    seed: int = 0,
+    journal: Path | None = None,
+    progress: Progress = lambda title, done, total: None,
+) -> Found:
+    """AMP: every MLP's width by binary search on a label-free entropy (see :mod:`dgmr_tp.pruning.amp`). Changes nothing.
+
+    Under torch.distributed the groups of candidates are shared out; every process returns the same, and only the first writes.
+
+    Args:
+        model: the original; a copy of it is cut during the search.
+        images: unlabelled images, apart from those the result will be judged by.
+        threshold: how much each site may raise the entropy, nats (the paper: 0.01, 2e-4, 2e-3, 0.02).
+        two_sided: a fall of the entropy counts too; the paper lets it pass.
+        temperature: of the similarities.
+        candidates: images of one entropy; the entropy, and so the meaning of ``threshold``, depends on it.
+        calibration: how many images are read, in whole groups of ``candidates``.
+        seed: of the choice of images.
+        journal: a file that keeps what was decided; a search that was interrupted goes on from it.
+
+    Raises:
+        DgmrError: fewer images than ``candidates``, or no walk is known for the model.
+    """
+    encoder = encoder_of(model)
+    groups = candidate_groups("amp", images, model, calibration, seed, candidates, at_least=True)
+    sites = {site.name: site for site in block_sites(model) or ()}
+    sha = {name: weight_sha256(encoder.module, site) for name, site in sites.items()}
+    test = {"threshold": threshold, "two_sided": two_sided}
+    options = {**test, "temperature": temperature, "candidates": candidates, "images": calibration, "seed": seed}
+    request = {**options, "encoder": encoder.name, "weights": sha}
+
+    def remember(state: Search) -> None:
+        if journal and not (distributed.is_initialized() and distributed.get_rank()):
+            write_whole(journal, json.dumps({"request": request, "state": asdict(state)}))
+
+    state = _read_search(journal, request)
+    objective = entropy(temperature)
+    copied = model.copy().encoder if isinstance(model, OpenedModel) else as_encoder(copy.deepcopy(model))
+    scores = gate_scores(encoder, groups, objective)
+    end = search_widths(
+        copied,
+        scores,
+        groups,
+        **test,
+        objective=objective,
+        state=state,
+        remember=remember,
+        progress=partial(progress, "search"),
+    )
+    assert end.baseline is not None
+    decided = {name: SitePlan(site.width, site.hidden, end.kept[name], sha[name]) for name, site in sites.items()}
+    return Found(Plan(encoder.name, "amp", decided), end.baseline, end.image_blocks)
+
+
+def _read_search(path: Path | None, request: dict[str, object]) -> Search | None:
+    try:
+        found = json.loads(path.read_text()) if path else None
+        if not found or found["request"] != json.loads(json.dumps(request)):
+            return None
+        kept = {name: tuple(neurons) for name, neurons in found["state"]["kept"].items()}
+        return Search(**{**found["state"], "kept": kept})
+    except (OSError, ValueError, KeyError, TypeError):  # the first time, or a damaged one
+        return None
+
+
+def candidate_groups(
+    criterion: str,
+    images: str | Path | Iterable[Tensor] | None,
+    model: OpenedModel | nn.Module,
+    count: int,
+    seed: int,
+    candidates: int,
+    *,
+    at_least: bool,
+) -> list[list[Tensor]]:
+    """Whole groups of ``candidates`` images, in batches; what is left over is dropped.
+
+    Raises:
+        DgmrError: no images, or not one whole group; unless ``at_least`` is False: then all of them are one group.
+    """
+    if images is None:
+        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --recover IMAGES)")
+    found = list(batches(images, model, count, seed))
+    total = sum(map(len, found))
+    if total < candidates and (at_least or not total):
+        raise DgmrError(f"{criterion} compares groups of {candidates} images, got {total}; give more images or fewer candidates")
+    candidates = min(candidates, total)
+    size = min(candidates, len(found[0]))
+    joined = torch.cat(found)
+    return [list(group.split(size)) for group in joined[: total - total % candidates].split(candidates)]
 
 
 def importance(criterion: str | tp.importance.Importance) -> tp.importance.Importance:
@@ -185,7 +313,7 @@ def importance(criterion: str | tp.importance.Importance) -> tp.importance.Impor
     if not isinstance(criterion, str):
         return criterion
     if criterion not in CRITERIA:
-        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join((*CRITERIA, *SEEING))}")
+        raise DgmrError(f"unknown criterion {criterion!r}; known: {', '.join((*CRITERIA, *SEEING, *DIFFERENTIATING))}")
     return CRITERIA[criterion]()
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from dgmr_tp.decide import SEEING, Rankings, make_plan, rank
+from dgmr_tp.decide import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require_installed
@@ -46,6 +46,8 @@ PACKAGES = (
     "onnxruntime",
 )
 SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103}  # the demo CLIP was trained on seed 1 and tested on seed 2
+JOURNAL = "search.json"
+"""What AMP's search decided so far; a step that was interrupted goes on from it."""
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled"}
 
 
@@ -155,7 +157,12 @@ class Run:
         last = {}
         for size, amount in recipe.prune.sizes.items():
             section = {**model, "criterion": recipe.prune.criterion, **amount, "seed": seed}
-            steps.append(Step("prune", size, section, ranked, partial(self._prune, size=size, amount=amount)))
+            if "threshold" in amount:
+                section |= {"search": recipe.prune.search.model_dump(), **images}
+            elif recipe.prune.criterion in DIFFERENTIATING:
+                section |= {"calibration": self._calibration, **images}
+            inputs = data if recipe.prune.criterion in DIFFERENTIATING else ranked
+            steps.append(Step("prune", size, section, inputs, partial(self._prune, size=size, amount=amount)))
             last[size] = f"prune/{size}"
         if recipe.recover:
             for size in last:
@@ -255,15 +262,39 @@ class Run:
 
         model = self.original()
         before = self._cost(model)
-        if self.recipe.prune.criterion in SEEING:
-            plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
-        else:
-            with shown() as progress:
-                plan = make_plan(model, self.recipe.prune.criterion, seed=self.recipe.seed, progress=progress, **amount)
+        found: dict[str, Any] = {}
+        with shown() as progress:
+            if "threshold" in amount:
+                plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
+                found["image_forwards"] = image_blocks / len(model.encoder.blocks())
+            elif self.recipe.prune.criterion in SEEING:
+                plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
+            else:
+                options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
+                if self.recipe.prune.criterion in DIFFERENTIATING:
+                    model.module.to(self.device)
+                    options |= {"images": self.data_path(self.recipe.images), "calibration": self._calibration}
+                plan = make_plan(model, progress=progress, **options)
+        model.module.cpu()
         result = prune(model, plan=plan)
+        shutil.rmtree(folder / "model", ignore_errors=True)
         result.model.save(folder / "model", result.plan, final=self.folder(f"prune/{size}") / "model")
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
-        return {"original": before, "pruned": self._cost(result.model), "sites": sites}
+        return {"original": before, "pruned": self._cost(result.model), "sites": sites, **found}
+
+    def _search(self, model: OpenedModel, folder: Path, threshold: float, progress: Progress) -> Found:
+        options = self.recipe.prune.search.model_dump()
+        model.module.to(self.device)
+        return search(
+            model,
+            self.data_path(self.recipe.images),
+            threshold=threshold,
+            calibration=options.pop("images"),
+            seed=self.recipe.seed,
+            journal=folder / JOURNAL,
+            progress=progress,
+            **options,
+        )
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.data.images import Images
@@ -400,7 +431,8 @@ class Run:
         aside = self._aside(step)
         made_from = self._made_from(step)
         note = aside / "made_from.json"
-        if aside.exists() and not (step.stage == "distill" and note.exists() and json.loads(note.read_text()) == made_from):
+        goes_on = step.stage == "distill" or (aside / JOURNAL).exists()
+        if aside.exists() and not (goes_on and note.exists() and json.loads(note.read_text()) == made_from):
             shutil.rmtree(aside)
         aside.mkdir(parents=True, exist_ok=True)
         if not note.exists():

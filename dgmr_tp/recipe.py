@@ -45,17 +45,29 @@ class Scenes(Section):
     """Captioned scenes for zero-shot retrieval, all captions different."""
 
 
-AMOUNTS = ("mlp_ratio", "keep_ratio", "budget")
+AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold")
+
+
+class Search(Section):
+    """AMP's search; see dgmr_tp.decide.search."""
+
+    images: int = Field(4096, ge=2)
+    candidates: int = Field(512, ge=2)
+    temperature: float = Field(1 / 15, gt=0)
+    two_sided: bool = False
 
 
 class Prune(Section):
     """Which neurons stay: one of the amounts, alone or as a list; every size goes through the whole recipe."""
 
-    criterion: Literal["dgmr", "l1", "l2", "random", "output", "activation"] = "dgmr"
+    criterion: Literal["dgmr", "l1", "l2", "random", "output", "activation", "taylor", "amp"] = "dgmr"
     mlp_ratio: float | list[float] | None = None
     keep_ratio: float | list[float] | None = None
     budget: dict[str, float] | list[dict[str, float]] | None = None
     """What the tower may cost, as ``{params: 0.5}``, ``{flops: 0.4}`` or both; see dgmr_tp.pruning.allocation."""
+    threshold: float | list[float] | None = None
+    """For ``amp``: the widths are searched for; how much each MLP's cut may raise the entropy, nats."""
+    search: Search = Field(default_factory=Search)
     round_to: int = Field(1, ge=1)
     """Hidden widths are multiples of this."""
 
@@ -66,6 +78,8 @@ class Prune(Section):
             raise ValueError(f"give one of {', '.join(AMOUNTS)}")
         if len(self.sizes) != (len(self._amounts) or None):
             raise ValueError("the list of sizes is empty or names a size twice")
+        if self.threshold is not None and (self.criterion != "amp" or self.round_to > 1):
+            raise ValueError("threshold is for criterion: amp, whose widths are what its search finds; leave out round_to")
         for amount in self._amounts:
             for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:
                 if number <= 0:
@@ -216,7 +230,7 @@ def _known_keys(where: list[Any]) -> list[str]:
     inside: dict[Any, type[BaseModel]] = {
         "model": Model,
         "scenes": Scenes,
-        "prune": Prune,
+        "prune": Search if "search" in where else Prune,
         "recover": Recover,
         "distill": Distill,
         "evaluate": Evaluate,

@@ -49,6 +49,27 @@ def recorded_inputs(*modules: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def gated_inputs(*modules: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """While the context lasts, what the modules are called with is multiplied by gates of ones ``[batch, 1, …, channels]``.
+
+    The gates come back by module; the gradient at a gate is the sum over the tokens of ``input · gradient at the input``.
+    """
+    gates: dict[nn.Module, Tensor] = {}
+
+    def gate(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        seen = arguments[0]
+        gates[module] = seen.new_ones(len(seen), *(1 for _ in seen.shape[1:-1]), seen.shape[-1]).requires_grad_(True)
+        return (seen * gates[module], *arguments[1:])
+
+    handles = [module.register_forward_pre_hook(gate) for module in modules]
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Moments:
     """Weighted first and second moments of pairs ``(h, y)``, in float64; the pairs themselves are never kept."""
 

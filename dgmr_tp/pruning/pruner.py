@@ -93,7 +93,10 @@ class MLPPruner:
         rows = site.hidden * (2 if site.fused else 1)
         mlp = self.model.get_submodule(site.name)
         if next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):  # sums of thousands of squares need more digits
+            gradients = [None if p.grad is None else p.grad.float() for p in mlp.parameters()]  # of criteria that read them
             mlp = copy.deepcopy(mlp).float()
+            for parameter, gradient in zip(mlp.parameters(), gradients, strict=True):
+                parameter.grad = gradient
         group = _group(mlp, site, range(rows))
         try:
             # Ours need not order the neurons that go; torch-pruning's own take no such hint.
