@@ -1,10 +1,16 @@
-"""Selection criteria beside each other on a real encoder: pruned, and recovered in closed form.
+"""All selection methods beside each other: pruned, and recovered in closed form, at equal numbers of parameters.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/methods.py --encoder VIT.safetensors --out benchmarks/results/methods.json
 
-The encoder: timm ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6, num_classes=10)`` trained on CIFAR-10. Every block keeps the
-same number of its 768 neurons; recovery and the criteria that look at images use the same 1,024 training images; top-1 is
-measured on 4,000 test images. The seed draws the calibration images and the neurons of ``random``.
+Encoders: ``demo``, the demo CLIP on generated scenes; ``cifar``, timm ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6)``
+trained on CIFAR-10; ``swiglu`` and ``swin``, small ones trained here for a few epochs (kept beside ``--out``). ``--only`` chooses.
+
+Every method and recovery look at the same 1,024 unlabelled training images, drawn by the seed, as are the neurons of ``random``.
+AMP's search runs at several thresholds; the other methods then get as many parameters as it kept. Measured on 2,000 test images: the
+accuracy of the *original* head (zero-shot for ``demo``), the cosine to the dense embedding and, for the first seed, k-NN over 2,000
+training images (k = 20, T = 0.07).
+
+Cells are kept in the JSON as they are done; called again, the script goes on, and prints the tables at its end.
 """
 
 from __future__ import annotations
@@ -14,53 +20,246 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
-from train_cifar10_clip import load_split, normalise
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.layers import SwiGLUPacked
+from torch import Tensor, nn
+from train_cifar10_clip import load_split, normalise, train
 
 from dgmr_tp import prune
+from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
+from dgmr_tp.decide import block_sites, make_plan, rank, search
+from dgmr_tp.encoders import open_model
+from dgmr_tp.files import write_whole
+from dgmr_tp.pruning import Plan
+from dgmr_tp.pruning.cost import parameters
 
-CRITERIA = ("random", "l2", "dgmr", "activation", "output")
+UNIFORM = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
+FITTED = "output, fitted widths"
+MATCHED = ("random", "l2", "taylor", "amp", "dgmr", "output")
+SEARCHES = {"amp search": (1e-2,), "amp search, two-sided": (5e-3, 2e-2, 8e-2)}
+IMAGES, TESTED = 1024, 2000
+
+
+@dataclass
+class Subject:
+    """An encoder and what it is measured on."""
+
+    tower: nn.Module
+    head: Callable[[Tensor], Tensor]
+    """From embeddings to class scores."""
+    train: Tensor
+    """Preprocessed images: the first 2,000 are the k-NN's bank, calibration comes from the others."""
+    labels: Tensor
+    test: Tensor
+    answers: Tensor
+
+    def calibration(self, seed: int) -> list[Tensor]:
+        order = TESTED + torch.randperm(len(self.train) - TESTED, generator=torch.Generator().manual_seed(seed))
+        return list(self.train[order[:IMAGES]].split(128))
+
+
+def demo() -> Subject:
+    opened = open_model("demo")
+    clip = opened.module.eval()
+    with torch.no_grad():
+        prompts = [clip.encode_text(opened.tokenizer([t.format(c=name) for t in TEMPLATES]), normalize=True).mean(0) for name in CLASSNAMES]
+    texts = F.normalize(torch.stack(prompts), dim=-1)
+    scenes = {seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((201, TESTED + 4096), (202, TESTED))}
+    pictures = {seed: torch.stack([opened.preprocess(Image.fromarray(scene.image())) for scene in drawn]) for seed, drawn in scenes.items()}
+    labels = {seed: torch.tensor([scene.label for scene in drawn]) for seed, drawn in scenes.items()}
+    return Subject(clip.visual, lambda z: F.normalize(z, dim=-1) @ texts.T, pictures[201], labels[201], pictures[202], labels[202])
+
+
+def on_cifar(model: nn.Module) -> Subject:
+    root = Path(os.environ["CIFAR10_DIR"])
+    (images, labels), (test, answers) = load_split(root, "train"), load_split(root, "test")
+    head, limit = model.get_classifier(), TESTED + 8192
+    model.reset_classifier(0)
+    pictures = normalise(images[:limit]), labels[:limit], normalise(test[:TESTED]), answers[:TESTED]
+    return Subject(model.eval(), head, *pictures)
+
+
+def cifar(encoder: Path) -> nn.Module:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(encoder).items()})
+    return model
+
+
+def trained(name: str, build: Callable[[], nn.Module], folder: Path, epochs: int) -> nn.Module:
+    """A model trained on CIFAR-10 here, or on an earlier call."""
+    torch.manual_seed(0)
+    model, file = build(), folder / f"{name}.safetensors"
+    if file.exists():
+        model.load_state_dict(load_file(file))
+        return model
+    images, labels = load_split(Path(os.environ["CIFAR10_DIR"]), "train")
+    train(model, images, labels, epochs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), file)
+    return model
+
+
+def swiglu() -> nn.Module:
+    options = {"img_size": 32, "patch_size": 8, "depth": 6, "num_classes": 10, "mlp_layer": SwiGLUPacked, "mlp_ratio": 16 / 3}
+    return timm.create_model("vit_tiny_patch16_224", **options)
+
+
+def swin() -> nn.Module:
+    return timm.models.SwinTransformer(
+        img_size=32, patch_size=2, window_size=4, embed_dim=64, depths=(2, 4), num_heads=(2, 4), num_classes=10, drop_path_rate=0.0
+    )
+
+
+@torch.no_grad()
+def embeddings(tower: nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([tower(batch) for batch in images.split(250)])
+
+
+def measured(subject: Subject, tower: nn.Module, dense: Tensor, neighbours: bool = False) -> dict[str, float]:
+    found = embeddings(tower, subject.test)
+    with torch.no_grad():
+        right = (subject.head(found).argmax(1) == subject.answers).float().mean()
+    result = {"head": 100 * float(right), "cosine": float(F.cosine_similarity(found, dense).mean())}
+    if neighbours:
+        bank = F.normalize(embeddings(tower, subject.train[:TESTED]), dim=-1)
+        similar, index = (F.normalize(found, dim=-1) @ bank.T).topk(20)
+        votes = torch.zeros(len(found), int(subject.labels.max()) + 1)
+        votes.scatter_add_(1, subject.labels[index], (similar / 0.07).exp())
+        result["knn"] = 100 * float((votes.argmax(1) == subject.answers).float().mean())
+    return result
+
+
+def cell(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor, seconds: float, seed: int) -> dict[str, object]:
+    """What a plan gives, before and after recovery."""
+    cut = prune(subject.tower, plan=plan).model
+    recovered = prune(subject.tower, calibration, plan=plan).model
+    return {
+        "parameters": parameters(cut),
+        "widths": [len(site.kept) for site in plan.sites.values()],
+        "pruned": measured(subject, cut, dense),
+        "recovered": measured(subject, recovered, dense, neighbours=seed == 0),
+        "seconds": seconds,
+    }
+
+
+def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], searches: bool, limit: int) -> None:
+    """All cells of one encoder up to the seed ``limit``; ``sizes``: share kept, and how many seeds."""
+    dense, sites = embeddings(subject.tower, subject.test), block_sites(subject.tower)
+    store.cell(name, "dense", "1", 0, lambda: {"parameters": parameters(subject.tower), **measured(subject, subject.tower, dense, True)})
+
+    def everything(size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM) -> None:
+        calibration = subject.calibration(seed)
+        for method in methods:
+
+            def make(method: str = method) -> dict[str, object]:
+                started = time.perf_counter()
+                plan = make_plan(subject.tower, method, calibration, seed=seed, **amount)
+                return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
+
+            store.cell(name, method, size, seed, make)
+
+        def fitted() -> dict[str, object]:
+            started = time.perf_counter()
+            if (name, seed) not in store.rankings:
+                store.rankings[name, seed] = rank(subject.tower, "output", calibration)
+            plan = store.rankings[name, seed].plan(subject.tower, **total)
+            return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
+
+        store.cell(name, FITTED, size, seed, fitted)
+
+    for size, seeds in sizes.items():
+        share = Fraction(size)
+        keep = {site.name: int(share * site.hidden) for site in sites}
+        count = parameters(prune(subject.tower, criterion="l2", keep=keep).model)
+        for seed in range(min(seeds, limit)):
+            everything(size, seed, {"keep": keep}, {"budget": {"params": count}})
+    for method, thresholds in SEARCHES.items() if searches else ():
+        for threshold in thresholds:
+            calibration = subject.calibration(0)
+
+            def found(method: str = method, threshold: float = threshold, calibration: list[Tensor] = calibration) -> dict[str, object]:
+                started = time.perf_counter()
+                result = search(subject.tower, calibration, threshold=threshold, two_sided="two-sided" in method, candidates=512)
+                done = cell(subject, result.plan, calibration, dense, time.perf_counter() - started, 0)
+                return {**done, "image_blocks": result.image_blocks, "entropy": result.entropy}
+
+            size = f"ΔE {threshold:g}{' two-sided' if 'two-sided' in method else ''}"
+            store.cell(name, method, size, 0, found)
+            budget = {"budget": {"params": store.cells[f"{name} | {method} | {size} | 0"]["parameters"]}}
+            everything(size, 0, budget, budget, MATCHED)
+
+
+class Store:
+    """Cells in a JSON file, each computed once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cells: dict[str, dict] = json.loads(path.read_text())["cells"] if path.exists() else {}
+        self.rankings: dict = {}
+
+    def cell(self, encoder: str, method: str, size: str, seed: int, make: Callable[[], dict]) -> None:
+        key = f"{encoder} | {method} | {size} | {seed}"
+        if key in self.cells:
+            return
+        self.cells[key] = make()
+        setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(), "images": IMAGES}
+        write_whole(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
+        row = self.cells[key]
+        shown = "" if method == "dense" else f"{row['pruned']['head']:5.1f} → {row['recovered']['head']:5.1f}"
+        print(f"{key:<60} {shown}", flush=True)
+
+    def tables(self) -> None:
+        """One table per encoder and size: mean over the seeds, and their spread where there are several."""
+        groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
+        for key, row in self.cells.items():
+            encoder, method, size, _ = key.split(" | ")
+            groups.setdefault((encoder, size), {}).setdefault(method, []).append(row)
+        for (encoder, size), methods in groups.items():
+            if size == "1":
+                [row] = methods["dense"]
+                print(f"\n{encoder}, dense: head {row['head']:.1f}, k-NN {row['knn']:.1f}, {row['parameters']:,} parameters")
+                continue
+            print(f"\n{encoder}, {size}: {next(iter(methods.values()))[0]['parameters']:,} parameters")
+            print("| method | pruned: head | recovered: head | k-NN | cosine |\n|---|---|---|---|---|")
+            for method, rows in methods.items():
+                columns = [("pruned", "head", 1), ("recovered", "head", 1), ("recovered", "knn", 1), ("recovered", "cosine", 4)]
+                texts = []
+                for stage, figure, digits in columns:
+                    values = torch.tensor([row[stage][figure] for row in rows if figure in row[stage]])
+                    spread = f" ± {float(values.std()):.{digits}f}" if len(values) > 1 else ""
+                    texts.append(f"{float(values.mean()):.{digits}f}{spread}")
+                print(f"| {method} | {' | '.join(texts)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--encoder", type=Path, required=True, help="the trained CIFAR-10 ViT")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", default=["cifar", "demo", "swiglu", "swin"])
+    parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
-    root = Path(os.environ["CIFAR10_DIR"])
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10).eval()
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(args.encoder).items()})
-    images, _ = load_split(root, "train")
-    test, answers = (part[:4000] for part in load_split(root, "test"))
-
-    def accuracy(tower: torch.nn.Module) -> float:
-        with torch.no_grad():
-            right = sum(int((tower(normalise(x)).argmax(1) == y).sum()) for x, y in zip(test.split(500), answers.split(500), strict=True))
-        return 100 * right / len(test)
-
-    rows: list[dict[str, object]] = []
-    dense = accuracy(model)
-    print(f"dense {dense:.1f}", flush=True)
-    for keep in (192, 96, 48):
-        for criterion in CRITERIA:
-            for seed in range(args.seeds):
-                chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:1024]
-                calibration = [normalise(batch) for batch in images[chosen].split(128)]
-                started = time.perf_counter()
-                recovered, plan, _ = prune(model, calibration, criterion=criterion, keep=keep, seed=seed)
-                seconds = time.perf_counter() - started
-                cut = prune(model, plan=plan).model
-                row = {"keep": keep, "criterion": criterion, "seed": seed, "pruned": accuracy(cut), "recovered": accuracy(recovered)}
-                rows.append({**row, "seconds": seconds})
-                print(f"{keep:>4} {criterion:<11} {seed} {row['pruned']:6.1f} → {row['recovered']:5.1f}  {seconds:5.1f} s", flush=True)
-    result = {"dense": dense, "rows": rows, "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    store, weights = Store(args.out), args.out.parent / "weights"
+    subjects = {
+        "cifar": (lambda: on_cifar(cifar(args.encoder)), {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
+        "demo": (demo, {"1/8": 3, "1/4": 3}, True),
+        "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
+        "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
+    }
+    for limit in () if args.tables else (1, 3):  # one seed of everything first
+        for name in args.only:
+            build, sizes, searches = subjects[name]
+            run(name, build(), store, sizes, searches, limit)
+    store.tables()
 
 
 if __name__ == "__main__":

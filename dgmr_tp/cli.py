@@ -216,6 +216,13 @@ def prune(
     count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Find the smallest size whose embeddings keep this mean cosine on images held out.")
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option(help="Find the smallest size whose k-NN accuracy falls by no more than this, such as 1%; needs classes.")
+    ] = None,
+    held_out: Annotated[int, typer.Option(help="For these two: how many images judge.")] = 512,
     stream: Annotated[bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")] = False,
 ) -> None:
     """Prune an encoder, recover it if images are given, and write a model directory."""
@@ -230,6 +237,14 @@ def prune(
         return
     if plan_file and rankings:
         raise DgmrError("give either --plan or --rankings")
+    if min_cosine is not None or max_drop is not None:
+        if plan_file or recover is None or any(value is not None for key, value in amount.items() if key != "round_to"):
+            raise DgmrError("--min-cosine and --max-drop find the size by themselves, on images: give --recover IMAGES and no size or plan")
+        limits = {"min_cosine": min_cosine, "max_drop": None if max_drop is None else _fraction(max_drop)}
+        criterion = criterion if criterion in ("output", "activation") else "output"
+        options = {"calibration": count, "held_out": held_out, "round_to": round_to, "damping": damping, "seed": seed}
+        _prune_to_promise(model, pretrained, out_dir, recover, rankings, {"criterion": criterion, **limits, **options})
+        return
     from dgmr_tp.decide import Rankings
     from dgmr_tp.encoders import open_model
     from dgmr_tp.oneshot import prune as prune_model
@@ -432,6 +447,33 @@ def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> N
     out.print(f"written: {directory}")
 
 
+def _prune_to_promise(model, pretrained, directory, images, rankings, options) -> None:  # type: ignore[no-untyped-def]
+    from dgmr_tp.decide import Rankings
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.progress import shown
+    from dgmr_tp.promise import prune_to_promise
+
+    _refuse_existing(directory)
+    opened = open_model(model, pretrained)
+    opened.module.to(_device())
+    ranked = Rankings.read(rankings) if rankings else None
+    with shown() as progress:
+        found = prune_to_promise(opened, images, rankings=ranked, progress=progress, **options)
+    what = "mean cosine" if options["min_cosine"] is not None else "drop of k-NN accuracy"
+    table = Table("M params", what, "95 % bound", "", box=None)
+    for trial in found.trials:
+        table.add_row(f"{trial.parameters / 1e6:.2f}", f"{trial.value:.4f}", f"{trial.bound:.4f}", "kept" if trial.kept else "broken")
+    out.print(table)
+    _finish(opened, found.pruned, directory, None)
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise DgmrError(f"--max-drop {text}: write it as 1% or 0.01") from None
+
+
 def _amounts(mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int) -> list[Amount]:
     """The options that say how many neurons stay, as the library takes them: one size, or one per budget."""
     limits = [_budget(text) for text in budgets] if budgets else [None]
@@ -522,7 +564,7 @@ def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untype
 
     result.model.module.cpu()
     result.model.save(directory, result.plan)
-    recovered = found is not None
+    recovered = any(row.cut_error is not None for row in result.table)
     table = Table("site", "hidden", "kept", *(("error cut", "recovered") if recovered else ()), box=None)
     for row in result.table:
         errors = (

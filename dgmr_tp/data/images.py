@@ -30,6 +30,16 @@ class Record:
     file: Path
     offset: int
     length: int
+    label: str | tuple[int, int] | None = None
+    """Its class: the name of its folder, or offset and length of its ``.cls`` in the tar."""
+
+    def class_name(self) -> str | None:
+        """Its class, if it is known."""
+        if not isinstance(self.label, tuple):
+            return self.label
+        with self.file.open("rb") as stream:
+            stream.seek(self.label[0])
+            return stream.read(self.label[1]).decode().strip()
 
     def read(self) -> Any:
         """Decode to an RGB PIL image. Raises OSError or another of pillow's errors if it is damaged."""
@@ -70,7 +80,8 @@ class Images:
             if path.suffix == ".tar":
                 records += _tar_records(path)
             elif path.suffix.lower() in EXTENSIONS:
-                records.append(Record(str(path), path, 0, path.stat().st_size))
+                label = None if path.parent in (source, path) else path.parent.name
+                records.append(Record(str(path), path, 0, path.stat().st_size, label))
             else:
                 other += 1
         if not records:
@@ -98,22 +109,30 @@ class Images:
         Raises:
             DgmrError: not one image decodes.
         """
-        order = np.random.default_rng(seed).permutation(len(self.records))
         batch: list[Tensor] = []
-        taken = 0
-        for index in order:
-            image = self.read(int(index))
-            if image is None:
-                continue
-            batch.append(preprocess(image))
-            taken += 1
+        for _, image in self._chosen(count, seed, preprocess):
+            batch.append(image)
             if len(batch) == batch_size:
                 yield torch.stack(batch)
                 batch = []
-            if taken == count:
-                break
         if batch:
             yield torch.stack(batch)
+
+    def labelled(self, count: int, seed: int, preprocess: Callable[[Any], Tensor]) -> tuple[Tensor, list[str | None]]:
+        """The images of :meth:`sample` in one batch, and their classes; None for one whose class is not known."""
+        chosen = [(image, record.class_name()) for record, image in self._chosen(count, seed, preprocess)]
+        return torch.stack([image for image, _ in chosen]), [label for _, label in chosen]
+
+    def _chosen(self, count: int, seed: int, preprocess: Callable[[Any], Tensor]) -> Iterator[tuple[Record, Tensor]]:
+        taken = 0
+        for index in np.random.default_rng(seed).permutation(len(self.records)):
+            image = self.read(int(index))
+            if image is None:
+                continue
+            yield self.records[index], preprocess(image)
+            taken += 1
+            if taken == count:
+                break
         if not taken:
             name, error = next(iter(self.broken.items()))
             raise DgmrError(f"none of the {len(self)} images in {self.source} can be read; the first: {name}: {error}")
@@ -122,7 +141,12 @@ class Images:
 def _tar_records(path: Path) -> list[Record]:
     try:
         with tarfile.open(path, "r:") as tar:  # uncompressed: members are read by their offset
-            members = [member for member in tar if member.isfile() and Path(member.name).suffix.lower() in EXTENSIONS]
+            members = [member for member in tar if member.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
-    return [Record(f"{path}:{member.name}", path, member.offset_data, member.size) for member in members]
+    classes = {m.name.removesuffix(".cls"): (m.offset_data, m.size) for m in members if m.name.endswith(".cls")}
+    return [
+        Record(f"{path}:{member.name}", path, member.offset_data, member.size, classes.get(str(Path(member.name).with_suffix(""))))
+        for member in members
+        if Path(member.name).suffix.lower() in EXTENSIONS
+    ]

@@ -131,7 +131,7 @@ def fitted_widths(
         DgmrError: the budget cannot be met.
     """
     limits = _limits(budget, costs)
-    counts = {site.name: _rounded(max(1, -(-site.hidden // FLOOR)), round_to, site) for site in sites}
+    counts = least(sites, round_to)
     _refuse_unmet(counts, sites, budget, limits, costs)
     left = {key: limit - costs[key].without(_cut(sites, counts)) for key, limit in limits.items()}
     steps = []  # (site, neurons, gain): the hulls' edges, each site's in the order in which they are taken
@@ -153,6 +153,11 @@ def fitted_widths(
             counts[site.name] += more
             left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
     return counts
+
+
+def least(sites: Sequence[Site], round_to: int = 1) -> dict[str, int]:
+    """The fewest neurons that :func:`fitted_widths` leaves each site."""
+    return {site.name: _rounded(-(-site.hidden // FLOOR), round_to, site) for site in sites}
 
 
 def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:

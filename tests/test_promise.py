@@ -1,0 +1,127 @@
+"""The smallest size that keeps a promise: judged again here on the images that were held out."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_command
+from families import FAMILIES
+from PIL import Image
+
+from dgmr_tp import DgmrError, open_model
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.decide import rank
+from dgmr_tp.promise import prune_to_promise
+from dgmr_tp.pruning.cost import parameters
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("promise") / "model"
+    FAMILIES["open_clip"](directory)
+    opened = open_model(str(directory))
+    opened.module.eval()
+    return opened
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("promise") / "scenes"
+    scenes.write_classification(directory, 240, seed=11)
+    return directory
+
+
+def held_out(images, model, count):
+    pictures, labels = Images.find(images).labelled(160 + count, 0, model.preprocess)
+    return pictures[:-count], pictures[-count:], labels
+
+
+def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size_breaks_it(model, images):
+    found = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80)
+    _, judged, _ = held_out(images, model, 80)
+    with torch.no_grad():
+        cosine = F.cosine_similarity(found.pruned.model.encoder.module(judged), model.encoder.module(judged)).double()
+    size = parameters(found.pruned.model.encoder.module)
+    [last] = [trial for trial in found.trials if trial.parameters == size]
+    assert last.kept and last.value == pytest.approx(float(cosine.mean()), abs=1e-7)
+    assert 0.9999 <= last.bound < last.value
+    low = cosine[torch.randint(80, (4000, 80), generator=torch.Generator().manual_seed(1))].mean(1).quantile(0.025)
+    assert last.bound == pytest.approx(float(low), abs=1e-5)
+    total = parameters(model.encoder.module)
+    broken = [trial.parameters for trial in found.trials if not trial.kept]
+    assert size < 0.6 * total and 0 < size - max(broken) < total / 50
+    assert all((trial.bound >= 0.9999) == trial.kept for trial in found.trials)
+    looser = prune_to_promise(model, images, min_cosine=0.999, calibration=160, held_out=80)
+    assert parameters(looser.pruned.model.encoder.module) < size
+
+
+def test_max_drop_is_about_a_k_nn_classifier(model, images):
+    found = prune_to_promise(model, images, max_drop=0.05, calibration=160, held_out=80)
+    bank, judged, labels = held_out(images, model, 80)
+
+    def right(tower):
+        with torch.no_grad():
+            known, new = (F.normalize(tower(part), dim=-1).double().numpy() for part in (bank, judged))
+        correct = []
+        for embedding, answer in zip(new, labels[160:], strict=True):
+            nearest = np.argsort(-(known @ embedding))[:20]
+            votes = {}
+            for index in nearest:
+                votes[labels[index]] = votes.get(labels[index], 0) + np.exp(known[index] @ embedding / 0.07)
+            correct.append(max(votes, key=votes.get) == answer)
+        return np.array(correct)
+
+    size = parameters(found.pruned.model.encoder.module)
+    [last] = [trial for trial in found.trials if trial.parameters == size]
+    drop = right(model.encoder.module).mean() - right(found.pruned.model.encoder.module).mean()
+    assert last.value == pytest.approx(drop, abs=0.013) and last.bound <= 0.05 and last.bound >= last.value
+
+
+def test_rankings_and_multiples_are_used(model, images):
+    pictures = list(held_out(images, model, 80)[0].split(64))
+    fresh = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80, round_to=8)
+    stored = prune_to_promise(
+        model, images, min_cosine=0.9999, calibration=160, held_out=80, round_to=8, rankings=rank(model, "output", pictures)
+    )
+    assert fresh.pruned.plan == stored.pruned.plan
+    assert all(len(site.kept) % 8 == 0 for site in fresh.pruned.plan.sites.values())
+
+
+def test_what_cannot_be_promised_is_said(model, images, tmp_path):
+    for index in range(30):
+        Image.fromarray(scenes.Scene.draw(1, index).image()).save(tmp_path / f"{index}.png")
+    for options, says in (
+        ({}, "give either min_cosine or max_drop"),
+        ({"min_cosine": 0.9, "max_drop": 0.1}, "give either min_cosine or max_drop"),
+        ({"min_cosine": 1.5}, "min_cosine = 1.5; it must be between 0 and 1"),
+        ({"min_cosine": 0.9}, "holds 30 images; 512 to judge by"),
+        ({"max_drop": 0.1, "held_out": 10}, "not every image in .* has a class"),
+    ):
+        with pytest.raises(DgmrError, match=says):
+            prune_to_promise(model, tmp_path, **options)
+    with pytest.raises(DgmrError, match=r"min_cosine = 0.99999999 is not kept even at .* parameters"):
+        prune_to_promise(model, images, min_cosine=0.99999999, calibration=160, held_out=80)
+
+
+def test_classes_come_from_folders_and_from_shards(tmp_path, images):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(scenes.Scene.draw(1, len(name)).image()).save(tmp_path / name / "0.png")
+    Image.fromarray(scenes.Scene.draw(1, 9).image()).save(tmp_path / "loose.png")
+    assert [record.class_name() for record in Images.find(tmp_path).records] == ["cat", "dog", None]
+    shards = Images.find(images).records
+    assert [record.class_name() for record in shards] == [str(scenes.Scene.draw(11, i).label) for i in range(len(shards))]
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, images):
+    done = run_command("prune", "--min-cosine", "0.98", "--recover", images, "--count", "160", "--held-out", "80", "-o", tmp_path / "out")
+    assert done.returncode == 0 and "mean cosine" in done.stdout and "broken" in done.stdout, done.stderr
+    assert parameters(open_model(str(tmp_path / "out")).encoder.module) < 1_200_000
+    for command, says in (
+        (("--max-drop", "1%", "-o", tmp_path / "a"), "give --recover IMAGES"),
+        (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "write it as 1% or 0.01"),
+    ):
+        refused = run_command("prune", *command)
+        assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
