@@ -169,6 +169,22 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
     assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # convex, as the first line says
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**31), st.sampled_from([1, 8, 64]), st.floats(0.05, 1))
+def test_fitted_widths_are_multiples_whatever_the_widths_and_the_curves(seed, round_to, share):
+    rng = np.random.default_rng(seed)
+    sites = [site(str(i), int(rng.integers(2, 700))) for i in range(4)]
+    loss = {s.name: np.sort(rng.exponential(size=s.hidden + 1) ** 3)[::-1] for s in sites}
+    costs = {"params": Cost(sum(s.hidden for s in sites), {s.name: 1 for s in sites})}
+    try:
+        kept = fitted_widths(sites, loss, budget={"params": share}, costs=costs, round_to=round_to)
+    except DgmrError:
+        return
+    assert sum(kept.values()) <= share * costs["params"].total
+    assert all(kept[s.name] % round_to == 0 or kept[s.name] == s.hidden for s in sites)
+    assert all(kept[s.name] >= min(s.hidden, max(round_to, s.hidden / 64 // round_to * round_to)) for s in sites)
+
+
 def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
     sites = [site("a", 640), site("b", 640), site("c", 640)]
     flat, steep = np.linspace(1, 0, 641), np.geomspace(1000, 0.001, 641)

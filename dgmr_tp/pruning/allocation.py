@@ -146,12 +146,17 @@ def fitted_widths(
     gains = np.array([gain for _, _, gain in steps])
     programme = scipy.optimize.linprog(-gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1))
     density = gains / np.sum(prices, axis=0)
+    stopped = set()  # sites with an edge that did not fit: what comes behind it cannot be taken
     for place in np.lexsort((-density, -programme.x)):  # whole edges first, then the parts that still fit, the best first
         site, neurons, gain = steps[place]
+        if gain <= 0 or site.name in stopped:
+            continue
         fits = min(left[key] // costs[key].neuron[site.name] for key in limits)
-        if gain > 0 and (more := neurons if fits >= neurons else int(fits) // round_to * round_to):
-            counts[site.name] += more
-            left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
+        more = neurons if fits >= neurons else int(fits) // round_to * round_to
+        counts[site.name] += more
+        left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
+        if more < neurons:
+            stopped.add(site.name)
     return counts
 
 
