@@ -35,7 +35,8 @@ RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multi
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
 BudgetOption = Annotated[
-    list[str] | None, typer.Option(help="What the tower may cost: params=0.5, or params=0.5,flops=0.4; a share up to 1 or a number.")
+    list[str] | None,
+    typer.Option(help="What the tower may cost: params=0.5, flops=0.4, latency=0.6 (measured here), or several by commas."),
 ]
 RankingsOption = Annotated[Path | None, typer.Option(help="Choose by these rankings, written by dgmr-tp rank.")]
 RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this, such as 8 or 64.")]
@@ -177,11 +178,14 @@ def plan(
     from dgmr_tp.progress import shown
 
     amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
+    timed = any("latency" in (amount["budget"] or {}) for amount in amounts)
     if rankings and images:
         raise DgmrError("--rankings were made from images already; leave out --images")
     if file and len(amounts) > 1:
         raise DgmrError("one plan can be written at a time; give one --budget with --out")
-    opened = open_model(model, pretrained, weights="none" if rankings else "memory")
+    opened = open_model(model, pretrained, weights="none" if rankings and not timed else "memory")
+    if timed:
+        opened.module.to(_device())
     if rankings:
         ranked = Rankings.read(rankings)
         decided = [ranked.plan(opened, **amount) for amount in amounts]

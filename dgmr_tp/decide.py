@@ -25,7 +25,8 @@ from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, GivenScores, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.amp import TEMPERATURE, Search, entropy, gate_scores, search_widths, weight_gradients
-from dgmr_tp.pruning.cost import costs
+from dgmr_tp.pruning.cost import Cost, costs
+from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
 
 Progress = Callable[[str, int, int], None]
@@ -76,7 +77,17 @@ class Rankings:
                 raise DgmrError(f"give exactly one of {', '.join(given)}")
             size = model.image_size if isinstance(model, OpenedModel) else None
             loss = {name: (ranking.sensitivity * ranking.error).numpy() for name, ranking in self.sites.items()}
-            keep = fitted_widths(sites, loss, budget=budget, costs=costs(tower, sites, size), round_to=amount.get("round_to", 1))
+            known, round_to = costs(tower, sites, size), amount.get("round_to", 1)
+
+            def fit(time: Cost | None = None) -> dict[str, int]:
+                return fitted_widths(sites, loss, budget=budget, costs=known | ({"latency": time} if time else {}), round_to=round_to)
+
+            if "latency" not in budget:
+                keep = fit()
+            elif size is None:
+                raise DgmrError("a budget of latency needs the image size: open the tower with open_model")
+            else:
+                keep = widths_within(budget["latency"], fit, tower, sites, size, round_to)
         else:
             keep = keep_counts(sites, **_or_default(amount))
         decided = {}

@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
     from dgmr_tp.distillation.loop import freeze_what_features_do_not_need, parameter_groups
     from dgmr_tp.distillation.losses import FeatureTap
-    from dgmr_tp.encoders.widths import resize
+    from dgmr_tp.pruning.pruner import resize
 
     resize(student.encoder.module, keep)
     tap = FeatureTap(student.encoder)

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from dgmr_tp.decide import SEEING, Progress, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
-from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold, write_whole
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
+from dgmr_tp.pruning.pruner import resize
 
 JOURNAL = "decided.json"
 """The plan so far, in the unfinished directory: a run that was killed goes on from there."""

@@ -1,5 +1,6 @@
 """Keep counts: exact integers, multiples, and budgets that are met and used."""
 
+import copy
 import itertools
 from fractions import Fraction
 from math import floor
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.decide import block_sites, make_plan
-from dgmr_tp.pruning import MLPPruner, Site, Tower
+from dgmr_tp.decide import block_sites, make_plan, rank
+from dgmr_tp.pruning import MLPPruner, Site, Tower, find_sites
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, flops, parameter_cost, parameters
+from dgmr_tp.pruning.latency import relative_time, widths_within
+from dgmr_tp.pruning.pruner import resize
 
 
 def site(name, hidden, width=64):
@@ -199,3 +202,47 @@ def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
         fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"params": 0.01}, costs=costs)
     with pytest.raises(DgmrError, match=r"unknown budget 'watts'"):
         fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"watts": 0.5}, costs=costs)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share):
+    """A clock that has a fixed part, likes multiples of 8, and finds one MLP three times as slow as its FLOPs say."""
+    tower = redraw(timm_tower())
+    sites = find_sites(tower)
+    rankings = rank(tower, "output", [pictures(40)])
+    loss = {name: (ranking.sensitivity * ranking.error).numpy() for name, ranking in rankings.sites.items()}
+    weight = {site.name: 3 if index == 1 else 1 for index, site in enumerate(sites)}
+    whole = sum(192 * weight[site.name] for site in sites)
+    asked = []
+
+    def clock(counts):
+        asked.append(dict(counts))
+        return 0.2 + 0.8 * sum(weight[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items()) / whole
+
+    def fit(cost):
+        return fitted_widths(sites, loss, budget={"latency": share}, costs={"latency": cost}, round_to=4)
+
+    counts = widths_within(share, fit, tower, sites, 32, round_to=4, time_of=clock)
+    assert 0.9 * share < clock(counts) <= share
+    assert len(asked) <= 8 and all(count % 4 == 0 for count in counts.values())
+    with pytest.raises(DgmrError, match=r"budget latency = 0.1 cannot be met: with the fewest neurons the tower still takes 0.2"):
+        widths_within(0.1, fit, tower, sites, 32, time_of=clock)
+    for wrong in (0, 1, 3.5):
+        with pytest.raises(DgmrError, match="share of the dense tower's time"):
+            widths_within(wrong, fit, tower, sites, 32)
+
+
+def test_the_clock_runs_a_tower_of_these_widths_and_leaves_the_original_alone(monkeypatch):
+    tower = redraw(timm_tower()).train()
+    before = copy.deepcopy(tower.state_dict())
+    seen = []
+    monkeypatch.setattr("dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), seen.append(narrow)))
+    counts = {site.name: 16 * (index + 1) for index, site in enumerate(find_sites(tower))}
+    assert 0 < relative_time(tower, counts, 32) < 10
+    assert {site.name: site.hidden for site in find_sites(seen[0])} == counts
+    assert not any(parameter.is_meta for parameter in seen[0].parameters()) and torch.isfinite(seen[0](pictures(2))).all()
+    assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
+    with torch.device("meta"):
+        shadow = timm_tower()
+    with pytest.raises(DgmrError, match="opened without weights"):
+        widths_within(0.5, lambda cost: counts, shadow, find_sites(shadow), 32)

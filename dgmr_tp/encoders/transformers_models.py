@@ -17,9 +17,9 @@ from transformers.utils import logging
 from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
-from dgmr_tp.encoders.widths import resize
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import find_sites
+from dgmr_tp.pruning.pruner import resize
 
 WEIGHTS = "model.safetensors"
 TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from dgmr_tp.pruning import MLPPruner, Plan, Site, SitePlan, find_sites
-from dgmr_tp.pruning.plan import weight_sha256
+from dgmr_tp.pruning import Site, find_sites
 
 
 def ratio_for(sites: Sequence[Site], rows: int = 1) -> float | None:
@@ -38,10 +37,3 @@ def said(tower: nn.Module, build: Callable[[dict[str, float]], nn.Module]) -> di
         if [(site.name, site.hidden) for site in find_sites(built)] == [(site.name, site.hidden) for site in sites]:
             return arguments
     return None
-
-
-def resize(tower: nn.Module, hidden: Mapping[str, int]) -> None:
-    """Cut every site of ``tower`` to its width in ``hidden``, whichever neurons: the weights are loaded afterwards."""
-    sites = [site for site in find_sites(tower) if site.hidden > hidden.get(site.name, site.hidden)]
-    planned = {site.name: SitePlan(site.width, site.hidden, tuple(range(hidden[site.name])), weight_sha256(tower, site)) for site in sites}
-    MLPPruner(tower, sites=sites).apply(Plan("", "", planned))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -152,6 +152,13 @@ class MLPPruner:
             got = _output(self.model, site, {})
             if (got - expected).abs().max() > 1e-4 * expected.abs().max():
                 raise DgmrError(f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned")
+
+
+def resize(tower: nn.Module, hidden: Mapping[str, int]) -> None:
+    """Cut every site of ``tower`` to its width in ``hidden``, whichever neurons: the weights are loaded afterwards."""
+    sites = [site for site in find_sites(tower) if site.hidden > hidden.get(site.name, site.hidden)]
+    planned = {site.name: SitePlan(site.width, site.hidden, tuple(range(hidden[site.name])), weight_sha256(tower, site)) for site in sites}
+    MLPPruner(tower, sites=sites).apply(Plan("", "", planned))
 
 
 def _kept_part(before: Tensor, shape: torch.Size, hidden: int, kept: tuple[int, ...]) -> Tensor:
