@@ -30,7 +30,12 @@ out = Console(highlight=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]
-CriterionOption = Annotated[str, typer.Option(help="dgmr, l1, l2, random; or output, activation, taylor, amp, which look at images.")]
+CriterionOption = Annotated[
+    str | None,
+    typer.Option(
+        help="dgmr, l1, l2, random; or output, activation, taylor, amp, which look at images [default: output with images, else dgmr]."
+    ),
+]
 RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
 KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
@@ -160,7 +165,7 @@ def amp(
 def plan(
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
-    criterion: CriterionOption = "dgmr",
+    criterion: CriterionOption = None,
     mlp_ratio: RatioOption = None,
     keep_ratio: KeepRatioOption = None,
     keep: KeepOption = None,
@@ -192,9 +197,8 @@ def plan(
     else:
         opened.module.to(_device())
         with shown() as progress:
-            decided = [
-                make_plan(opened, criterion, images, calibration=count, seed=seed, progress=progress, **amount) for amount in amounts
-            ]
+            options = {"calibration": count, "seed": seed, "progress": progress}
+            decided = [make_plan(opened, criterion or ("output" if images else "dgmr"), images, **options, **amount) for amount in amounts]
     if len(decided) == 1:
         _print_plan(opened, decided[0])
     else:
@@ -208,7 +212,7 @@ def prune(
     out_dir: OutOption,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
-    criterion: CriterionOption = "dgmr",
+    criterion: CriterionOption = None,
     mlp_ratio: RatioOption = None,
     keep_ratio: KeepRatioOption = None,
     keep: KeepOption = None,
@@ -237,7 +241,7 @@ def prune(
     if stream:
         if plan_file or rankings or recover:
             raise DgmrError("--stream decides by itself and does not recover; leave out --plan, --rankings and --recover")
-        _prune_streaming(model, pretrained, out_dir, criterion, seed, amount)
+        _prune_streaming(model, pretrained, out_dir, criterion or "dgmr", seed, amount)
         return
     if plan_file and rankings:
         raise DgmrError("give either --plan or --rankings")
@@ -245,9 +249,15 @@ def prune(
         if plan_file or recover is None or any(value is not None for key, value in amount.items() if key != "round_to"):
             raise DgmrError("--min-cosine and --max-drop find the size by themselves, on images: give --recover IMAGES and no size or plan")
         limits = {"min_cosine": min_cosine, "max_drop": None if max_drop is None else _fraction(max_drop)}
-        criterion = criterion if criterion in ("output", "activation") else "output"
-        options = {"calibration": count, "held_out": held_out, "round_to": round_to, "damping": damping, "seed": seed}
-        _prune_to_promise(model, pretrained, out_dir, recover, rankings, {"criterion": criterion, **limits, **options})
+        options = {
+            "criterion": criterion or "output",
+            "calibration": count,
+            "held_out": held_out,
+            "round_to": round_to,
+            "damping": damping,
+            "seed": seed,
+        }
+        _prune_to_promise(model, pretrained, out_dir, recover, rankings, {**limits, **options})
         return
     from dgmr_tp.decide import Rankings
     from dgmr_tp.encoders import open_model

@@ -43,7 +43,7 @@ def prune(
     images: str | Path | Iterable[Tensor] | None = None,
     *,
     pretrained: str | None = None,
-    criterion: str | tp.importance.Importance = "dgmr",
+    criterion: str | tp.importance.Importance | None = None,
     plan: Plan | None = None,
     calibration: int = 1024,
     damping: float = 1e-3,
@@ -58,8 +58,9 @@ def prune(
         images: unlabelled images for recovery and for criteria that see the data: a folder, a tar or a folder of tars, or
             preprocessed batches ``[batch, 3, height, width]``. None: no recovery.
         pretrained: weights, for a model given by its library's name.
-        criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output`` or ``activation`` (see
-            :mod:`dgmr_tp.pruning.functional`); or any torch-pruning importance.
+        criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output``, ``activation`` (see
+            :mod:`dgmr_tp.pruning.functional`), ``taylor`` or ``amp`` (see :mod:`dgmr_tp.pruning.amp`); or any torch-pruning importance.
+            Default: ``output`` with images, ``dgmr`` without.
         plan: apply this plan and decide nothing.
         calibration: how many images are read from a folder.
         damping: see :func:`recover`.
@@ -78,6 +79,7 @@ def prune(
     result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     images = images if images is None or isinstance(images, str | Path) else list(images)  # read twice by criteria that see them
     if plan is None:
+        criterion = criterion or ("dgmr" if images is None else "output")
         plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, progress=progress, **amount)
     elif asked(amount):
         raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(asked(amount))}")

@@ -194,6 +194,7 @@ def test_what_is_missing_or_broken_is_said():
         search(tower, [images], threshold=1e-4, candidates=20)
 
 
+@pytest.mark.slow
 def test_the_command_and_a_recipe_search(tmp_path):
     options = {"images": 60, "candidates": 20, "temperature": 0.05, "two_sided": True}
     recipe = write_recipe(

@@ -1,26 +1,44 @@
 """What a person types wrong: one sentence, a non-zero exit, nothing half-written. And each stage on its own."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import warnings
+from unittest import mock
 
 import pytest
 from conftest import run_command, write_recipe
 from PIL import Image
 
 from dgmr_tp import load_pruned
+from dgmr_tp.cli import main
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders.model import DEMO
 from dgmr_tp.pruning import Plan
 
 
-def refused(*arguments, says, **options):
-    done = run_command(*arguments, **options)
-    shown = done.stderr + done.stdout
-    assert done.returncode == 2, shown
-    assert says in " ".join(shown.split()), shown
-    assert "Traceback" not in shown
+def refused(*arguments, says):
+    """The command says what is wrong and leaves with 2; run in this process, which starts no Python anew."""
+    shown = io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["dgmr-tp", *map(str, arguments)]),
+        contextlib.redirect_stdout(shown),
+        contextlib.redirect_stderr(shown),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit) as left,
+    ):
+        main()
+    assert left.value.code == 2, shown.getvalue()
+    assert says in " ".join(shown.getvalue().split()), shown.getvalue()
+    assert "Traceback" not in shown.getvalue()
+
+
+def test_a_mistake_ends_the_process_with_2():
+    done = run_command("prune", "--model", "demo", "--keep", "0", "-o", "nowhere")
+    assert done.returncode == 2 and "keep 1 to 512" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from scipy.linalg import lapack
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
+from dgmr_tp.cli import app
 from dgmr_tp.decide import Rankings, block_sites, make_plan, rank
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_encoder
@@ -288,8 +289,17 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     for command, says in (
         (("prune", "--criterion", "output", "-o", tmp_path / "out"), "looks at calibration images"),
         (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
+        (("plan", "--rankings", ranked, "--images", images), "leave out --images"),
+        (("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", written), "one plan can be written"),
         (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
+        (("prune", "--rankings", ranked, "--plan", written, "-o", tmp_path / "out"), "either --plan or --rankings"),
         (("rank", "--images", images, "-o", ranked), "exists already"),
     ):
-        refused = run_command(*command)
-        assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
+        with pytest.raises(DgmrError, match=says):
+            app([*map(str, command)], standalone_mode=False)
+
+
+def test_the_default_looks_at_images_where_there_are_some():
+    tower, images = redraw(timm_tower()), pictures(30).split(10)
+    assert prune(tower, images, keep=16).plan == make_plan(tower, "output", images, keep=16)
+    assert prune(tower, keep=16).plan == make_plan(tower, "dgmr", keep=16)
