@@ -41,10 +41,11 @@ from dgmr_tp.encoders import open_model
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
+from dgmr_tp.pruning.functional import PROBED
 
 UNIFORM = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
 FITTED = "output, fitted widths"
-MATCHED = ("random", "l2", "taylor", "amp", "dgmr", "output")
+MATCHED = ("random", "l2", "taylor", "amp", "dgmr")
 SEARCHES = {"amp search": (1e-2,), "amp search, two-sided": (5e-3, 2e-2, 8e-2)}
 IMAGES, TESTED = 1024, 2000
 
@@ -238,6 +239,16 @@ class Store:
                     spread = f" ± {float(values.std()):.{digits}f}" if len(values) > 1 else ""
                     texts.append(f"{float(values.mean()):.{digits}f}{spread}")
                 print(f"| {method} | {' | '.join(texts)} |")
+            for method, rows in methods.items():
+                if "image_blocks" in rows[0]:
+                    blocks = len(rows[0]["widths"])
+                    ours = (IMAGES + 128) * blocks + PROBED * (
+                        blocks + blocks * (blocks + 1) // 2
+                    )  # 128: the first batch, to see its tokens
+                    cost = rows[0]["image_blocks"]
+                    print(
+                        f"cost in images × blocks, forward: {method} {cost:,}, ranking {ours:,}: {cost / ours:.0f} ×; {rows[0]['widths']}"
+                    )
 
 
 def main() -> None:

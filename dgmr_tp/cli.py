@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import write_whole
 
 if TYPE_CHECKING:
     from dgmr_tp.pruning import Amount
@@ -88,7 +89,7 @@ def rank(
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     criterion: Annotated[str, typer.Option(help="output or activation.")] = "output",
-    count: Annotated[int, typer.Option(help="How many images to look at.")] = 1024,
+    count: Annotated[int, typer.Option(min=1, help="How many images to look at.")] = 1024,
     seed: SeedOption = 0,
 ) -> None:
     """Order all neurons by what they do on images, once; plan and prune then take any size from the file at once."""
@@ -123,7 +124,7 @@ def amp(
     pretrained: PretrainedOption = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Of the similarities.")] = 1 / 15,
     candidates: Annotated[int, typer.Option(min=2, help="Images of one entropy; the threshold's meaning depends on it.")] = 512,
-    count: Annotated[int, typer.Option(help="How many images to search on, in whole groups of candidates.")] = 4096,
+    count: Annotated[int, typer.Option(min=1, help="How many images to search on, in whole groups of candidates.")] = 4096,
     two_sided: Annotated[bool, typer.Option("--two-sided", help="A fall of the entropy counts too; the paper lets it pass.")] = False,
     seed: SeedOption = 0,
 ) -> None:
@@ -157,8 +158,7 @@ def amp(
         _print_plan(opened, found.plan)
         blocks = len(opened.encoder.blocks())
         out.print(f"entropy {found.entropy:.4f} nats; the search cost {found.image_blocks / blocks:,.0f} forward passes of an image")
-        journal.unlink()
-        file.write_text(found.plan.to_json() + "\n")
+        write_whole(file, found.plan.to_json() + "\n")  # in the journal's place
 
 
 @app.command()
@@ -173,19 +173,20 @@ def plan(
     round_to: RoundOption = 1,
     seed: SeedOption = 0,
     images: Annotated[Path | None, typer.Option(help="For criteria that look at images: unlabelled ones.")] = None,
-    count: Annotated[int, typer.Option(help="How many of them.")] = 1024,
+    count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1024,
     rankings: RankingsOption = None,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
     """Decide which neurons stay and print it. Changes nothing. Several --budget: one line each."""
-    from dgmr_tp.decide import Rankings, make_plan
+    from dgmr_tp.decide import SEEING, Rankings, make_plan
+    from dgmr_tp.decide import rank as rank_model
     from dgmr_tp.encoders import open_model
     from dgmr_tp.progress import shown
 
     amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
     timed = any("latency" in (amount["budget"] or {}) for amount in amounts)
-    if rankings and images:
-        raise DgmrError("--rankings were made from images already; leave out --images")
+    if rankings and (images or criterion):
+        raise DgmrError("--rankings were made from images by a criterion already; leave out --images and --criterion")
     if file and len(amounts) > 1:
         raise DgmrError("one plan can be written at a time; give one --budget with --out")
     opened = open_model(model, pretrained, weights="none" if rankings and not timed else "memory")
@@ -198,13 +199,18 @@ def plan(
         opened.module.to(_device())
         with shown() as progress:
             options = {"calibration": count, "seed": seed, "progress": progress}
-            decided = [make_plan(opened, criterion or ("output" if images else "dgmr"), images, **options, **amount) for amount in amounts]
+            rule = criterion or ("output" if images else "dgmr")
+            if rule in SEEING and len(amounts) > 1:
+                ranked = rank_model(opened, rule, images, **options)
+                decided = [ranked.plan(opened, **amount) for amount in amounts]
+            else:
+                decided = [make_plan(opened, rule, images, **options, **amount) for amount in amounts]
     if len(decided) == 1:
         _print_plan(opened, decided[0])
     else:
         _print_plans(opened, budget or [], decided)
     if file:
-        file.write_text(decided[0].to_json() + "\n")
+        write_whole(file, decided[0].to_json() + "\n")
 
 
 @app.command()
@@ -221,7 +227,7 @@ def prune(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
     rankings: RankingsOption = None,
     recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
-    count: Annotated[int, typer.Option(help="How many images recovery reads.")] = 1024,
+    count: Annotated[int, typer.Option(min=1, help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
     min_cosine: Annotated[
@@ -230,7 +236,7 @@ def prune(
     max_drop: Annotated[
         str | None, typer.Option(help="Find the smallest size whose k-NN accuracy falls by no more than this, such as 1%; needs classes.")
     ] = None,
-    held_out: Annotated[int, typer.Option(help="For these two: how many images judge.")] = 512,
+    held_out: Annotated[int, typer.Option(min=50, help="For these two: how many images judge.")] = 512,
     stream: Annotated[bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")] = False,
 ) -> None:
     """Prune an encoder, recover it if images are given, and write a model directory."""
@@ -239,12 +245,14 @@ def prune(
         raise DgmrError("prune writes one model; give one --budget (limits that hold together are joined by a comma)")
     [amount] = amounts
     if stream:
-        if plan_file or rankings or recover:
-            raise DgmrError("--stream decides by itself and does not recover; leave out --plan, --rankings and --recover")
+        if plan_file or rankings or recover or min_cosine is not None or max_drop is not None:
+            raise DgmrError("--stream decides by the weights alone and does not recover; leave out what looks at images, and --plan")
         _prune_streaming(model, pretrained, out_dir, criterion or "dgmr", seed, amount)
         return
     if plan_file and rankings:
         raise DgmrError("give either --plan or --rankings")
+    if criterion and (plan_file or rankings):
+        raise DgmrError("a plan or rankings were made by a criterion already; leave out --criterion")
     if min_cosine is not None or max_drop is not None:
         if plan_file or recover is None or any(value is not None for key, value in amount.items() if key != "round_to"):
             raise DgmrError("--min-cosine and --max-drop find the size by themselves, on images: give --recover IMAGES and no size or plan")
@@ -293,7 +301,7 @@ def recover(
     out_dir: OutOption,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
-    count: Annotated[int, typer.Option(help="How many images to read.")] = 1024,
+    count: Annotated[int, typer.Option(min=1, help="How many images to read.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge, relative.")] = 1e-3,
     seed: SeedOption = 0,
 ) -> None:
@@ -543,7 +551,9 @@ def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
 
 def _refuse_existing(path: Path) -> None:
     if path.exists():
-        raise DgmrError(f"{path} exists already; name a new directory with -o")
+        raise DgmrError(f"{path} exists already; name another with -o")
+    if not path.absolute().parent.is_dir():
+        raise DgmrError(f"the folder {path.absolute().parent} for {path.name} does not exist; make it first")
 
 
 def _device() -> str:

@@ -24,13 +24,13 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, GivenScores, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
-from dgmr_tp.pruning.amp import TEMPERATURE, Search, entropy, gate_scores, search_widths, weight_gradients
+from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, search_widths, weight_gradients
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
 
 Progress = Callable[[str, int, int], None]
-"""Receives what is going on (``select``, ``recover``), steps done, and steps in all."""
+"""Receives what is going on (``rank``, ``search``, ``select``, ``recover``), steps done, and steps in all."""
 
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "dgmr": DGMRImportance,
@@ -210,7 +210,7 @@ class Found(NamedTuple):
 
     plan: Plan
     entropy: float
-    """Of the pruned encoder on the search images, nats."""
+    """Of the pruned encoder on the search images, nats; the value of another objective, if one was given."""
     image_blocks: int
     """Images times blocks that were evaluated, the scoring's forward passes left out."""
 
@@ -225,6 +225,7 @@ def search(
     candidates: int = CANDIDATES,
     calibration: int = 4096,
     seed: int = 0,
+    objective: Objective | None = None,
     journal: Path | None = None,
     progress: Progress = lambda title, done, total: None,
 ) -> Found:
@@ -241,25 +242,28 @@ def search(
         candidates: images of one entropy; the entropy, and so the meaning of ``threshold``, depends on it.
         calibration: how many images are read, in whole groups of ``candidates``.
         seed: of the choice of images.
+        objective: instead of the entropy, such as :func:`dgmr_tp.pruning.amp.contrastive` of the images' captions.
         journal: a file that keeps what was decided; a search that was interrupted goes on from it.
 
     Raises:
         DgmrError: fewer images than ``candidates``, or no walk is known for the model.
     """
-    encoder = encoder_of(model)
+    encoder, objective = encoder_of(model), objective or entropy(temperature)
     groups = candidate_groups("amp", images, model, calibration, seed, candidates, at_least=True)
     sites = {site.name: site for site in block_sites(model) or ()}
     sha = {name: weight_sha256(encoder.module, site) for name, site in sites.items()}
     test = {"threshold": threshold, "two_sided": two_sided}
     options = {**test, "temperature": temperature, "candidates": candidates, "images": calibration, "seed": seed}
-    request = {**options, "encoder": encoder.name, "weights": sha}
+    seen = [float(batch.double().sum()) for group in groups for batch in group]
+    request = {**options, "encoder": encoder.name, "weights": sha, "seen": seen, "objective": objective.__qualname__}
 
     def remember(state: Search) -> None:
         if journal and not (distributed.is_initialized() and distributed.get_rank()):
             write_whole(journal, json.dumps({"request": request, "state": asdict(state)}))
 
-    state = _read_search(journal, request)
-    objective = entropy(temperature)
+    state = [_read_search(journal, request)]
+    if distributed.is_initialized():  # the journal may lie on the first process's disk alone
+        distributed.broadcast_object_list(state)
     copied = model.copy().encoder if isinstance(model, OpenedModel) else as_encoder(copy.deepcopy(model))
     scores = gate_scores(encoder, groups, objective)
     end = search_widths(
@@ -268,7 +272,7 @@ def search(
         groups,
         **test,
         objective=objective,
-        state=state,
+        state=state[0],
         remember=remember,
         progress=partial(progress, "search"),
     )

@@ -73,7 +73,9 @@ def dry_run(recipe: Recipe) -> DryRun:
     assert sites is not None
     before = (parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size))
     sizes = {}
-    for name, amount in ({} if recipe.prune.threshold is not None else recipe.prune.sizes).items():
+    for name, amount in recipe.prune.sizes.items():
+        if "threshold" in amount or "latency" in amount.get("budget", {}):
+            continue  # only the run itself finds these widths
         pruner = MLPPruner(tower, sites=sites, image_size=opened.image_size, **amount)  # type: ignore[arg-type]
         assert pruner.keep is not None
         cut = {site.name: site.hidden - pruner.keep[site.name] for site in sites}

@@ -268,6 +268,7 @@ class Run:
                 plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
                 found["image_forwards"] = image_blocks / len(model.encoder.blocks())
             elif self.recipe.prune.criterion in SEEING:
+                model.module.to(self.device)  # where a budget of latency is measured
                 plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
             else:
                 options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}

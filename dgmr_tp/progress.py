@@ -68,7 +68,7 @@ def shown() -> Iterator[Callable[[str, int, int], None]]:
             meters[title] = Meter(title, total).__enter__()
         meters[title].step(done)
         if done == total:
-            meters[title].__exit__(None, None, None)
+            meters.pop(title).__exit__(None, None, None)  # the same title may come again
 
     try:
         yield step

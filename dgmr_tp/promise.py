@@ -24,6 +24,8 @@ from dgmr_tp.pruning.modes import evaluating
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 """Of the k-NN whose accuracy ``max_drop`` is about: DINO's."""
+FEWEST = 50
+"""Images that have to judge."""
 HALVINGS = 8
 """Trials: the result has at most a 128th of what can be cut more than the fewest parameters that keep the promise."""
 
@@ -65,7 +67,7 @@ def prune_to_promise(
     """Prune and recover to the fewest parameters at which the embedding still is what it was.
 
     The sizes are those of one ranking with fitted widths (:meth:`Rankings.plan`), searched by halving. Each trial is pruned,
-    recovered on the calibration images, and judged on others, which neither selection nor recovery saw.
+    recovered on the calibration images, and judged on others, which recovery did not see, nor selection if it is done here.
 
     Args:
         model: the original; unchanged.
@@ -75,7 +77,7 @@ def prune_to_promise(
             images; needs classes: sub-folders, or ``.cls`` in tars. Give one of the two.
         criterion, calibration, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
         held_out: how many images judge.
-        rankings: made before; then ``criterion`` is theirs.
+        rankings: made before; then ``criterion`` is theirs. Make them with another ``seed``, or on other images, lest they know the judges.
         progress: see :data:`Progress`.
 
     Raises:
@@ -86,6 +88,8 @@ def prune_to_promise(
     name, limit = ("min_cosine", min_cosine) if max_drop is None else ("max_drop", max_drop)
     if limit is None or not 0 < limit < 1:
         raise DgmrError(f"{name} = {limit}; it must be between 0 and 1")
+    if held_out < FEWEST:
+        raise DgmrError(f"held_out = {held_out}; {FEWEST} images are the fewest that can bear a promise")
     pictures, labels = Images.find(images).labelled(calibration + held_out, seed, model.preprocess)
     if len(pictures) < held_out + 10:
         raise DgmrError(f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed")

@@ -56,6 +56,12 @@ class Search(Section):
     temperature: float = Field(1 / 15, gt=0)
     two_sided: bool = False
 
+    @model_validator(mode="after")
+    def _one_group(self) -> Search:
+        if self.images < self.candidates:
+            raise ValueError(f"images = {self.images} make no group of candidates = {self.candidates}")
+        return self
+
 
 class Prune(Section):
     """Which neurons stay: one of the amounts, alone or as a list; every size goes through the whole recipe."""
@@ -80,6 +86,8 @@ class Prune(Section):
             raise ValueError("the list of sizes is empty or names a size twice")
         if self.threshold is not None and (self.criterion != "amp" or self.round_to > 1):
             raise ValueError("threshold is for criterion: amp, whose widths are what its search finds; leave out round_to")
+        if self.threshold is None and "search" in self.model_fields_set:
+            raise ValueError("search is about a threshold; give one instead of another amount, or leave search out")
         for amount in self._amounts:
             for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:
                 if number <= 0:

@@ -23,7 +23,7 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.decide import block_sites, make_plan, search
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.pruning import GivenScores, MLPPruner
-from dgmr_tp.pruning.amp import Search, contrastive, entropy, gate_scores, search_widths
+from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
 
 
 @settings(max_examples=30, deadline=None)
@@ -98,12 +98,13 @@ def test_taylor_is_torch_prunings():
     assert all(parameter.grad is None and parameter.requires_grad for parameter in tower.parameters())
 
 
-def test_taylor_reads_gradients_of_bf16_weights_too():
+@pytest.mark.parametrize("criterion", ["taylor", "amp", "output"])
+def test_bf16_weights_give_much_the_same(criterion):
     tower, images = redraw(timm_tower()), pictures(40)
-    full = make_plan(tower, "taylor", [images], keep=48)
-    half = make_plan(copy.deepcopy(tower).bfloat16(), "taylor", [images.bfloat16()], keep=48)
+    full = make_plan(tower, criterion, [images], keep=48)
+    half = make_plan(copy.deepcopy(tower).bfloat16(), criterion, [images.bfloat16()], keep=48)
     for name, site in full.sites.items():
-        assert len(set(site.kept) & set(half.sites[name].kept)) > 36
+        assert len(set(site.kept) & set(half.sites[name].kept)) > (36 if criterion != "output" else 24)  # 12 by chance
 
 
 def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
@@ -180,6 +181,20 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
     assert seen == [3] and resumed == whole
     other = search(tower, [images], threshold=-1, candidates=24, journal=journal)  # another question: from the start
     assert other.plan != whole.plan
+    with pytest.raises(Enough):
+        search(tower, [images], threshold=1e-4, candidates=24, journal=journal, progress=stop)
+    elsewhere = [pictures(24, seed=3)]
+    fresh = search(tower, elsewhere, threshold=1e-4, candidates=24)
+    assert search(tower, elsewhere, threshold=1e-4, candidates=24, journal=journal) == fresh
+
+
+def test_the_search_takes_another_objective():
+    tower, images, texts = redraw(timm_tower()), pictures(24), torch.randn(24, 10, generator=torch.Generator().manual_seed(1))
+    found = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
+    with torch.no_grad():
+        value = contrastive([texts])(prune(tower, plan=found.plan).model(images), 0)
+    assert found.entropy == pytest.approx(float(value), abs=1e-4)
+    assert found.plan != search(tower, [images], threshold=1e-4, candidates=24).plan
 
 
 def test_what_is_missing_or_broken_is_said():
@@ -231,11 +246,13 @@ groups = [[g] for g in images.split(20)]
 scores = gate_scores(as_encoder(tower), groups)
 with weight_gradients(as_encoder(tower), groups):
     gradient = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
+with weight_gradients(as_encoder(tower), groups[:1]):  # one group for two processes
+    lonely = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
 found = search(tower, [images], threshold=1e-4, candidates=20)
 if torch.distributed.get_rank() == 0:
     kept = {name: site.kept for name, site in found.plan.sites.items()}
     first = {name: s[:5].tolist() for name, s in scores.items()}
-    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "blocks": found.image_blocks}))
+    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": found.image_blocks}))
 torch.distributed.destroy_process_group()
 """
 
@@ -252,13 +269,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
         results.append(json.loads(done.stdout.splitlines()[-1]))
     one, two = results
     assert one["kept"] == two["kept"] and one["blocks"] == two["blocks"]
-    assert one["gradient"] == pytest.approx(two["gradient"], rel=1e-4)
+    for figure in ("gradient", "lonely"):
+        assert one[figure] == pytest.approx(two[figure], rel=1e-4)
     for name, scores in one["scores"].items():
         assert two["scores"][name] == pytest.approx(scores, rel=1e-4)
-
-
-def test_a_state_without_a_baseline_starts_from_the_dense_tower():
-    tower, groups = redraw(timm_tower()), [[pictures(24)]]
-    scores = gate_scores(as_encoder(tower), groups)
-    ends = [search_widths(as_encoder(copy.deepcopy(tower)), scores, groups, threshold=1e-4, state=state) for state in (None, Search())]
-    assert ends[0] == ends[1]

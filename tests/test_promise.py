@@ -1,5 +1,7 @@
 """The smallest size that keeps a promise: judged again here on the images that were held out."""
 
+import tarfile
+
 import numpy as np
 import pytest
 import torch
@@ -89,14 +91,15 @@ def test_rankings_and_multiples_are_used(model, images):
 
 
 def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
-    for index in range(30):
+    for index in range(70):
         Image.fromarray(scenes.Scene.draw(1, index).image()).save(tmp_path / f"{index}.png")
     for options, says in (
         ({}, "give either min_cosine or max_drop"),
         ({"min_cosine": 0.9, "max_drop": 0.1}, "give either min_cosine or max_drop"),
         ({"min_cosine": 1.5}, "min_cosine = 1.5; it must be between 0 and 1"),
-        ({"min_cosine": 0.9}, "holds 30 images; 512 to judge by"),
-        ({"max_drop": 0.1, "held_out": 10}, "not every image in .* has a class"),
+        ({"min_cosine": 0.9}, "holds 70 images; 512 to judge by"),
+        ({"min_cosine": 0.9, "held_out": 1}, "held_out = 1; 50 images are the fewest"),
+        ({"max_drop": 0.1, "held_out": 50}, "not every image in .* has a class"),
     ):
         with pytest.raises(DgmrError, match=says):
             prune_to_promise(model, tmp_path, **options)
@@ -111,6 +114,11 @@ def test_classes_come_from_folders_and_from_shards(tmp_path, images):
         Image.fromarray(scenes.Scene.draw(1, len(name)).image()).save(tmp_path / name / "0.png")
     Image.fromarray(scenes.Scene.draw(1, 9).image()).save(tmp_path / "loose.png")
     assert [record.class_name() for record in Images.find(tmp_path).records] == ["cat", "dog", None]
+    with tarfile.open(tmp_path / "with_dots.tar", "w") as tar:
+        tar.add(tmp_path / "loose.png", "./a.png")
+        (tmp_path / "a.cls").write_text("7")
+        tar.add(tmp_path / "a.cls", "./a.cls")
+    assert [record.class_name() for record in Images.find(tmp_path / "with_dots.tar").records] == ["7"]
     shards = Images.find(images).records
     assert [record.class_name() for record in shards] == [str(scenes.Scene.draw(11, i).label) for i in range(len(shards))]
 

@@ -49,6 +49,13 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
         ("images: IMAGES\n", "", r"the key images is missing"),
         ("mlp_ratio: 1", "mlp_ratio: wide", r"line 5: prune\.mlp_ratio: .*number.*'wide'"),
         ("mlp_ratio: 1", "mlp_ratio: 0", r"line 4: prune: mlp_ratio must be above 0"),
+        ("mlp_ratio: 1", "mlp_ratio: 1\n  search: {images: 600}", r"line 4: prune: search is about a threshold"),
+        ("mlp_ratio: 1", "threshold: 0.1", r"line 4: prune: threshold is for criterion: amp"),
+        (
+            "mlp_ratio: 1",
+            "criterion: amp\n  threshold: 0.1\n  search: {images: 9}",
+            r"prune.search: images = 9 make no group of candidates = 512",
+        ),
         ("mlp_ratio: 1", "budget: {params: 0}", r"line 4: prune: params must be above 0, got 0"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
         ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, budget"),

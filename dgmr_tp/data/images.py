@@ -144,7 +144,7 @@ def _tar_records(path: Path) -> list[Record]:
             members = [member for member in tar if member.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
-    classes = {m.name.removesuffix(".cls"): (m.offset_data, m.size) for m in members if m.name.endswith(".cls")}
+    classes = {str(Path(m.name).with_suffix("")): (m.offset_data, m.size) for m in members if m.name.endswith(".cls")}
     return [
         Record(f"{path}:{member.name}", path, member.offset_data, member.size, classes.get(str(Path(member.name).with_suffix(""))))
         for member in members

@@ -182,7 +182,8 @@ def _limits(budget: Mapping[str, float], costs: Mapping[str, Cost]) -> dict[str,
     limits = {}
     for key, value in budget.items():
         if key not in costs:
-            raise DgmrError(f"unknown budget {key!r}; known here: {', '.join(costs) or 'none'}")
+            hint = "; latency goes with a criterion that looks at images, or with rankings" if key == "latency" else ""
+            raise DgmrError(f"unknown budget {key!r}; known here: {', '.join(costs) or 'none'}{hint}")
         if not isfinite(value) or value <= 0:
             raise DgmrError(f"budget {key} = {value}; give a share of the tower up to 1, or a number above 1")
         limits[key] = Fraction(str(value)) * (costs[key].total if value <= 1 else 1)

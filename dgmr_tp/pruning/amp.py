@@ -109,8 +109,8 @@ def weight_gradients(encoder: Encoder, groups: Sequence[Group], objective: Objec
             for batch, pull in _pulls(encoder, groups, objective or entropy()):
                 embeddings = encoder.embed(last_state(encoder, batch))
                 embeddings.backward(pull.to(embeddings))
-        for parameter in parameters:
-            parameter.grad = _summed(parameter.grad).to(parameter.device) if parameter.grad is not None else None
+        for parameter in parameters:  # in every process, also in one without a group
+            parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(parameter.device)
         yield
     finally:
         for parameter, gradient, flag in before:

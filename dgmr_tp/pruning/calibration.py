@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.encoder import Encoder, tokens_read
 
 
@@ -30,6 +31,8 @@ def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
         weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
     if last:
         weight = weight * tokens_read(encoder.embed, state)
+        if not weight.any():
+            raise DgmrError("the embedding does not depend on the last block's tokens; is this the tower itself?")
     return weight.double() / weight.sum()
 
 

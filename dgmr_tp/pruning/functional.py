@@ -30,8 +30,10 @@ from dgmr_tp.pruning.sites import find_sites
 
 SPENT = 1e-9
 """A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""
-PROBED = 64
+PROBED = 128
 """Images on which it is measured how much an MLP's error matters."""
+ENOUGH = 1
+"""Tokens per neuron from which a ranking means something: the last block of a large tower has one that counts per image."""
 PANEL = 64
 """So many picks are gathered before the residual Gram is updated, by one matrix product."""
 
@@ -119,7 +121,7 @@ def rank_encoder(
 ) -> dict[str, Ranking]:
     """Rank the neurons of every MLP in the blocks of ``encoder``, in one walk over its blocks.
 
-    How much an MLP's error matters is measured: on the first batches, up to :data:`PROBED` images, an eighth of its neurons
+    How much an MLP's error matters is measured: on the first :data:`PROBED` images, an eighth of its neurons
     stays, best fitted, and the blocks behind it say what that does to the embedding. With ``picks`` it is not.
 
     Args:
@@ -140,15 +142,19 @@ def rank_encoder(
         if not states:
             raise DgmrError("selection by the data needs calibration images, got none")
         blocks, rankings = encoder.blocks(), {}
-        probed = [] if picks else states[: next((n for n in range(1, len(states)) if sum(map(len, states[:n])) >= PROBED), len(states))]
-        answers = _embeddings(encoder, probed, 0) if probed else None
+        answers = None if picks else _embeddings(encoder, _first(states), 0)
+        spread = None if answers is None else float((answers - answers.mean(0)).square().sum())
+        if spread == 0:
+            raise DgmrError("the embedding is the same for all these images, so nothing shows which MLP matters; give other ones, or more")
         for depth, block in enumerate(blocks):
-            weight = token_weights(encoder, block(states[0]), last=depth == len(blocks) - 1)
-            sites = find_sites(block.module)
+            after, sites = block(states[0]), find_sites(block.module)
+            weight = token_weights(encoder, after, last=depth == len(blocks) - 1)
+            if int((weight > 0).sum()) * sum(map(len, states)) < ENOUGH * max(site.hidden for site in sites):
+                weight = token_weights(encoder, after, last=False)  # what the head reads is too little to tell neurons apart
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
             sums = [Moments() for _ in consumers]
             counted = torch.nonzero(weight).flatten()
-            before = states[: len(probed)]
+            before = _first(states)
             for place, state in enumerate(states):
                 with recorded_inputs(*consumers) as seen:
                     states[place] = block(state)
@@ -164,15 +170,27 @@ def rank_encoder(
                     raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
                 ranking = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
                 if answers is not None:
-                    kept = ranking.order[: max(1, site.hidden // 8)].to(gram.device)
-                    with _fitted_from(consumer, gram, mean, kept):
-                        found = _embeddings(encoder, before, depth)
-                    changed = (found - answers).square().sum() / (answers - answers.mean(0)).square().sum()
-                    lost = float(ranking.error[len(kept)])
-                    ranking = replace(ranking, sensitivity=float(changed) / lost if lost > 0 else 0.0)
+                    needed = int((ranking.error > 0).sum())  # so many rebuild the output whole
+                    kept = ranking.order[: max(1, min(site.hidden, needed) // 8)].to(gram.device)
+                    lost, changed = float(ranking.error[len(kept)]), 0.0
+                    if lost > 0:
+                        with _fitted_from(consumer, gram, mean, kept):
+                            changed = float((_embeddings(encoder, before, depth) - answers).square().sum()) / cast(float, spread)
+                    ranking = replace(ranking, sensitivity=changed / lost if lost > 0 else 0.0)
                 rankings[name] = ranking
             progress(depth + 1, len(blocks))
         return rankings
+
+
+def _first(states: list[Tensor]) -> list[Tensor]:
+    """The states of the first images, :data:`PROBED` at most."""
+    first, left = [], PROBED
+    for state in states:
+        first.append(state[:left])
+        left -= len(first[-1])
+        if not left:
+            break
+    return first
 
 
 def _embeddings(encoder: Encoder, states: Iterable[Tensor], depth: int) -> Tensor:

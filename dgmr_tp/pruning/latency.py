@@ -60,7 +60,8 @@ def widths_within(
         raise DgmrError(f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {fixed:.2f} of its time")
     whole = 10**12
     cut = sum(work.neuron[site.name] * (site.hidden - fewest[site.name]) for site in sites)
-    best, closest, aim = fewest, fixed, share
+    best: dict[str, int] | None = None
+    closest, aim = fixed, share
     for _ in range(ROUNDS):
         aim = max(aim, fixed + 1e-6)
         # A cost whose budget ``share`` is met where the model of time says ``aim``.
@@ -72,6 +73,8 @@ def widths_within(
         if share * (1 - CLOSE) <= taken <= share:
             break
         aim = min(aim * share / taken, 1 - 1e-6)
+    if best is None:
+        raise DgmrError(f"no widths were found whose measured time stays within latency = {share}; is the machine busy with other work?")
     return best
 
 

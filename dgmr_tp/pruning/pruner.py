@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
 from dgmr_tp.pruning.cost import costs
-from dgmr_tp.pruning.importance import DGMRImportance
+from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
@@ -92,7 +92,8 @@ class MLPPruner:
         """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
         rows = site.hidden * (2 if site.fused else 1)
         mlp = self.model.get_submodule(site.name)
-        if next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):  # sums of thousands of squares need more digits
+        given = isinstance(self.importance, GivenScores)  # which knows the layers themselves, and computes nothing
+        if not given and next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):  # sums of thousands of squares need more digits
             gradients = [None if p.grad is None else p.grad.float() for p in mlp.parameters()]  # of criteria that read them
             mlp = copy.deepcopy(mlp).float()
             for parameter, gradient in zip(mlp.parameters(), gradients, strict=True):
