@@ -86,7 +86,7 @@ class Prune(Section):
             raise ValueError("the list of sizes is empty or names a size twice")
         if self.threshold is not None and (self.criterion != "amp" or self.round_to > 1):
             raise ValueError("threshold is for criterion: amp, whose widths are what its search finds; leave out round_to")
-        if self.threshold is None and "search" in self.model_fields_set:
+        if self.threshold is None and self.search != Search.model_validate({}):
             raise ValueError("search is about a threshold; give one instead of another amount, or leave search out")
         for amount in self._amounts:
             for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:

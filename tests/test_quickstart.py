@@ -58,7 +58,7 @@ def test_without_learning_it_does_not(quickstart, tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
     shutil.copy(quickstart / "recipe.json", directory)
-    for stage in ("scenes", "rank", "prune", "recover"):
+    for stage in ("scenes", "prune", "recover"):
         shutil.copytree(quickstart / stage, directory / stage)
     text = (ROOT / "recipes" / "quickstart.yaml").read_text()
     lines = ["  base_lr: 0" if line.strip().startswith("base_lr") else line for line in text.splitlines()]

@@ -1,11 +1,12 @@
 """Recipes: what a person writes wrong is named with its line and the nearest right key."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.recipe import load_recipe
+from dgmr_tp.recipe import load_recipe, parse_recipe
 
 GOOD = """\
 name: test
@@ -92,3 +93,10 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
     for name in ("CIFAR10_DIR", "IMAGENET_DIR", "CIFAR10_CLIP", "EVA_CLIP_8B", "INTERNVIT_6B"):
         monkeypatch.setenv(name, "/somewhere")
     assert load_recipe(path).name == path.stem
+
+
+def test_a_recipe_reads_back_what_it_writes(tmp_path):
+    """A run directory keeps its recipe with every default written out."""
+    for amount in ("mlp_ratio: 1", "criterion: amp\n  threshold: 0.1\n  search: {candidates: 9}", "budget: {params: 0.5}"):
+        recipe = load_recipe(write(tmp_path, GOOD.replace("mlp_ratio: 1", amount)))
+        assert parse_recipe(json.loads(recipe.model_dump_json()), tmp_path) == recipe
