@@ -39,6 +39,7 @@ from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.decide import block_sites, make_plan, rank, search
 from dgmr_tp.encoders import open_model
 from dgmr_tp.files import write_whole
+from dgmr_tp.promise import nearest_classes
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.functional import PROBED
@@ -131,11 +132,8 @@ def measured(subject: Subject, tower: nn.Module, dense: Tensor, neighbours: bool
         right = (subject.head(found).argmax(1) == subject.answers).float().mean()
     result = {"head": 100 * float(right), "cosine": float(F.cosine_similarity(found, dense).mean())}
     if neighbours:
-        bank = F.normalize(embeddings(tower, subject.train[:TESTED]), dim=-1)
-        similar, index = (F.normalize(found, dim=-1) @ bank.T).topk(20)
-        votes = torch.zeros(len(found), int(subject.labels.max()) + 1)
-        votes.scatter_add_(1, subject.labels[index], (similar / 0.07).exp())
-        result["knn"] = 100 * float((votes.argmax(1) == subject.answers).float().mean())
+        voted = nearest_classes(embeddings(tower, subject.train[:TESTED]), subject.labels[:TESTED], found)
+        result["knn"] = 100 * float((voted == subject.answers).float().mean())
     return result
 
 

@@ -22,7 +22,20 @@ from torch import Tensor, distributed, nn
 from dgmr_tp.encoders import OpenedModel, as_encoder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import write_whole
-from dgmr_tp.pruning import Amount, DGMRImportance, Encoder, GivenScores, MLPPruner, Plan, Ranking, Site, SitePlan, find_sites, rank_encoder
+from dgmr_tp.pruning import (
+    Amount,
+    DGMRImportance,
+    Encoder,
+    GivenScores,
+    MLPPruner,
+    Plan,
+    Ranking,
+    Site,
+    SitePlan,
+    find_sites,
+    rank_encoder,
+    sites_in_blocks,
+)
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, search_widths, weight_gradients
 from dgmr_tp.pruning.cost import Cost, costs
@@ -360,8 +373,7 @@ def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
         encoder = encoder_of(model)
     except DgmrError:
         return None
-    inside = tuple(f"{block.name}." for block in encoder.blocks())
-    sites = [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
+    sites = sites_in_blocks(encoder)
     if not sites:
         raise DgmrError(f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?")
     return sites

@@ -262,18 +262,18 @@ class Run:
 
         model = self.original()
         before = self._cost(model)
+        if self.recipe.prune.criterion in (*SEEING, *DIFFERENTIATING):
+            model.module.to(self.device)  # to look at images there, and to measure a budget of latency
         found: dict[str, Any] = {}
         with shown() as progress:
             if "threshold" in amount:
                 plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
                 found["image_forwards"] = image_blocks / len(model.encoder.blocks())
             elif self.recipe.prune.criterion in SEEING:
-                model.module.to(self.device)  # where a budget of latency is measured
                 plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
             else:
                 options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
                 if self.recipe.prune.criterion in DIFFERENTIATING:
-                    model.module.to(self.device)
                     options |= {"images": self.data_path(self.recipe.images), "calibration": self._calibration}
                 plan = make_plan(model, progress=progress, **options)
         model.module.cpu()
@@ -285,7 +285,6 @@ class Run:
 
     def _search(self, model: OpenedModel, folder: Path, threshold: float, progress: Progress) -> Found:
         options = self.recipe.prune.search.model_dump()
-        model.module.to(self.device)
         return search(
             model,
             self.data_path(self.recipe.images),

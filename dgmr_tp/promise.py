@@ -101,7 +101,7 @@ def prune_to_promise(
     classes = torch.tensor(np.unique([str(label) for label in labels], return_inverse=True)[1])
 
     def right(encoder: OpenedModel, found: Tensor) -> Tensor:
-        return _classified(_embeddings(encoder, seen), classes[:-held_out], found) == classes[-held_out:]
+        return nearest_classes(_embeddings(encoder, seen), classes[:-held_out], found) == classes[-held_out:]
 
     dense = _embeddings(model, judged)
     before = right(model, dense) if max_drop is not None else None
@@ -150,7 +150,7 @@ def _embeddings(model: OpenedModel, batches: Sequence[Tensor]) -> Tensor:
         return torch.cat([Tower(model.encoder)(batch).float().cpu() for batch in batches])
 
 
-def _classified(bank: Tensor, classes: Tensor, found: Tensor) -> Tensor:
+def nearest_classes(bank: Tensor, classes: Tensor, found: Tensor) -> Tensor:
     """The class that the nearest neighbours in ``bank`` vote for, weighted as in DINO."""
     similar, index = (F.normalize(found, dim=-1) @ F.normalize(bank, dim=-1).T).topk(min(NEIGHBOURS, len(bank)))
     votes = torch.zeros(len(found), int(classes.max()) + 1)

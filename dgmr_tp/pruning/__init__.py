@@ -1,7 +1,7 @@
 """The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
 
 from dgmr_tp.pruning.allocation import Amount
-from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state
+from dgmr_tp.pruning.encoder import Block, Encoder, Tower, last_state, sites_in_blocks
 from dgmr_tp.pruning.functional import Ranking, rank_encoder
 from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
 from dgmr_tp.pruning.plan import Plan, SitePlan
@@ -29,4 +29,5 @@ __all__ = [
     "rank_encoder",
     "recover",
     "select_diverse_rows",
+    "sites_in_blocks",
 ]

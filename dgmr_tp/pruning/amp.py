@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isfinite
 from typing import cast
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.calibration import gated_inputs
-from dgmr_tp.pruning.encoder import Encoder, last_state
+from dgmr_tp.pruning.encoder import Encoder, last_state, sites_in_blocks, through
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.pruner import MLPPruner
@@ -81,7 +82,7 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
     Returns:
         By site name, float64 ``[hidden]``, higher is kept.
     """
-    consumers = {site.name: cast(nn.Linear, encoder.module.get_submodule(site.consumer)) for site in _sites(encoder)}
+    consumers = {site.name: cast(nn.Linear, encoder.module.get_submodule(site.consumer)) for site in sites_in_blocks(encoder)}
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in consumers.items()}
     images = 0
     with evaluating(encoder.module), _frozen(encoder.module), torch.enable_grad():
@@ -99,10 +100,11 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
 @contextmanager
 def weight_gradients(encoder: Encoder, groups: Sequence[Group], objective: Objective | None = None) -> Iterator[None]:
     """While the context lasts, the MLPs' parameters have ``.grad`` of the objective: what torch-pruning's Taylor criterion reads."""
-    parameters = [p for site in _sites(encoder) for p in encoder.module.get_submodule(site.name).parameters()]
+    parameters = [p for site in sites_in_blocks(encoder) for p in encoder.module.get_submodule(site.name).parameters()]
     before = [(p, p.grad, p.requires_grad) for p in encoder.module.parameters()]
     try:
-        with evaluating(encoder.module), _frozen(encoder.module), torch.enable_grad():
+        encoder.module.requires_grad_(False)
+        with evaluating(encoder.module), torch.enable_grad():
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
@@ -170,7 +172,7 @@ def search_widths(
     """
     objective = objective or entropy()
     state = state or Search()
-    blocks, sites = encoder.blocks(), _sites(encoder)
+    blocks, sites = encoder.blocks(), sites_in_blocks(encoder)
 
     def passes(change: float) -> bool:
         return (abs(change) if two_sided else change) <= threshold
@@ -234,13 +236,7 @@ def _before(encoder: Encoder, groups: Sequence[Group], depth: int, state: Search
     """The states before block ``depth`` of this process's groups, each with its group's number."""
     found = []
     for number, group in _own(groups):
-        states = []
-        for batch in group:
-            tokens = encoder.stem(batch)
-            for block in encoder.blocks()[:depth]:
-                tokens = block(tokens)
-            states.append(tokens)
-        found.append((number, states))
+        found.append((number, [through(encoder.blocks()[:depth], encoder.stem(batch)) for batch in group]))
     state.image_blocks += depth * sum(len(batch) for group in groups for batch in group)
     return found
 
@@ -249,17 +245,12 @@ def _judged(encoder: Encoder, states: list[tuple[int, list[Tensor]]], depth: int
     """The objective from states before block ``depth`` on, mean over the groups of all processes."""
     values = torch.zeros(3, dtype=torch.float64)  # sum, groups, images
     for number, batches in states:
-        embeddings = []
-        for tokens in batches:
-            for block in encoder.blocks()[depth:]:
-                tokens = block(tokens)
-            embeddings.append(encoder.embed(tokens))
-        joined = torch.cat(embeddings)
+        joined = torch.cat([encoder.embed(through(encoder.blocks()[depth:], tokens)) for tokens in batches])
         values += torch.tensor([float(objective(joined, number)), 1, len(joined)], dtype=torch.float64)
     values = _summed(values)
     state.image_blocks += int(values[2]) * (len(encoder.blocks()) - depth)
     found = float(values[0] / values[1])
-    if found != found or abs(found) == float("inf"):
+    if not isfinite(found):
         raise DgmrError("the objective is not finite on these images; check the weights, the preprocessing and the temperature")
     return found
 
@@ -286,11 +277,6 @@ def _summed(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device)
         distributed.all_reduce(tensor)
     return tensor.cpu()
-
-
-def _sites(encoder: Encoder) -> list[Site]:
-    inside = tuple(f"{block.name}." for block in encoder.blocks())
-    return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
 
 
 @contextmanager

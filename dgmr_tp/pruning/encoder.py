@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from dgmr_tp.pruning.sites import Site, find_sites
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,20 @@ class Tower(nn.Module):
 
 def last_state(encoder: Encoder, images: Tensor) -> Tensor:
     """The state after the last block: what ``features`` and ``embed`` read."""
-    state = encoder.stem(images)
-    for block in encoder.blocks():
+    return through(encoder.blocks(), encoder.stem(images))
+
+
+def through(blocks: Iterable[Block], state: Tensor) -> Tensor:
+    """The state after ``blocks``, one after the other."""
+    for block in blocks:
         state = block(state)
     return state
+
+
+def sites_in_blocks(encoder: Encoder) -> list[Site]:
+    """The MLPs inside the residual blocks: those of a head are left out."""
+    inside = tuple(f"{block.name}." for block in encoder.blocks())
+    return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
 
 
 def tokens_read(read: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:

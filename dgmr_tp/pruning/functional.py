@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights
-from dgmr_tp.pruning.encoder import Encoder
+from dgmr_tp.pruning.encoder import Encoder, through
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
 
@@ -195,12 +195,7 @@ def _first(states: list[Tensor]) -> list[Tensor]:
 
 def _embeddings(encoder: Encoder, states: Iterable[Tensor], depth: int) -> Tensor:
     """What the tower gives for states before its block ``depth``, float64 ``[images, embedding]``."""
-    embeddings = []
-    for state in states:
-        for block in encoder.blocks()[depth:]:
-            state = block(state)
-        embeddings.append(encoder.embed(state).double())
-    return torch.cat(embeddings)
+    return torch.cat([encoder.embed(through(encoder.blocks()[depth:], state)).double() for state in states])
 
 
 @contextmanager
