@@ -10,6 +10,7 @@ embedding, and the mean cosine of the patch tokens before the final norm.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from dgmr_tp.decide import make_plan
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import Encoder, Plan, last_state, recover, recovery
+from dgmr_tp.pruning.calibration import recorded_inputs
 
 
 def uniform(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
@@ -56,6 +58,57 @@ def at_once(tower: nn.Module, plan: Plan, images: list[Tensor]) -> nn.Module:
         recover(as_encoder(tower), as_encoder(alone), images)
         whole.get_submodule(name).load_state_dict(alone.get_submodule(name).state_dict())
     return whole
+
+
+class Instead:
+    """Something else in place of what recovery gathers at a site: called for one block after the other."""
+
+    @torch.no_grad()
+    def __init__(self, dense: Encoder, calibration: list[Tensor], plain=recovery._site_moments) -> None:
+        self.plain, self.depth, self.after = plain, -1, []
+        states = [dense.stem(batch) for batch in calibration]
+        for block in dense.blocks():
+            states = [block(state) for state in states]
+            self.after.append(states)
+
+    def stream(self, block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states: list[Tensor], weight: Tensor):
+        """The answers are what brings the residual stream to the dense tower's (a residual MLP without LayerScale)."""
+        self.depth += 1
+        kept = copy.deepcopy(consumer.state_dict())
+        consumer.weight.zero_()
+        consumer.bias.zero_()
+        targets = iter([after - block(state) for after, state in zip(self.after[self.depth], states, strict=True)])
+        consumer.load_state_dict(kept)
+        return self.plain(block, mlp, lambda _: next(targets), consumer, states, weight)
+
+    def first_layer(self, block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states: list[Tensor], weight: Tensor):
+        """After a first refit, the hidden neurons' bias and a scale per input (the norm's affine) are fitted by L-BFGS, then refitted."""
+        fit, held_out = self.plain(block, mlp, dense_mlp, consumer, states, weight)
+        recovery._refit_layer("", consumer, fit, held_out, 1e-3)
+        inputs = []
+        for state in states:
+            with recorded_inputs(mlp) as seen:
+                block(state)
+            inputs.append(seen[mlp])
+        inputs = torch.cat(inputs)[:256]
+        answers, rows = dense_mlp(inputs), weight.to(inputs)[None, :, None]
+        with torch.enable_grad():
+            scale = torch.ones(inputs.shape[-1], requires_grad=True)
+            bias = mlp.fc1.bias.detach().clone().requires_grad_(True)
+            optimizer = torch.optim.LBFGS([bias, scale], max_iter=30, line_search_fn="strong_wolfe")
+
+            def error() -> Tensor:
+                optimizer.zero_grad()
+                hidden = mlp.act(F.linear(inputs * scale, mlp.fc1.weight.detach(), bias))
+                found = F.linear(hidden, consumer.weight.detach(), consumer.bias.detach())
+                loss = (rows * (found - answers).square()).sum() / answers.square().mean()
+                loss.backward()
+                return loss
+
+            optimizer.step(error)
+        mlp.fc1.bias.copy_(bias)
+        mlp.fc1.weight.mul_(scale.detach())
+        return self.plain(block, mlp, dense_mlp, consumer, states, weight)
 
 
 def main() -> None:
@@ -93,6 +146,10 @@ def main() -> None:
         "tokens alike": patched("token_weights", uniform),
         "class token nine tenths": patched("token_weights", class_token),
         "all blocks at once": lambda plan: at_once(tower, plan, calibration),
+        "towards the dense residual stream": lambda plan: patched("_site_moments", Instead(as_encoder(tower), calibration).stream)(plan),
+        "first Linear's bias and the norm's scale too": lambda plan: patched(
+            "_site_moments", Instead(as_encoder(tower), calibration).first_layer
+        )(plan),
         "generated scenes": plain(images=seen(normalise(resize(scenes, [32, 32], antialias=True)))),
         "coloured noise": plain(images=seen(normalise(blurred))),
         "white noise": plain(images=seen(normalise(noise))),

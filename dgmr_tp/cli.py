@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.files import write_whole
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 
 @app.command()
 def rank(
-    images: Annotated[Path, typer.Option(help="Unlabelled images like those you serve: a folder, a tar, or shards.")],
+    images: Annotated[str, typer.Option(help="Unlabelled images like those you serve: a folder, a tar, shards, or URLs of shards.")],
     file: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -117,7 +118,7 @@ def rank(
 
 @app.command()
 def amp(
-    images: Annotated[Path, typer.Option(help="Unlabelled images, not those you will judge by: a folder, a tar, or shards.")],
+    images: Annotated[str, typer.Option(help="Unlabelled images, not those you will judge by: a folder, shards, URLs.")],
     file: Annotated[Path, typer.Option("--out", "-o", help="The plan (JSON) to write.")],
     threshold: Annotated[float, typer.Option(help="How much each MLP's cut may raise the entropy, nats.")] = 0.01,
     model: ModelOption = "demo",
@@ -172,7 +173,7 @@ def plan(
     budget: BudgetOption = None,
     round_to: RoundOption = 1,
     seed: SeedOption = 0,
-    images: Annotated[Path | None, typer.Option(help="For criteria that look at images: unlabelled ones.")] = None,
+    images: Annotated[str | None, typer.Option(help="For criteria that look at images: unlabelled ones.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1024,
     rankings: RankingsOption = None,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
@@ -226,7 +227,7 @@ def prune(
     round_to: RoundOption = 1,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
     rankings: RankingsOption = None,
-    recover: Annotated[Path | None, typer.Option(help="Recover on these unlabelled images: a folder, a tar, or shards.")] = None,
+    recover: Annotated[str | None, typer.Option(help="Recover on these unlabelled images: a folder, shards, URLs.")] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
@@ -297,7 +298,7 @@ def prune(
 @app.command()
 def recover(
     pruned: Annotated[Path, typer.Argument(help="A model directory that dgmr-tp pruned.")],
-    images: Annotated[Path, typer.Option(help="Unlabelled images: a folder, a tar, or shards.")],
+    images: Annotated[str, typer.Option(help="Unlabelled images: a folder, a tar, shards, or URLs of shards.")],
     out_dir: OutOption,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -328,6 +329,7 @@ def distill(
     On a cluster: dgmr-tp run RECIPE --until recover, then deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp distill RUN_DIR,
     then dgmr-tp run RECIPE.
     """
+    from dgmr_tp.distillation.engine import stop_deepspeed
     from dgmr_tp.distillation.launch import end_with_parent, is_worker
     from dgmr_tp.pipeline import Run
 
@@ -338,6 +340,7 @@ def distill(
     end_with_parent()
     for name in [size] if size else this.recipe.prune.sizes:
         this.distill_here(name)
+    stop_deepspeed()
 
 
 @app.command("eval")
@@ -445,6 +448,9 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(standalone_mode=True)
+    except Preempted as error:
+        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGTERM)
     except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -577,9 +583,9 @@ def _join_processes() -> bool:
 def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]
     if source is None:
         return None, None
-    from dgmr_tp.data.images import Images
+    from dgmr_tp.data.streams import find_images
 
-    found = Images.find(source)
+    found = find_images(source)
     return found.sample(count, seed, opened.preprocess), found
 
 

@@ -384,9 +384,9 @@ def batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Modul
     like = next(tower_of(model).parameters())
     found = images
     if isinstance(images, str | Path):
-        from dgmr_tp.data.images import Images
+        from dgmr_tp.data.streams import find_images
 
         if not isinstance(model, OpenedModel):
             raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
-        found = Images.find(images).sample(count, seed, model.preprocess)
+        found = find_images(images).sample(count, seed, model.preprocess)
     return (batch.to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgmr_tp.data.streams import is_url
 from dgmr_tp.decide import block_sites
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.pruning import MLPPruner, Site
@@ -83,22 +84,23 @@ def dry_run(recipe: Recipe) -> DryRun:
         sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe.distill, opened.copy(), pruner.keep) if recipe.distill else None)
     config = None
     if recipe.distill:
-        from dgmr_tp.distillation.loop import Settings, deepspeed_config
+        from dgmr_tp.distillation.engine import deepspeed_config
+        from dgmr_tp.distillation.settings import Settings
 
-        settings = Settings(**recipe.distill.model_dump(exclude={"processes"}), seed=recipe.seed)
+        settings = Settings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
     roots = [recipe.images, *(entry.root for entry in (recipe.evaluate.datasets if recipe.evaluate else []))]
-    paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:")}
+    paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:") and not is_url(root)}
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 
 
 def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
-    from dgmr_tp.distillation.loop import freeze_what_features_do_not_need, parameter_groups
-    from dgmr_tp.distillation.losses import FeatureTap
+    from dgmr_tp.distillation.engine import freeze_what_features_do_not_need, parameter_groups
+    from dgmr_tp.distillation.losses import FeatureTap, Objective
     from dgmr_tp.pruning.pruner import resize
 
     resize(student.encoder.module, keep)
-    tap = FeatureTap(student.encoder)
+    tap = FeatureTap(student.encoder, Objective(**distill.loss.model_dump()))
     freeze_what_features_do_not_need(tap, student.image_size)
     return [
         {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}

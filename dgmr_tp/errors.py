@@ -3,3 +3,7 @@
 
 class DgmrError(Exception):
     """Something the user can put right: the message names the file, key or layer, the value, and what to do."""
+
+
+class Preempted(DgmrError):
+    """The work was asked to stop (SIGTERM) and can go on from where it is; the process ends with code 143."""

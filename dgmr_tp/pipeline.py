@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dgmr_tp.data.streams import find_images, is_url
 from dgmr_tp.decide import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
@@ -29,7 +30,7 @@ from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import Distill, Recipe, Recover, parse_recipe
+from dgmr_tp.recipe import Recipe, Recover, parse_recipe
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "evaluate", "export")
 PACKAGES = (
@@ -171,7 +172,7 @@ class Run:
                 last[size] = f"recover/{size}"
         if recipe.distill:
             for size in last:
-                section = {"distill": recipe.distill.model_dump(), **images}
+                section = {"distill": recipe.distill.deciding, **images}
                 steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
                 last[size] = f"distill/{size}"
         if recipe.evaluate:
@@ -211,10 +212,16 @@ class Run:
         name = path.removeprefix("scenes:")
         return self.folder("scenes/all") / name if name != path else Path(path)
 
+    @property
+    def _images(self) -> str | Path:
+        """Where the recipe's unlabelled images are."""
+        source = self.recipe.images
+        return source if is_url(source) else self.data_path(source)
+
     def distill_here(self, size: str) -> None:
         """The part of the distillation that every launched process runs; rank 0 leaves the student and its figures."""
-        from dgmr_tp.data.images import Images
-        from dgmr_tp.distillation.loop import Settings, distill
+        from dgmr_tp.distillation.loop import distill
+        from dgmr_tp.distillation.settings import Settings
 
         step = next((s for s in self.steps if s.key == f"distill/{size}"), None)
         if step is None:
@@ -224,10 +231,10 @@ class Run:
             return
         # Rank 0 prepares the folder; the others meet it in the first collective.
         folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
-        section: Distill = self.recipe.distill  # type: ignore[assignment]
-        settings = Settings(**section.model_dump(exclude={"processes"}), seed=self.recipe.seed)
+        assert self.recipe.distill
+        settings = Settings.of(self.recipe.distill.model_dump(), self.recipe.seed)
         student = open_model(str(self.folder(step.inputs[0]) / "model"))
-        images = Images.find(self.data_path(self.recipe.images))
+        images = find_images(self._images)
         figures = distill(self.original(), student, images, settings, folder)
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
@@ -253,7 +260,7 @@ class Run:
         model.module.to(self.device)
         options = {"calibration": self._calibration, "seed": self.recipe.seed}
         with shown() as progress:
-            rankings = rank(model, self.recipe.prune.criterion, self.data_path(self.recipe.images), progress=progress, **options)
+            rankings = rank(model, self.recipe.prune.criterion, self._images, progress=progress, **options)
         rankings.save(folder / "rankings.safetensors")
         return {"sensitivity": {name: ranking.sensitivity for name, ranking in rankings.sites.items()}}
 
@@ -274,7 +281,7 @@ class Run:
             else:
                 options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
                 if self.recipe.prune.criterion in DIFFERENTIATING:
-                    options |= {"images": self.data_path(self.recipe.images), "calibration": self._calibration}
+                    options |= {"images": self._images, "calibration": self._calibration}
                 plan = make_plan(model, progress=progress, **options)
         model.module.cpu()
         result = prune(model, plan=plan)
@@ -287,7 +294,7 @@ class Run:
         options = self.recipe.prune.search.model_dump()
         return search(
             model,
-            self.data_path(self.recipe.images),
+            self._images,
             threshold=threshold,
             calibration=options.pop("images"),
             seed=self.recipe.seed,
@@ -297,14 +304,13 @@ class Run:
         )
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.data.images import Images
         from dgmr_tp.progress import shown
 
         section = self.recipe.recover
         assert section
         model = self.original()
         model.module.to(self.device)
-        images = Images.find(self.data_path(self.recipe.images))
+        images = find_images(self._images)
         with shown() as progress:
             result = prune(
                 model,
@@ -323,7 +329,8 @@ class Run:
 
         assert self.recipe.distill
         if not (folder / "figures.json").exists():
-            launch(["distill", str(self.directory), "--size", size], self.recipe.distill.processes, self.recipe.distill.batch_size)
+            section = self.recipe.distill
+            launch(["distill", str(self.directory), "--size", size], section.processes, section.batch_size, section.hostfile)
         figures = json.loads((folder / "figures.json").read_text())
         return {**figures, "losses": read_losses(folder)}
 
@@ -401,7 +408,7 @@ class Run:
         if recipe.evaluate:
             paths |= {f"evaluate.datasets.{i}.root": entry.root for i, entry in enumerate(recipe.evaluate.datasets)}
         for key, path in paths.items():
-            if not path.startswith("scenes:") and not Path(path).exists():
+            if not path.startswith("scenes:") and not is_url(path) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")
 
     def _made_from(self, step: Step) -> dict[str, Any]:

@@ -118,23 +118,71 @@ class Recover(Section):
     damping: float = Field(1e-3, ge=0)
 
 
+class Loss(Section):
+    """What the student is asked for; see dgmr_tp.distillation.losses.Objective."""
+
+    class_token: float = Field(1.0, ge=0)
+    patches: float = Field(1.0, ge=0)
+    embedding: float = Field(0.0, ge=0)
+    layers: dict[int, float] = Field(default_factory=dict)
+    after_norm: bool = False
+
+    @model_validator(mode="after")
+    def _something(self) -> Loss:
+        if not any((self.class_token, self.patches, self.embedding, *self.layers.values())):
+            raise ValueError("every weight is 0; give one of class_token, patches, embedding, layers")
+        return self
+
+
 class Distill(Section):
-    """Distillation; see dgmr_tp.distillation.loop.Settings."""
+    """Distillation; see dgmr_tp.distillation.settings.Settings."""
 
     processes: int = Field(1, ge=1)
+    hostfile: str | None = None
+    """DeepSpeed's list of machines, for more than this one: lines such as ``node1 slots=8``."""
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    micro_batch: int | None = Field(None, ge=1)
     base_lr: float = Field(ge=0)
     min_lr: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
+    final_weight_decay: float | None = Field(None, ge=0)
+    gradient_clipping: float = Field(0.0, ge=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    loss: Loss = Field(default_factory=Loss)
+    augment: Literal["clip", "dinov2"] = "clip"
     min_crop: float = Field(0.2, gt=0, le=1)
     flip: bool = True
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
     bf16: bool = False
+    shard_teacher: bool = False
+    recompute: bool = False
+    compile: bool = False
+    deepspeed: str | None = None
+    """A DeepSpeed JSON that is joined with what this section says."""
     checkpoint_every: int = Field(100, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(10, ge=1)
     workers: int = Field(0, ge=0)
+    max_broken: float = Field(0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Distill:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload: all needs zero_stage: 3, this is {self.zero_stage}")
+        if self.compile and (self.zero_stage == 3 or self.shard_teacher):
+            raise ValueError("compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out")
+        return self
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result: the rest may change between two starts of one distillation."""
+        how = {"processes", "hostfile", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_broken"}
+        return self.model_dump(exclude=how)
 
 
 class Dataset(Section):
@@ -240,7 +288,7 @@ def _known_keys(where: list[Any]) -> list[str]:
         "scenes": Scenes,
         "prune": Search if "search" in where else Prune,
         "recover": Recover,
-        "distill": Distill,
+        "distill": Loss if "loss" in where else Distill,
         "evaluate": Evaluate,
         "export": Export,
     }

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
-from dgmr_tp.distillation.data import Crops, batches, places, training_transform
+from dgmr_tp.data.streams import find_images
+from dgmr_tp.distillation.data import Crops, StreamCrops, batches, places, stream_batches, training_transform
 from dgmr_tp.errors import DgmrError
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -113,21 +115,93 @@ def test_global_batches_are_epochs_of_shuffled_samples(count):
     assert first != [index for epoch, index in drawn if epoch == 1]
 
 
-def test_ranks_share_the_global_batch_and_a_resumed_run_sees_what_it_would_have_seen(folder):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_share_the_global_batch_and_a_resumed_run_sees_what_it_would_have_seen(folder, workers):
     crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
-    options = {"batch": 4, "seed": 1, "steps": 6, "workers": 0}
-    whole = list(batches(crops, first_step=0, rank=0, world=1, **options))
-    halves = [list(batches(crops, first_step=0, rank=rank, world=2, **options)) for rank in (0, 1)]
-    resumed = list(batches(crops, first_step=4, rank=0, world=1, **options))
+
+    def seen(first=0, rank=0, world=1, micro=8):
+        options = {"batch": 8, "seed": 1, "steps": 6, "workers": workers}
+        return [sample.images for sample in batches(crops, first_step=first, rank=rank, world=world, micro=micro, **options)]
+
+    whole, halves, resumed = seen(), [seen(rank=rank, world=2, micro=4) for rank in (0, 1)], seen(first=4)
     for step in range(6):
         assert torch.equal(whole[step][0::2], halves[0][step]) and torch.equal(whole[step][1::2], halves[1][step])
     assert torch.equal(whole[4], resumed[0]) and torch.equal(whole[5], resumed[1])
     assert not torch.equal(whole[4], whole[5])
+    pieces = seen(micro=3)
+    assert len(pieces) == 18 and torch.equal(torch.cat(pieces), torch.cat(whole))
+
+
+def test_broken_images_are_named_by_every_process_that_meets_them(folder):
+    crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
+    options = {"batch": 12, "micro": 3, "seed": 1, "first_step": 0, "steps": 1, "rank": 0, "world": 1}
+    for workers in (0, 2):
+        met = [name for sample in batches(crops, workers=workers, **options) for name in sample.broken]
+        assert {name.rsplit("/", 1)[1] for name in met} == {"broken.png", "cut.png"}
 
 
 def test_crops_differ_between_epochs_and_respect_the_smallest_area(folder):
     crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
-    assert not torch.equal(crops[0, 2], crops[1, 2])
-    assert torch.equal(crops[0, 2], crops[0, 2])
+    assert not torch.equal(crops[0, 2][0], crops[1, 2][0])
+    assert torch.equal(crops[0, 2][0], crops[0, 2][0])
     whole = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 1.0, False), seed=1)
-    assert torch.equal(whole[0, 2], whole[1, 2])
+    assert torch.equal(whole[0, 2][0], whole[1, 2][0])
+
+
+def test_dinov2_changes_the_colours_of_most_crops(folder):
+    image = Images.find(folder).read(0)
+    plain, coloured = (training_transform(PREPROCESS, 16, 1.0, False, augment) for augment in ("clip", "dinov2"))
+    crops = torch.stack([coloured(image) for _ in range(40)])
+    changed = (crops - plain(image)).abs().amax((1, 2, 3)) > 0.05
+    assert torch.equal(plain(image), plain(image)) and changed.sum() >= 30
+    grey = ((crops[:, 0] - crops[:, 1]).abs().amax((1, 2)) < 1e-6).sum()
+    assert 1 <= grey <= 20  # a fifth
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Four shards of five pictures behind a URL; the pictures are told apart by their red channel."""
+    for shard in range(4):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(5):
+                data = io.BytesIO()
+                Image.new("RGB", (16, 16), (10 * (5 * shard + i), 0, 0)).save(data, "png")
+                info = tarfile.TarInfo(f"{i}.png")
+                info.size = data.tell()
+                tar.addfile(info, io.BytesIO(data.getvalue()))
+    return f"pipe:cat {tmp_path}/{{0..3}}.tar"
+
+
+def test_shards_behind_a_url_are_read_whole_in_an_order_of_their_own_for_every_seed(shards):
+    def red(seed, count=100):
+        images = torch.cat(list(find_images(shards).sample(count, seed, to_tensor)))
+        return [round(float(value) / 10) for value in images[:, 0, 0, 0]]
+
+    assert sorted(red(0)) == list(range(20)) and red(0) == red(0) != red(1)
+    assert red(0, 7) == red(0)[:7]
+    stream = find_images(shards)
+    for epoch in range(3):
+        assert sorted(stream.shard(4 * epoch + i, 5) for i in range(4)) == stream.shards
+    assert len({tuple(stream.shard(4 * epoch + i, 5) for i in range(4)) for epoch in range(9)}) > 1
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (2, 2)])
+def test_readers_share_the_shards_of_a_url_and_a_resumed_run_goes_on_at_one(shards, world, workers):
+    transform = training_transform({"mean": [0.0] * 3, "std": [1.0] * 3}, 16, 1.0, False)
+
+    def seen(first, rank, pieces):
+        crops = StreamCrops(find_images(shards), transform, 3, first, rank, world)
+        return list(islice(stream_batches(crops, micro=5, workers=workers), pieces))
+
+    epoch = [sample for rank in range(world) for sample in seen(0, rank, 4 // world)]
+    assert len({name for sample in epoch for name in sample.names}) == 20
+    stream = find_images(shards)
+    for sample in [sample for rank in range(world) for sample in seen(2, rank, 4)]:
+        _, position = sample.shard
+        assert position >= 2 and {name.rpartition(":")[0] for name in sample.names} == {stream.shard(position, 3)}
+
+
+def test_a_shard_that_cannot_be_read_is_named(shards, tmp_path):
+    (tmp_path / "2.tar").unlink()
+    with pytest.raises(DgmrError, match=r"cannot read the shard pipe:cat .*2\.tar"):
+        list(find_images(shards).sample(100, 0, to_tensor))

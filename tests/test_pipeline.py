@@ -176,7 +176,7 @@ def wait_for_the_end_of_workers(directory: Path) -> None:
         "recover/.mlp_ratio-1.partial/made_from.json",
         "distill/.mlp_ratio-1.partial/lock",
         "distill/.mlp_ratio-1.partial/checkpoints/step00000003",
-        "distill/.mlp_ratio-1.partial/checkpoints/step00000006/whole",
+        "distill/.mlp_ratio-1.partial/checkpoints/step00000006/whole.json",
         "distill/.mlp_ratio-1.partial/figures.json",
         "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
         "export/.mlp_ratio-1.partial/model.onnx",
@@ -195,7 +195,7 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / "export/mlp_ratio-1").exists()
     wait_for_the_end_of_workers(directory)
-    checkpoints = sorted(path.parent.name for path in directory.glob("distill/.*.partial/checkpoints/*/whole"))
+    checkpoints = sorted(path.parent.name for path in directory.glob("distill/.*.partial/checkpoints/*/whole.json"))
     done = run_command("run", path, "-o", directory)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if trace.endswith("figures.json"):  # trained to the end, only not put away
@@ -226,17 +226,3 @@ def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
     done = run_command("run", path, "-o", directory, "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
     assert same(weights(directory), weights(small_run[0]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2])
-def test_zero_stages_agree(small_run, tmp_path, stage):
-    directory = tmp_path / "run"
-    changed = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "zero_stage": stage})
-    done = run_command("run", changed, "-o", directory, "--until", "distill")
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, reference, start = weights(directory), weights(small_run[0]), weights(small_run[0], "recover")
-    # In norm: Adam turns the rounding of a gradient near zero into a step of full size, so single weights may differ.
-    moved = sum(float((reference[name] - start[name]).double().square().sum()) for name in start) ** 0.5
-    apart = sum(float((reference[name] - ours[name]).double().square().sum()) for name in start) ** 0.5
-    assert apart < 0.005 * moved

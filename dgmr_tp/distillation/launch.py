@@ -13,28 +13,35 @@ from pathlib import Path
 
 import torch
 
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.extras import require_installed
 
 PARENT = "DGMR_TP_PARENT"
 """Environment variable with the process that waits for the launched ones."""
 
 
-def launch(arguments: list[str], processes: int, batch_size: int) -> None:
-    """Run ``python -m dgmr_tp ARGUMENTS`` in ``processes`` processes on this machine and wait.
+PREEMPTED = 128 + signal.SIGTERM
+"""Exit code of a process that was told to stop and left a checkpoint."""
+
+
+def launch(arguments: list[str], processes: int, batch_size: int, hostfile: str | None = None) -> None:
+    """Run ``python -m dgmr_tp ARGUMENTS`` in ``processes`` processes on this machine, or on those of ``hostfile``, and wait.
 
     With fewer GPUs than processes, as many run as there are GPUs (and divide ``batch_size``, which is global): the result is
-    that of the same batches. By hand, on a cluster, the same is
-    ``deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp ARGUMENTS``.
+    that of the same batches. SIGTERM is handed on to the processes, which save a checkpoint and leave.
 
     Raises:
         DgmrError: deepspeed is not installed, or a process failed (its own message stands above).
+        Preempted: SIGTERM came, and the processes left a checkpoint.
     """
     require_installed("deepspeed", "distill")
     scripts = Path(sys.executable).parent
     environment = {**os.environ, PARENT: str(os.getpid()), "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
     where = ["--num_accelerators", str(processes)]
-    if torch.cuda.is_available():
+    if hostfile:
+        del environment[PARENT]  # the waiting process is not on every machine
+        where = ["--hostfile", hostfile]
+    elif torch.cuda.is_available():
         devices = min(processes, torch.cuda.device_count())
         processes = next(n for n in range(devices, 0, -1) if batch_size % n == 0)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -46,14 +53,28 @@ def launch(arguments: list[str], processes: int, batch_size: int) -> None:
     command = [str(scripts / "deepspeed"), *where, "--master_port", str(_free_port()), "--quiet", "--no_local_rank"]
     command += ["--module", "dgmr_tp", *arguments]
     child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    before = signal.signal(signal.SIGTERM, lambda *_: _tell_to_stop(child.pid))
     try:
         code = child.wait()
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code == PREEMPTED:
+        raise Preempted("preempted; run again to go on from the checkpoint")
     if code:
         raise DgmrError(f"the distillation ended with code {code}; its message stands above; run again to go on from the last checkpoint")
+
+
+def _tell_to_stop(launcher: int) -> None:
+    """SIGTERM to the launched processes and to nothing else: the launcher itself would kill them after 30 seconds."""
+    import psutil
+
+    for node in psutil.Process(launcher).children():
+        for process in node.children():
+            process.send_signal(signal.SIGTERM)
 
 
 def is_worker() -> bool:

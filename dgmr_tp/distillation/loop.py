@@ -6,222 +6,278 @@ Teacher and student arrive opened, the settings as a plain object; recipes and r
 from __future__ import annotations
 
 import math
-import os
 import shutil
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, distributed
 
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation.data import Crops, batches, training_transform
-from dgmr_tp.distillation.losses import FeatureTap, feature_loss
+from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation import checkpoints
+from dgmr_tp.distillation.checkpoints import Checkpoint
+from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, stream_batches, training_transform
+from dgmr_tp.distillation.engine import (
+    Average,
+    deepspeed_config,
+    freeze_what_features_do_not_need,
+    gather_where_used,
+    parameter_groups,
+    start_deepspeed,
+    trained_parameters,
+)
+from dgmr_tp.distillation.losses import FeatureTap
+from dgmr_tp.distillation.settings import Settings
 from dgmr_tp.encoders import OpenedModel
-from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
+from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.files import hold
 from dgmr_tp.progress import Meter
 
-WHOLE = "whole"
-"""The file that marks a checkpoint which was written to its end."""
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of a distillation; what the recipe's ``distill`` section says."""
-
-    steps: int
-    batch_size: int
-    """Global: over all processes."""
-    base_lr: float
-    """The learning rate is ``base_lr · batch_size / 256``."""
-    min_lr: float
-    warmup_steps: int
-    weight_decay: float
-    min_crop: float
-    flip: bool
-    zero_stage: int
-    bf16: bool
-    checkpoint_every: int
-    log_every: int
-    workers: int
-    seed: int
-
-
-def distill(teacher: OpenedModel, student: OpenedModel, images: Images, settings: Settings, directory: Path) -> dict[str, Any] | None:
+def distill(
+    teacher: OpenedModel, student: OpenedModel, images: Images | Stream, settings: Settings, directory: Path
+) -> dict[str, Any] | None:
     """Train ``student`` to give ``teacher``'s features, resuming from ``directory`` if a checkpoint lies there.
 
-    Run it in every process that the ``deepspeed`` launcher started. AdamW (0.9, 0.95), warm-up, cosine to ``min_lr``;
-    norms, biases and embeddings are not decayed. Only what the features depend on is trained.
+    Run it in every process that the ``deepspeed`` launcher started. AdamW (0.9, 0.95), warm-up, cosine; norms, biases and
+    embeddings are not decayed. Only what the features depend on is trained. On a CPU with the same number of processes a run that was
+    interrupted ends with the bits of one that was not; with another number it sees the same global batches.
 
     Args:
         teacher, student: opened on the CPU; the student is trained in place.
-        images: unlabelled.
+        images: unlabelled; from a :class:`Stream` a run that was interrupted goes on at the beginning of a shard.
         settings: see :class:`Settings`.
-        directory: checkpoints and the loss curve (``log/``, CSV) go here.
+        directory: checkpoints and the curves (``log/``, CSV) go here.
 
     Returns:
         On rank 0 the figures of the run, None elsewhere. The student of rank 0 then holds the trained weights.
 
     Raises:
-        DgmrError: the batch cannot be divided over the processes, the loss is not finite, or another run is in ``directory``.
+        DgmrError: the batch cannot be divided over the processes, the loss is not finite, too many images are broken, a checkpoint
+            cannot be written, there is not enough memory, or another run is in ``directory``.
+        Preempted: SIGTERM came; a checkpoint was written.
     """
-    deepspeed = _start_deepspeed()
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    lock = hold(directory, "distillation is running") if rank == 0 else None
-    if settings.batch_size % world:
-        raise DgmrError(f"distill.batch_size = {settings.batch_size} cannot be divided over {world} processes")
-    torch.manual_seed(settings.seed)
-    precision = torch.bfloat16 if settings.bf16 else torch.float32
-    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
-    teacher_tap = FeatureTap(teacher.encoder).to(device, precision).eval().requires_grad_(False)
-    student_tap = FeatureTap(student.encoder).to(device, torch.float32).train()
-    freeze_what_features_do_not_need(student_tap, student.image_size)
-    start = {name: tensor.cpu().clone() for name, tensor in student_tap.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameter_groups(student_tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
-    peak = settings.base_lr * settings.batch_size / 256
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings, peak))
-    engine, *_ = deepspeed.initialize(
-        model=student_tap, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(settings, world, directory)
-    )
-    checkpoints = directory / "checkpoints"
-    first = 0
-    if tag := _newest(checkpoints):
-        _, state = engine.load_checkpoint(str(checkpoints), tag=tag)
-        first = state["step"]
-    if rank == 0 and first:
-        print(f"  distil: goes on at step {first} of {settings.steps}", flush=True)
+    deepspeed = start_deepspeed()
+    lock = hold(directory, "distillation is running") if distributed.get_rank() == 0 else None
+    try:
+        with _told_to_stop() as stop:
+            return _distill(deepspeed, teacher, student, images, settings, directory, stop)
+    except torch.OutOfMemoryError as error:
+        raise DgmrError(
+            f"out of memory: {str(error).splitlines()[0]}; in the recipe's distill section set recompute: true, a smaller micro_batch "
+            "(the result stays the same), or a higher zero_stage with offload"
+        ) from error
+    finally:
+        if lock is not None:
+            lock.close()
 
-    transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip)
-    loader = batches(
+
+def _distill(
+    deepspeed: Any,
+    teacher: OpenedModel,
+    student: OpenedModel,
+    images: Images | Stream,
+    settings: Settings,
+    directory: Path,
+    stop: Callable[[], bool],
+) -> dict[str, Any] | None:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    device = torch.device(deepspeed.accelerator.get_accelerator().current_device_name())
+    precision = torch.bfloat16 if settings.bf16 else torch.float32
+    config = deepspeed_config(settings, world, directory)
+    micro, accumulated = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
+
+    answers = _teacher(deepspeed, FeatureTap(teacher.encoder, settings.loss), teacher.image_size, settings, micro, device, precision)
+    tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute).to(device, torch.float32).train()
+    freeze_what_features_do_not_need(tap, student.image_size)
+    start = {name: tensor.detach().cpu().clone() for name, tensor in [*tap.named_parameters(), *tap.named_buffers()]}
+    if settings.zero_stage == 3:
+        gather_where_used(tap, student.image_size)
+    optimizer = torch.optim.AdamW(parameter_groups(tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.learning_rate)
+
+    folder = directory / "checkpoints"
+    found, damaged = checkpoints.newest(folder)
+    if rank == 0:
+        _clean(folder, found, damaged)
+    with checkpoints.for_processes(folder, found) if found else nullcontext((None, False)) as (tag, universal):
+        config["checkpoint"] = {"load_universal": universal}
+        engine, *_ = deepspeed.initialize(model=tap, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        if tag:
+            engine.load_checkpoint(str(folder), tag=tag)
+        for state in optimizer.state.values() if universal else ():  # ZeRO-3 reads one counter for all groups, which would all advance it
+            state["step"] = state["step"].clone()
+    done = found or Checkpoint(0, world, settings.zero_stage)
+    if rank == 0 and done.step:
+        at = "" if isinstance(images, Images) else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
+        print(f"  distil: goes on at step {done.step} of {settings.steps}{at}", flush=True)
+    average = Average(engine.module, settings.ema, holder=rank == 0) if settings.ema else None
+    if average and found and rank == 0:
+        average.values = checkpoints.average_of(folder, found)
+    if settings.compile:
+        engine.compile()
+
+    loader = _loader(images, teacher, settings, micro, done)
+    broken, shards = dict(done.broken), {}
+    with Meter("distil", settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
+        for step in range(done.step + 1, settings.steps + 1):
+            torch.manual_seed(hash((settings.seed, step, rank)))  # for dropout and stochastic depth, where a tower has them
+            losses: dict[str, Tensor] = {}
+            met: dict[str, str] = {}
+            names: list[str] = []
+            for piece in range(accumulated):
+                sample = next(loader)
+                met |= {name: error for name, error in sample.broken.items() if name not in broken}
+                names += sample.names
+                shards[sample.shard[0]] = sample.shard[1]
+                batch = sample.images.to(device, precision, non_blocking=True)
+                with torch.no_grad():
+                    target = answers(batch)
+                parts = settings.loss(engine(batch), target)
+                engine.backward(settings.loss.total(parts))
+                for name, part in parts.items():
+                    losses[name] = losses.get(name, 0) + part.detach().float() / accumulated
+                if piece < accumulated - 1:
+                    engine.step()
+            values, stopped, any_broken = _agree(losses, stop(), bool(met), device)
+            total = sum(settings.loss.weight(name) * value for name, value in values.items())
+            if not math.isfinite(total):
+                raise DgmrError(_not_finite(total, step, list(checkpoints.all_of(dict.fromkeys(names, ""))), folder))
+            # Both groups: ZeRO-3 reads a universal checkpoint with the first group's values in all of them.
+            for group, decay in zip(optimizer.param_groups, (settings.decay(step - 1), 0.0), strict=True):
+                group["weight_decay"] = decay
+            engine.step()
+            if average:
+                average.update()
+            if any_broken:
+                broken |= checkpoints.all_of(met)
+                _check_broken(broken, len(images) if isinstance(images, Images) else settings.batch_size * step, settings)
+            if meter:
+                rate = settings.batch_size * (step - done.step) / meter.elapsed()
+                meter.step(step, f"loss {total:.4f} {rate:.0f} images/s")
+            if step % settings.log_every == 0 or step == settings.steps:
+                curves = {
+                    "loss": total,
+                    "learning_rate": settings.learning_rate(step - 1),
+                    **{f"mse_{name}": v for name, v in values.items()},
+                }
+                if (norm := engine.get_global_grad_norm()) is not None:
+                    curves["gradient_norm"] = float(norm)
+                engine.monitor.write_events([(f"distill/{name.replace(' ', '_')}", value, step) for name, value in curves.items()])
+            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
+                shard = min(checkpoints.all_of(shards).values())
+                here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
+                checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)
+            if stopped and step < settings.steps:
+                raise Preempted(f"preempted at step {step} of {settings.steps}; run again to go on from there")
+    trained = trained_parameters(engine)
+    if rank:
+        return None
+    if average:
+        trained = {name: value.cpu() for name, value in average.values.items()}
+    _restore(tap, {**start, **trained})
+    student.module.to("cpu", torch.float32).requires_grad_(True).eval()
+    count = len(images) if isinstance(images, Images) else None
+    return {**asdict(settings), "processes": world, "images": count, "broken_images": broken}
+
+
+def _loader(images: Images | Stream, teacher: OpenedModel, settings: Settings, micro: int, done: Checkpoint) -> Iterator[Sample]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment)
+    if isinstance(images, Stream):
+        crops = StreamCrops(images, transform, settings.seed, done.shard, rank, world)
+        return stream_batches(crops, micro=micro, workers=settings.workers)
+    return batches(
         Crops(images, transform, settings.seed),
         batch=settings.batch_size,
+        micro=micro,
         seed=settings.seed,
-        first_step=first,
+        first_step=done.step,
         steps=settings.steps,
         rank=rank,
         world=world,
         workers=settings.workers,
     )
-    with Meter("distil", settings.steps, done=first) if rank == 0 else nullcontext() as meter:
-        for step, batch in enumerate(loader, start=first + 1):
-            batch = batch.to(device, precision)
-            with torch.no_grad():
-                target = teacher_tap(batch)
-            loss = feature_loss(engine(batch), target)
-            mean_loss = loss.detach().float().clone()
-            torch.distributed.all_reduce(mean_loss)
-            value = mean_loss.item() / world
-            if not math.isfinite(value):
-                raise DgmrError(f"the loss is {value} at step {step}; lower distill.base_lr; the last checkpoint is kept in {checkpoints}")
-            engine.backward(loss)
-            engine.step()
-            if meter:
-                meter.step(step, f"loss {value:.4f} {settings.batch_size * (step - first) / meter.elapsed():.0f} images/s")
-            if step % settings.log_every == 0 or step == settings.steps:
-                engine.monitor.write_events([("distill/loss", value, step)])
-            if step % settings.checkpoint_every == 0 or step == settings.steps:
-                _checkpoint(engine, checkpoints, step, rank)
-    trained = _gathered(engine)
-    if rank:
-        return None
-    student.module.to("cpu", torch.float32).requires_grad_(True).eval()
-    student_tap.load_state_dict({**start, **trained})
-    if lock is not None:
-        lock.close()
-    return {**asdict(settings), "processes": world, "images": len(images)}
 
 
-def learning_rate(step: int, settings: Settings, peak: float) -> float:
-    """Linear warm-up from 0 to ``peak``, then a cosine to ``min_lr`` at the last step; ``step`` counts from 0."""
-    if step < settings.warmup_steps:
-        return peak * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    return settings.min_lr + (peak - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if peak else 0.0
-
-
-def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[str, Any]:
-    """DeepSpeed's own configuration for these settings."""
-    return {
-        "train_micro_batch_size_per_gpu": settings.batch_size // world,
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": settings.zero_stage},
-        "zero_allow_untested_optimizer": True,
+def _teacher(
+    deepspeed: Any, tap: FeatureTap, image_size: int, settings: Settings, micro: int, device: torch.device, precision: torch.dtype
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """The teacher's features of a batch; its parameters are sharded over the processes if the settings say so."""
+    tap = tap.to(device, precision).eval().requires_grad_(False)
+    if not settings.shard_teacher:
+        return torch.compile(tap) if settings.compile else tap
+    gather_where_used(tap, image_size)
+    config = {
+        "train_micro_batch_size_per_gpu": micro,
         "bf16": {"enabled": settings.bf16},
-        "csv_monitor": {"enabled": True, "output_path": str(directory), "job_name": "log"},
+        "zero_optimization": {"stage": 3},
         "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
     }
+    engine, *_ = deepspeed.initialize(model=tap, config=config)
+    return engine
 
 
-def _start_deepspeed() -> Any:
-    deepspeed = require("deepspeed", "distill")
-    if deepspeed.accelerator.get_accelerator().device_name() == "cpu":
-        # Plain gloo: nothing is compiled at launch, and no compiler has to be there.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.accelerator.get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False)
-    return deepspeed
+def _agree(losses: dict[str, Tensor], stop: bool, broken: bool, device: torch.device) -> tuple[dict[str, float], bool, bool]:
+    """Mean losses over the processes, whether any was told to stop, and whether any met a new broken image: one exchange a step."""
+    flags = [torch.tensor(float(flag), device=device) for flag in (stop, broken)]
+    both = torch.stack([*losses.values(), *flags])
+    distributed.all_reduce(both)
+    *means, stopped, met = both.tolist()
+    world = distributed.get_world_size()
+    return {name: value / world for name, value in zip(losses, means, strict=True)}, stopped > 0, met > 0
 
 
-def freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:
-    """The final norm and the projection get no gradient; left trainable they would still be decayed."""
-    parameters = list(tap.requires_grad_(True).parameters())
-    class_token, patches = tap(torch.zeros(1, 3, image_size, image_size).to(parameters[0].device, parameters[0].dtype))
-    total = patches.sum() + (0 if class_token is None else class_token.sum())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
-        parameter.requires_grad_(gradient is not None)
+@contextmanager
+def _told_to_stop() -> Iterator[Callable[[], bool]]:
+    """SIGTERM sets a flag, nothing else: all processes look at it together, at the end of a step."""
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield told.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices of Linear and convolution layers are decayed; norms, biases, tokens and position embeddings are not."""
-    decayed_names = {
-        f"{name}.{kind}" if name else kind
-        for name, layer in module.named_modules()
-        for kind in (
-            ("weight",)
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-            else ("in_proj_weight",)
-            if isinstance(layer, nn.MultiheadAttention)
-            else ()
+def _clean(folder: Path, found: Checkpoint | None, damaged: list[str]) -> None:
+    """Say which checkpoints are damaged; drop them and those that were never finished."""
+    for name in damaged:
+        print(
+            f"  distil: the checkpoint {name} is damaged; {f'the one of step {found.step} is used' if found else 'from the start'}",
+            flush=True,
         )
-    }
-    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trained if name in decayed_names]
-    plain = [parameter for name, parameter in trained if name not in decayed_names]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    for path in folder.glob("*step*"):
+        if path.name in damaged or not (path / checkpoints.SEAL).exists():
+            shutil.rmtree(path)
 
 
-def _checkpoint(engine: Any, directory: Path, step: int, rank: int) -> None:
-    """Save, and mark the checkpoint as whole when every rank has written its part; all but the newest two are dropped."""
-    engine.save_checkpoint(str(directory), tag=f"step{step:08d}", client_state={"step": step}, save_latest=False)
-    torch.distributed.barrier()
-    if rank == 0:
-        (directory / f"step{step:08d}" / WHOLE).touch()
-        for old in sorted(directory.glob("step*"))[:-2]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
+def _check_broken(broken: dict[str, str], count: int, settings: Settings) -> None:
+    if len(broken) > settings.max_broken * count:
+        name, error = next(iter(broken.items()))
+        raise DgmrError(
+            f"{len(broken)} of {count} images do not decode, more than distill.max_broken = {settings.max_broken:g}; first: "
+            f"{name}: {error}; repair or remove them, or raise the limit"
+        )
 
 
-def _newest(directory: Path) -> str | None:
-    """The newest checkpoint that was written to its end."""
-    whole = sorted(marker.parent.name for marker in directory.glob(f"step*/{WHOLE}"))
-    return whole[-1] if whole else None
+def _not_finite(loss: float, step: int, names: list[str], folder: Path) -> str:
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (
+        f"the loss is {loss} at step {step} (images {shown}); nothing was changed by this step; lower distill.base_lr or look at these "
+        f"images; the last checkpoint is kept in {folder}"
+    )
 
 
-def _gathered(engine: Any) -> dict[str, torch.Tensor]:
-    """The trained parameters in float32, whatever ZeRO stage sharded them. Every rank has to call it."""
-    deepspeed = require("deepspeed", "distill")
-    full = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            value = deepspeed.utils.safe_get_full_fp32_param(parameter)
-            full[name] = (parameter.detach() if value is None else value).float().cpu().clone()
-    return full
+def _restore(tap: FeatureTap, tensors: dict[str, Tensor]) -> None:
+    """Whole tensors into a module whose parameters DeepSpeed may have sharded."""
+    for name, tensor in [*tap.named_parameters(), *tap.named_buffers()]:
+        tensor.data = tensors[name]
 
 
 def read_losses(directory: Path) -> list[tuple[int, float]]:

@@ -1,37 +1,89 @@
-"""What the student is asked for: the teacher's class token and patch tokens before the final norm.
+"""What the student is asked for: the teacher's features, by mean squared errors with a weight each.
 
-Both papers: mean squared error on the class token plus mean squared error on the patch tokens, weights 1 : 1
-(arXiv 2603.08100 eq. 8; arXiv 2506.08591, its EVA path).
+Both papers ask for the class token and the patch tokens before the final norm, weights 1 : 1 (arXiv 2603.08100 eq. 8; arXiv 2506.08591,
+its EVA path). Its OpenCLIP path asks for patch tokens after the norm and the projected class token, which is the embedding; its Swin path
+for the logits too, which is the embedding of a tower with a classifier.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from dgmr_tp.pruning import Encoder, last_state
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning import Encoder
 
-Features = tuple[Tensor | None, Tensor]
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The parts of the loss and their weights; a weight of 0 leaves a part out."""
+
+    class_token: float = 1.0
+    """Of towers that have one."""
+    patches: float = 1.0
+    embedding: float = 0.0
+    """What the tower gives its caller: the projected features, or the logits of a classifier."""
+    layers: dict[int, float] = field(default_factory=dict)
+    """Weights of all tokens after single blocks, counted from 1."""
+    after_norm: bool = False
+    """Class and patch tokens are taken after the final norm instead of before it."""
+
+    def __call__(self, student: Features, teacher: Features) -> Features:
+        """The mean squared error of every part, unweighted."""
+        return {name: F.mse_loss(features, teacher[name]) for name, features in student.items()}
+
+    def total(self, parts: Features) -> Tensor:
+        """The weighted sum that is trained on."""
+        return sum((self.weight(name) * part for name, part in parts.items()), next(iter(parts.values())).new_zeros(()))
+
+    def weight(self, name: str) -> float:
+        """Of a part by its name, such as ``patches`` or ``layer 3``."""
+        return self.layers[int(name.removeprefix("layer "))] if name.startswith("layer ") else getattr(self, name)
 
 
 class FeatureTap(nn.Module):
-    """An encoder as a module from images to ``(class token, patch tokens)`` of its last block."""
+    """An encoder as a module from images to the features that an objective compares, by name.
 
-    def __init__(self, encoder: Encoder) -> None:
+    Args:
+        encoder: its parameters are the module's.
+        objective: which features.
+        recompute: blocks keep only their input for the backward pass and run again there (activation checkpointing).
+
+    Raises:
+        DgmrError: the objective names a block that the encoder does not have, or nothing at all.
+    """
+
+    def __init__(self, encoder: Encoder, objective: Objective | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         self.tower = encoder.module
         self.walk = encoder
+        self.objective = objective or Objective()
+        self.recompute = recompute
+        depth = len(encoder.blocks())
+        if wrong := [layer for layer in self.objective.layers if not 1 <= layer <= depth]:
+            raise DgmrError(f"distill.loss.layers names block {wrong[0]}; {encoder.name} has blocks 1 to {depth}")
 
     def forward(self, images: Tensor) -> Features:
-        return self.walk.features(last_state(self.walk, images))
-
-
-def feature_loss(student: Features, teacher: Features, class_weight: float = 1.0, patch_weight: float = 1.0) -> Tensor:
-    """``class_weight · MSE(class token) + patch_weight · MSE(patch tokens)``, each a mean over all its numbers.
-
-    A tower without a class token has the second part alone.
-    """
-    loss = patch_weight * F.mse_loss(student[1], teacher[1])
-    if student[0] is not None and teacher[0] is not None:
-        loss = loss + class_weight * F.mse_loss(student[0], teacher[0])
-    return loss
+        wanted, walk = self.objective, self.walk
+        found: Features = {}
+        state = walk.stem(images)
+        for number, block in enumerate(walk.blocks(), start=1):
+            recomputed = self.recompute and self.training and state.requires_grad
+            state = checkpoint(block, state, use_reentrant=False) if recomputed else block(state)
+            if wanted.layers.get(number):
+                found[f"layer {number}"] = state
+        class_token, patches = walk.features(walk.norm(state) if wanted.after_norm else state)
+        if wanted.class_token and class_token is not None:
+            found["class_token"] = class_token
+        if wanted.patches:
+            found["patches"] = patches
+        if wanted.embedding:
+            found["embedding"] = walk.embed(state)
+        if not found:
+            raise DgmrError(f"distill.loss asks for nothing that {walk.name} has; give patches or embedding a weight")
+        return found

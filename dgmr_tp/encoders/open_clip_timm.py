@@ -29,5 +29,8 @@ class OpenCLIPTimm:
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
         return self.trunk.features(state)
 
+    def norm(self, state: Tensor) -> Tensor:
+        return self.trunk.norm(state)
+
     def embed(self, state: Tensor) -> Tensor:
         return self.module.head(self.trunk.embed(state))

@@ -29,6 +29,9 @@ class OpenCLIPViT:
     def features(self, state: Tensor) -> tuple[Tensor, Tensor]:
         return state[:, 0], state[:, 1:]
 
+    def norm(self, state: Tensor) -> Tensor:
+        return self.module.ln_post(state)
+
     def embed(self, state: Tensor) -> Tensor:
         pooled, _ = self.module._pool(state)
         return pooled if self.module.proj is None else pooled @ self.module.proj

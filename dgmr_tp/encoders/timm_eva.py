@@ -48,5 +48,8 @@ class TimmEva:
         class_token = None if self.module.cls_token is None else state[:, 0]
         return class_token, state[:, self.module.num_prefix_tokens :]
 
+    def norm(self, state: Tensor) -> Tensor:
+        return self.module.norm(state)
+
     def embed(self, state: Tensor) -> Tensor:
-        return self.module.forward_head(self.module.norm(state))
+        return self.module.forward_head(self.norm(state))

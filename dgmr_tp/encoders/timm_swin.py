@@ -32,9 +32,12 @@ class TimmSwin:
     def features(self, state: Tensor) -> tuple[None, Tensor]:
         return None, state
 
+    def norm(self, state: Tensor) -> Tensor:
+        return self.module.norm(state)
+
     def embed(self, state: Tensor) -> Tensor:
         grid = self.module.layers[-1].output_resolution
-        return self.module.forward_head(self.module.norm(state.unflatten(1, grid)))
+        return self.module.forward_head(self.norm(state).unflatten(1, grid))
 
 
 def _block(block: nn.Module, stage: nn.Module, state: Tensor, *, first: bool) -> Tensor:

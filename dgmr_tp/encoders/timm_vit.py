@@ -28,5 +28,8 @@ class TimmViT:
         class_token = state[:, 0] if self.module.has_class_token else None
         return class_token, state[:, self.module.num_prefix_tokens :]
 
+    def norm(self, state: Tensor) -> Tensor:
+        return self.module.norm(state)
+
     def embed(self, state: Tensor) -> Tensor:
-        return self.module.forward_head(self.module.norm(state))
+        return self.module.forward_head(self.norm(state))

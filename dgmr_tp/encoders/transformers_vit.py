@@ -52,5 +52,8 @@ class TransformersViT:
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
         return (state[:, 0], state[:, 1:]) if self._has_class_token else (None, state)
 
+    def norm(self, state: Tensor) -> Tensor:
+        return (self.module.post_layernorm if hasattr(self.module, "post_layernorm") else self.module.layernorm)(state)
+
     def embed(self, state: Tensor) -> Tensor:
         return self._head(self.module, state)

@@ -46,6 +46,10 @@ class Encoder(Protocol):
         ``[batch, patches, width]`` of a state, before the final norm."""
         ...
 
+    def norm(self, state: Tensor) -> Tensor:
+        """The state after the last block behind the tower's final norm, token by token; as it is where the tower has none."""
+        ...
+
     def embed(self, state: Tensor) -> Tensor:
         """The state after the last block to what the tower gives its caller, ``[batch, embedding]``: of several outputs
         the one that stands for the image."""

@@ -1,0 +1,138 @@
+"""Checkpoints that are whole or not there: written by DeepSpeed, sealed with checksums, read at any number of processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import sha256, write_whole
+
+SEAL = "whole.json"
+"""Written last, when every process has written its part: what the checkpoint is and the SHA-256 of its files."""
+AVERAGE = "average.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the seal of a checkpoint says."""
+
+    step: int
+    """Steps behind it: with the seed, all that the order of the images needs."""
+    processes: int
+    zero_stage: int
+    files: dict[str, str] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    """Images that did not decode so far, and why."""
+    shard: int = 0
+    """Of a stream: the shards before this position were read to their end."""
+
+    @property
+    def tag(self) -> str:
+        return f"step{self.step:08d}"
+
+
+def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str, Tensor], keep: int) -> None:
+    """Write and seal a checkpoint; all but the newest ``keep`` are dropped. Every process has to call it.
+
+    Raises:
+        DgmrError: it cannot be written; the ones before it stay.
+    """
+    folder = directory / checkpoint.tag
+    try:
+        engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
+        if average:
+            save_file(average, folder / AVERAGE)
+        distributed.barrier()
+        sums = _checksums(folder)
+        if distributed.get_rank() == 0:
+            write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": sums}))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
+        raise DgmrError(
+            f"cannot write the checkpoint {folder}: {str(error).splitlines()[0]}; make room; the one before it is kept, run again to go on"
+        ) from error
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        sealed = sorted(path.parent for path in directory.glob(f"step*/{SEAL}"))
+        for old in [path for path in directory.glob("step*") if path not in sealed[-keep:]]:
+            shutil.rmtree(old)
+
+
+def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
+    damaged: list[str] = []
+    for path in sorted(directory.glob(f"step*/{SEAL}"), reverse=True):
+        try:
+            found = Checkpoint(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            found = None
+        if found and _checksums(path.parent, found.files) == found.files:
+            return found, damaged
+        damaged.append(path.parent.name)
+    return None, damaged
+
+
+def average_of(directory: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The moving average that was saved with it; empty where there was none."""
+    path = directory / checkpoint.tag / AVERAGE
+    return load_file(path) if path.exists() else {}
+
+
+@contextmanager
+def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
+    """The tag to load, and whether it is a universal checkpoint: ZeRO's shards of another number of processes are converted by
+    DeepSpeed's own converter for the time of the context. Every process has to call it.
+
+    Raises:
+        DgmrError: the conversion failed.
+    """
+    if checkpoint.processes == distributed.get_world_size() or checkpoint.zero_stage == 0:
+        yield checkpoint.tag, False
+        return
+    converted = directory / f"universal-{checkpoint.tag}"
+    problem: list[str | None] = [None]
+    if distributed.get_rank() == 0:
+        shutil.rmtree(converted, ignore_errors=True)
+        folders = ["--input_folder", str(directory / checkpoint.tag), "--output_folder", str(converted)]
+        workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+        program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
+        done = subprocess.run(program, capture_output=True, text=True)
+        if done.returncode:
+            problem = [(done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]]
+    distributed.broadcast_object_list(problem)
+    if problem[0]:
+        raise DgmrError(
+            f"the checkpoint {directory / checkpoint.tag} of {checkpoint.processes} processes cannot be converted for "
+            f"{distributed.get_world_size()}: {problem[0]}; go on with {checkpoint.processes} processes"
+        )
+    yield converted.name, True
+    distributed.barrier()
+    if distributed.get_rank() == 0:
+        shutil.rmtree(converted)
+        (directory / "latest_universal").unlink(missing_ok=True)
+
+
+def _checksums(folder: Path, names: dict[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of the files below ``folder`` but the seal, or of ``names``; the processes share the work."""
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    names_here = sorted(names if names is not None else (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    mine = {name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in names_here[rank::world] if name != SEAL}
+    return all_of(mine)
+
+
+def all_of(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of all processes. Every process has to call it."""
+    parts: list[dict[Any, Any]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(parts, mine)
+    return dict(sorted(entry for part in parts for entry in part.items()))

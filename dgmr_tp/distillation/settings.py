@@ -1,0 +1,87 @@
+"""The hyper-parameters of a distillation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from dgmr_tp.distillation.losses import Objective
+from dgmr_tp.errors import DgmrError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.recipe.Distill` for the defaults."""
+
+    steps: int
+    batch_size: int
+    """Global: over all processes and all accumulated batches."""
+    micro_batch: int | None
+    """The most images that one process works on at a time; the gradients of several are accumulated. None: all at once."""
+    base_lr: float
+    """The learning rate is ``base_lr · batch_size / 256``."""
+    min_lr: float
+    warmup_steps: int
+    weight_decay: float
+    final_weight_decay: float | None
+    """Where the decay goes on a cosine; None: it stays."""
+    gradient_clipping: float
+    """Largest norm of the gradient; 0: any."""
+    ema: float | None
+    """Decay of an exponential moving average of the weights, which then is the result."""
+    loss: Objective
+    augment: str
+    min_crop: float
+    flip: bool
+    zero_stage: int
+    offload: str
+    """What lies in the CPU's memory: ``none``, ``optimizer`` (its states), ``all`` (the parameters too; ZeRO-3)."""
+    bf16: bool
+    shard_teacher: bool
+    recompute: bool
+    compile: bool
+    deepspeed: str | None
+    checkpoint_every: int
+    keep_checkpoints: int
+    log_every: int
+    workers: int
+    max_broken: float
+    """Share of the images that may fail to decode before the run stops."""
+    seed: int
+
+    @classmethod
+    def of(cls, section: dict[str, Any], seed: int) -> Settings:
+        """From the content of a recipe's section."""
+        plain = {key: value for key, value in section.items() if key not in ("processes", "hostfile", "loss")}
+        return cls(**plain, loss=Objective(**section["loss"]), seed=seed)
+
+    def micro_batch_of(self, world: int) -> int:
+        """Images that one of ``world`` processes works on at a time: the largest divisor of its share up to ``micro_batch``.
+
+        So the global batch stays what it is, whatever the number of processes.
+
+        Raises:
+            DgmrError: the batch cannot be divided over the processes.
+        """
+        share, rest = divmod(self.batch_size, world)
+        if rest:
+            raise DgmrError(f"distill.batch_size = {self.batch_size} cannot be divided over {world} processes")
+        return next(n for n in range(min(share, self.micro_batch or share), 0, -1) if share % n == 0)
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up from 0 to ``base_lr · batch_size / 256``, then a cosine to ``min_lr``; ``step`` counts from 0."""
+        peak = self.base_lr * self.batch_size / 256
+        if step < self.warmup_steps:
+            return peak * (step + 1) / self.warmup_steps
+        return self._cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps) if peak else 0.0
+
+    def decay(self, step: int) -> float:
+        """The weight decay at ``step``, counted from 0: a cosine from ``weight_decay`` to ``final_weight_decay``."""
+        if self.final_weight_decay is None:
+            return self.weight_decay
+        return self._cosine(self.weight_decay, self.final_weight_decay, step, self.steps)
+
+    @staticmethod
+    def _cosine(first: float, last: float, step: int, steps: int) -> float:
+        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))

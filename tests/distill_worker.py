@@ -1,0 +1,62 @@
+"""Run by a launcher in every process: distillations of the demo CLIP, one after the other.
+
+    torchrun --nproc_per_node 2 distill_worker.py FOLDER
+
+``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section. ``after`` names the case which it goes on,
+``step`` the last checkpoint of that, ``damage`` one to damage. The weights come to ``FOLDER/NAME.safetensors``, an error to
+``FOLDER/NAME.error``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from conftest import SMALL
+from safetensors.torch import save_file
+from torch import distributed
+
+from dgmr_tp import prune
+from dgmr_tp.data.streams import find_images
+from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
+from dgmr_tp.distillation.loop import distill
+from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.encoders import open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.recipe import Distill
+
+SECTION = {**SMALL["distill"], "steps": 12, "checkpoint_every": 4, "keep_checkpoints": 3}
+
+
+def main(folder: Path) -> None:
+    logging.disable(logging.WARNING)
+    start_deepspeed()
+    for name, case in json.loads((folder / "cases.json").read_text()).items():
+        after, step, damage = (case.pop(key, None) for key in ("after", "step", "damage"))
+        if after and os.environ["RANK"] == "0":
+            shutil.copytree(folder / after, folder / name)
+            for checkpoint in (folder / name / "checkpoints").glob("step*"):
+                if step and int(checkpoint.name[4:]) > step:
+                    shutil.rmtree(checkpoint)
+                if damage == int(checkpoint.name[4:]):
+                    next(checkpoint.glob("*model_states.pt")).write_bytes(b"damaged")
+        if after:
+            distributed.barrier()
+        images = case.pop("images", str(folder / "images"))
+        teacher = open_model("demo")
+        student = prune(teacher, criterion="l2", mlp_ratio=1).model
+        settings = Settings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
+        try:
+            if distill(teacher, student, find_images(images), settings, folder / name):
+                save_file(student.encoder.module.state_dict(), folder / f"{name}.safetensors")
+        except DgmrError as error:
+            (folder / f"{name}.error").write_text(str(error))
+    stop_deepspeed()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

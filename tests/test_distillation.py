@@ -1,0 +1,388 @@
+"""What the student is asked for, what DeepSpeed is told, and that every way to run it ends at the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import BIN, SMALL, command, pictures, recipe, redraw, run_command, timm_tower, write_recipe
+from distill_worker import SECTION
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from dgmr_tp import prune
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.distillation import checkpoints
+from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
+from dgmr_tp.distillation.data import Crops, batches, training_transform
+from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_features_do_not_need, parameter_groups
+from dgmr_tp.distillation.losses import FeatureTap, Objective
+from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.encoders import as_encoder, open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.recipe import Distill
+
+
+def settings(**changes) -> Settings:
+    return Settings.of(Distill(**{**SECTION, **changes}).model_dump(), seed=0)
+
+
+def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """timm's own: the states after the blocks, and the logits."""
+    states: list[torch.Tensor] = []
+    handles = [block.register_forward_hook(lambda _m, _i, out: states.append(out)) for block in model.blocks]
+    logits = model(images)
+    for handle in handles:
+        handle.remove()
+    return states[-1], states, logits
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective(),
+        Objective(class_token=0.0, patches=2.0),
+        Objective(after_norm=True),
+        Objective(class_token=0.0, embedding=0.5),
+        Objective(layers={1: 0.25, 3: 2.0}),
+    ],
+    ids=["before the norm", "patches", "after the norm", "embedding", "layers"],
+)
+def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
+    teacher, student, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
+    taps = [FeatureTap(as_encoder(model), objective) for model in (student, teacher)]
+    found = objective.total(objective(*(tap(images) for tap in taps)))
+    expected = torch.zeros(())
+    (a, layers_a, logits_a), (b, layers_b, logits_b) = naive_features(student, images), naive_features(teacher, images)
+    if objective.after_norm:
+        a, b = student.norm(a), teacher.norm(b)
+    expected = expected + objective.class_token * (a[:, 0] - b[:, 0]).square().mean()
+    expected = expected + objective.patches * (a[:, 1:] - b[:, 1:]).square().mean()
+    expected = expected + objective.embedding * (logits_a - logits_b).square().mean()
+    for layer, weight in objective.layers.items():
+        expected = expected + weight * (layers_a[layer - 1] - layers_b[layer - 1]).square().mean()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    other = replace(objective, patches=objective.patches + 0.1)
+    assert not torch.allclose(found, other.total(other(*(FeatureTap(t.walk, other)(images) for t in taps))), rtol=1e-3)
+
+
+def test_blocks_that_are_not_there_are_refused():
+    with pytest.raises(DgmrError, match=r"names block 4; .* has blocks 1 to 3"):
+        FeatureTap(as_encoder(timm_tower()), Objective(layers={4: 1.0}))
+    swin = redraw(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), img_size=224))
+    with pytest.raises(DgmrError, match="asks for nothing that"):
+        FeatureTap(as_encoder(swin), Objective(patches=0.0))(torch.zeros(1, 3, 224, 224))
+
+
+def test_recomputed_blocks_give_the_same_gradients():
+    images = pictures(3)
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        tap = FeatureTap(as_encoder(redraw(timm_tower(), 1)), recompute=recompute).train()
+        loss = sum(feature.square().sum() for feature in tap(images).values())
+        return list(torch.autograd.grad(loss, [p for p in tap.parameters() if p.requires_grad], allow_unused=True))
+
+    pairs = [(a, b) for a, b in zip(gradients(False), gradients(True), strict=True) if a is not None]
+    assert len(pairs) > 20 and all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+
+def test_what_is_trained_and_what_is_decayed():
+    tower = redraw(timm_tower())
+    tap = FeatureTap(as_encoder(tower))
+    freeze_what_features_do_not_need(tap, 32)
+    trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in tower.named_parameters()} - trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(tap, 0.1))
+    matrices = {name for name, p in tower.named_parameters() if id(p) in decayed}
+    assert matrices == {name for name in trained if name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))}
+    assert {"cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.ls1.gamma"} <= {
+        name for name, p in tower.named_parameters() if id(p) in plain
+    }
+    after = FeatureTap(as_encoder(redraw(timm_tower())), Objective(embedding=1.0))
+    freeze_what_features_do_not_need(after, 32)
+    assert all(parameter.requires_grad for parameter in after.parameters())
+
+
+def test_the_schedule_of_the_papers():
+    """Linear warm-up to base · batch / 256, a cosine to the end (torch's own as the reference), decay from 0.04 to 0.2."""
+    given = settings(steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2)
+    assert [given.learning_rate(step) for step in range(10)] == pytest.approx([2e-4 * (step + 1) / 10 for step in range(10)])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=1e-6)
+    for step in range(10, 100):
+        assert given.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        optimizer.step()
+        cosine.step()
+    assert (given.decay(0), given.decay(50), given.decay(100)) == pytest.approx((0.04, 0.12, 0.2))
+    assert settings(weight_decay=0.3).decay(50) == 0.3
+
+
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 50))
+def test_micro_batches_keep_the_global_batch(world, share, most):
+    given = settings(batch_size=world * share, micro_batch=most)
+    config = deepspeed_config(given, world, Path("x"))
+    micro = config["train_micro_batch_size_per_gpu"]
+    assert micro <= most and micro * config["gradient_accumulation_steps"] * world == given.batch_size
+
+
+def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
+    path = tmp_path / "ds.json"
+
+    def joined(**content):
+        path.write_text(json.dumps(content))
+        return deepspeed_config(settings(deepspeed=str(path), zero_stage=2), 2, tmp_path)
+
+    assert deepspeed_config(settings(offload="all", zero_stage=3), 2, tmp_path)["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    config = joined(zero_optimization={"stage": 2, "overlap_comm": True}, tensorboard={"enabled": True}, gradient_clipping="auto")
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True} and config["tensorboard"]["enabled"]
+    assert config["gradient_clipping"] == 0.0
+    with pytest.raises(DgmrError, match=r"ds\.json: zero_optimization\.stage = 3, but the recipe's distill section makes it 2"):
+        joined(zero_optimization={"stage": 3})
+    with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not for DeepSpeed to say"):
+        joined(optimizer={"type": "Adam"})
+    path.write_text("{")
+    with pytest.raises(DgmrError, match=r"distill\.deepspeed: cannot read .*ds\.json"):
+        deepspeed_config(settings(deepspeed=str(path)), 1, tmp_path)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+class Writer:
+    """Writes a checkpoint as DeepSpeed's engine does: some files below the tag."""
+
+    def save_checkpoint(self, directory, tag, save_latest):
+        (Path(directory) / tag).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / tag / "model_states.pt").write_text(tag * 100)
+
+
+def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_group, tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert checkpoints.newest(folder) == (None, [])
+    for step in (3, 6, 9):
+        checkpoints.save(Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), {"w": torch.ones(2)}, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step00000006", "step00000009"]
+    found, damaged = checkpoints.newest(folder)
+    assert (found.step, found.broken, damaged) == (9, {"a.png": "no image"}, [])
+    assert torch.equal(checkpoints.average_of(folder, found)["w"], torch.ones(2))
+    for damage in (lambda f: f.write_text("x"), lambda f: f.unlink()):
+        shutil.copytree(folder, tmp_path / "copy")
+        damage(tmp_path / "copy" / "step00000009" / "model_states.pt")
+        found, damaged = checkpoints.newest(tmp_path / "copy")
+        assert found.step == 6 and damaged == ["step00000009"]
+        shutil.rmtree(tmp_path / "copy")
+    (folder / "step00000009" / SEAL).unlink()  # killed before the end of the save
+    assert checkpoints.newest(folder)[0].step == 6
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(process_group, tmp_path):
+    checkpoints.save(Writer(), tmp_path, Checkpoint(3, 1, 1), {}, keep=2)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(DgmrError, match=r"cannot write the checkpoint .*step00000006.*make room"):
+            checkpoints.save(Writer(), tmp_path, Checkpoint(6, 1, 1), {"w": torch.ones(10_000)}, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert checkpoints.newest(tmp_path)[0].step == 3
+
+
+# What follows launches processes.
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+MATRIX = {
+    **{name: {"zero_stage": int(name[-1]), "weight_decay": 0.1} for name in STAGES},
+    "micro": {"micro_batch": 2, "weight_decay": 0.1},
+    "recompute": {"recompute": True, "weight_decay": 0.1},
+    "sharded teacher": {"shard_teacher": True, "weight_decay": 0.1},
+    "offload": {"zero_stage": 2, "offload": "optimizer", "weight_decay": 0.1},
+    "offload all": {"zero_stage": 3, "offload": "all", "weight_decay": 0.1},
+    "average": {"ema": 0.5, "weight_decay": 0.1},
+    "clipped": {"gradient_clipping": 0.01, "weight_decay": 0.1},
+    "bf16": {"bf16": True, "weight_decay": 0.1},
+    "bf16 zero3": {"bf16": True, "zero_stage": 3, "weight_decay": 0.1},
+}
+
+
+def launch(folder: Path, processes: int, cases: dict) -> None:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    program = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), str(Path(__file__).with_name("distill_worker.py")), str(folder)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("matrix")
+    scenes.write_classification(folder / "images", 60, seed=5)
+    launch(folder, 2, MATRIX)
+    return folder
+
+
+def start() -> dict[str, torch.Tensor]:
+    return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.encoder.module.state_dict()
+
+
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Distance in norm, relative to the way of the training from its start. Not by weight: Adam turns the rounding of a gradient
+    near zero into a step of full size."""
+    norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
+    return norm(a, b) / norm(a, start())
+
+
+def plain_torch(folder: Path, given: Settings, mean_of: float | None = None) -> dict[str, torch.Tensor]:
+    """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
+    opened = open_model("demo")
+    teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module.train()
+    crops = Crops(Images.find(folder / "images"), training_transform(opened.preprocess_config, 64, given.min_crop, given.flip), 0)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not name.startswith(("ln_post", "proj")))
+    decayed = ("conv1.weight", "in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
+    groups = [
+        {"params": [p for n, p in student.named_parameters() if p.requires_grad and n.endswith(decayed)], "weight_decay": 0.1},
+        {"params": [p for n, p in student.named_parameters() if p.requires_grad and not n.endswith(decayed)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+    tokens = lambda tower, x: tower.transformer(tower._embeds(x))  # noqa: E731
+    average = {name: p.detach().clone() for name, p in student.named_parameters()}
+    seen = batches(crops, batch=8, micro=8, seed=0, first_step=0, steps=given.steps, rank=0, world=1, workers=0)
+    for step, (images, *_) in enumerate(seen):
+        for group in optimizer.param_groups:
+            group["lr"] = given.base_lr * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / given.steps))).item()
+        with torch.no_grad():
+            wanted = tokens(teacher, images)
+        got = tokens(student, images)
+        loss = (got[:, 0] - wanted[:, 0]).square().mean() + (got[:, 1:] - wanted[:, 1:]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        if given.gradient_clipping:
+            nn.utils.clip_grad_norm_(student.parameters(), given.gradient_clipping)
+        optimizer.step()
+        for name, parameter in student.named_parameters():
+            average[name] = 0.5 * average[name] + 0.5 * parameter.detach()
+    return {**student.state_dict(), **average} if mean_of else student.state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith("bf16")])
+def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
+    given = settings(**MATRIX[case])
+    found, expected = load_file(matrix / f"{case}.safetensors"), plain_torch(matrix, given, given.ema)
+    assert apart(found, expected) < 0.005
+    wrong = plain_torch(matrix, replace(given, gradient_clipping=0.0 if given.gradient_clipping else 0.01), given.ema)
+    assert apart(found, wrong) > 0.02
+
+
+@pytest.mark.slow
+def test_bf16_trains_float32_weights(matrix):
+    for name in ("bf16", "bf16 zero3"):
+        found = load_file(matrix / f"{name}.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in found.values())
+        fc1 = found["transformer.resblocks.0.mlp.c_fc.weight"]
+        assert not torch.equal(fc1, fc1.bfloat16().float()), "the master weights were rounded"
+        before, after = start()["ln_post.weight"], found["ln_post.weight"]
+        assert torch.equal(before, after), "what is not trained was rounded"
+        losses = [float(line.split(",")[1]) for line in (matrix / name / "log" / "distill_loss.csv").read_text().splitlines()[1:]]
+        reference = [float(line.split(",")[1]) for line in (matrix / "zero1" / "log" / "distill_loss.csv").read_text().splitlines()[1:]]
+        assert len(losses) == 12 and torch.allclose(torch.tensor(losses), torch.tensor(reference), rtol=0.1)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_at_another_number_of_processes(matrix):
+    """2 → 1 → 2, in every ZeRO stage: steps 0–4, 4–8, 8–12."""
+    cases = {**{name: MATRIX[name] for name in STAGES}, "average": MATRIX["average"], "bf16": MATRIX["bf16"]}
+    launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
+    for name in cases:
+        seal = json.loads((matrix / f"{name} one" / "checkpoints" / "step00000008" / SEAL).read_text())
+        assert seal["processes"] == 1 and not list((matrix / f"{name} one" / "checkpoints").glob("*universal*"))
+    launch(matrix, 2, {f"{name} back": {**case, "after": f"{name} one", "step": 8} for name, case in cases.items()})
+    for name in cases:
+        whole, there_and_back = load_file(matrix / f"{name}.safetensors"), load_file(matrix / f"{name} back.safetensors")
+        assert apart(whole, there_and_back) < (0.05 if name == "bf16" else 0.005), name
+    # It went on, and did not begin again: another start ends elsewhere.
+    assert apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_last_checkpoint(matrix):
+    shutil.copytree(matrix / "images", matrix / "broken")
+    [shard] = (matrix / "broken").rglob("*.tar")
+    content = bytearray(shard.read_bytes())
+    for record in Images.find(matrix / "broken").records[::3]:
+        content[record.offset : record.offset + record.length] = bytes(record.length)
+    shard.write_bytes(content)
+    cases = {
+        "damaged": {**MATRIX["zero1"], "after": "zero1", "damage": 12},
+        "too many broken": {"images": str(matrix / "broken")},
+        "some broken": {"images": str(matrix / "broken"), "max_broken": 0.5},
+        "not finite": {"base_lr": 1e30},
+        "no share": {"batch_size": 7},
+        "stream": {"images": f"pipe:cat {matrix / 'images' / 'test' / '0.tar'}", "workers": 1},
+        "no shard": {"images": f"pipe:cat {matrix / 'images' / 'test' / '7.tar'}", "workers": 1},
+    }
+    launch(matrix, 2, cases)
+    says = lambda name: (matrix / f"{name}.error").read_text()  # noqa: E731
+    assert apart(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.005
+    assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
+    assert "the loss is" in says("not finite") and "lower distill.base_lr" in says("not finite") and ".tar:" in says("not finite")
+    assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")
+    assert "cannot read the shard pipe:cat" in says("no shard") and "Traceback" not in says("no shard")
+    assert 0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5  # other crops
+    listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
+    met = {name for name in listed if name.endswith(".png")}
+    assert len(met) == 20  # 12 · 8 images are more than an epoch of 60
+
+
+@pytest.mark.slow
+def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tmp_path):
+    whole, _ = small_run
+    directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24})
+    directory.mkdir()
+    shutil.copy(whole / "recipe.json", directory)
+    for stage in ("scenes", "prune", "recover"):
+        shutil.copytree(whole / stage, directory / stage)
+    curve = directory / "distill/.mlp_ratio-1.partial/log/distill_loss.csv"
+    with (tmp_path / "log").open("w") as stream:
+        process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
+        deadline = time.monotonic() + 300
+        while not curve.exists() or len(curve.read_text().splitlines()) < 4:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
+    said = (tmp_path / "log").read_text()
+    assert "preempted" in said and "Traceback" not in said
+    [checkpoint] = curve.parent.parent.glob(f"checkpoints/*/{SEAL}")
+    step = json.loads(checkpoint.read_text())["step"]
+    assert 3 <= step < 24
+    done = run_command("run", path, "-o", directory, "--until", "distill")
+    assert done.returncode == 0 and f"goes on at step {step} of 24" in done.stdout, done.stdout + done.stderr
+    ours, reference = (load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole))
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
+
+
+def test_what_does_not_decide_the_result_may_change_between_two_starts():
+    base = recipe().distill
+    for change in ({"processes": 1}, {"workers": 2}, {"micro_batch": 2}, {"checkpoint_every": 5}, {"hostfile": "hosts"}):
+        assert recipe(distill={**SMALL["distill"], **change}).distill.deciding == base.deciding
+    assert recipe(distill={**SMALL["distill"], "base_lr": 2e-3}).distill.deciding != base.deciding
