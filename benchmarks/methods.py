@@ -46,7 +46,7 @@ from dgmr_tp.distillation.engine import parameter_groups
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.files import write_whole
-from dgmr_tp.promise import nearest_classes
+from dgmr_tp.neighbours import nearest_classes
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.functional import PROBED

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -346,40 +347,57 @@ def distill(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model directory, open_clip:NAME, demo, or an exported .onnx or .pt file.")],
-    dataset: Annotated[str, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")],
-    root: Annotated[Path, typer.Option(help="Its folder.")],
-    file: Annotated[Path, typer.Option("--out", "-o", help="clip_benchmark's JSON file.")] = Path("result.json"),
+    dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
+    knn_train: Annotated[Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")] = None,
+    knn_test: Annotated[Path | None, typer.Option(help="k-NN: the images that are judged.")] = None,
+    file: Annotated[Path, typer.Option("--out", "-o", help="The JSON file of the figures.")] = Path("result.json"),
     pretrained: PretrainedOption = None,
     text: Annotated[str, typer.Option(help="For an exported file: the model whose text tower and preprocessing go with it.")] = "demo",
     task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval or auto.")] = "auto",
     annotations: Annotated[Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that read images for k-NN.")] = 0,
 ) -> None:
-    """Evaluate a model or an exported file with clip_benchmark's own code."""
+    """Evaluate a model or an exported file: zero-shot with clip_benchmark's own code, or by k-NN (torchrun shares the images)."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
     from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
+    from dgmr_tp.files import write_whole
+    from dgmr_tp.pruning import Tower
 
+    if (dataset is None or root is None) == (knn_train is None or knn_test is None):
+        raise DgmrError("give either --dataset and --root, or --knn-train and --knn-test")
+    speaks = knn_train is None or _join_processes()
     exported = Path(model).suffix in (".onnx", ".pt")
     opened = open_model(text if exported else model, pretrained)
-    clip = opened.module
+    device = "cpu" if exported else _device()
+    clip = opened.module.to(device)
+    embed: Any = Tower(opened.encoder)
     if exported:
         from dgmr_tp.export import open_exported
 
-        clip = CLIPWithEncoder(clip, open_exported(Path(model)))
-    metrics = run_clip_benchmark(
-        clip.to(_device()) if not exported else clip,
-        opened.preprocess,
-        opened.tokenizer,
-        dataset=dataset,
-        root=root,
-        output=file,
-        name=Path(model).name,
-        task=task,
-        annotations=annotations,
-        batch_size=batch_size,
-    )
-    for name, value in metrics.items():
+        embed = open_exported(Path(model))
+        clip = CLIPWithEncoder(clip, embed)
+    if knn_train and knn_test:
+        metrics = _knn(embed, opened, knn_train, knn_test, device, batch_size, workers, speaks)
+        if speaks:
+            write_whole(file, json.dumps(metrics, indent=1) + "\n")
+    else:
+        assert dataset and root
+        metrics = run_clip_benchmark(
+            clip,
+            opened.preprocess,
+            opened.tokenizer,
+            dataset=dataset,
+            root=root,
+            output=file,
+            name=Path(model).name,
+            task=task,
+            annotations=annotations,
+            batch_size=batch_size,
+        )
+    for name, value in metrics.items() if speaks else ():
         out.print(f"{name:<28} {value:.4f}")
 
 
@@ -578,6 +596,18 @@ def _join_processes() -> bool:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group()
     return torch.distributed.get_rank() == 0
+
+
+def _knn(embed, opened, train, test, device, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.knn import knn_accuracy
+    from dgmr_tp.progress import shown
+
+    options = {"device": device, "batch_size": batch_size, "workers": workers}
+    with shown() as progress:
+        if speaks:
+            options["progress"] = progress
+        return knn_accuracy(embed, opened.preprocess, train=Images.find(train), test=Images.find(test), **options)
 
 
 def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]

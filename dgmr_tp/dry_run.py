@@ -89,7 +89,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 
         settings = Settings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
-    roots = [recipe.images, *(entry.root for entry in (recipe.evaluate.datasets if recipe.evaluate else []))]
+    roots = [recipe.images, *(recipe.evaluate.paths.values() if recipe.evaluate else ())]
     paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:") and not is_url(root)}
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import find_images, is_url
 from dgmr_tp.decide import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
 from dgmr_tp.encoders import OpenedModel, open_model
@@ -336,13 +337,13 @@ class Run:
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
         model = self.original()
-        return {"original": self._measure(model, model.module, folder, "original")}
+        return {"original": self._measure(model, model.module, Tower(model.encoder), folder, "original")}
 
     def _evaluate(self, folder: Path, size: str) -> dict[str, Any]:
         figures = {}
         for label, key in self.model_keys(size).items():
             model = open_model(str(self.folder(key) / "model"))
-            figures[label] = self._measure(model, model.module, folder, label)
+            figures[label] = self._measure(model, model.module, Tower(model.encoder), folder, label)
         return figures
 
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
@@ -361,19 +362,31 @@ class Run:
             original=Tower(original.encoder),
         )
         if "onnx" in self.recipe.export.formats and self.recipe.evaluate:
-            clip = CLIPWithEncoder(original.module, open_exported(folder / "model.onnx"))
-            figures["onnx_metrics"] = self._measure(model, clip, folder, "onnx")
+            exported = open_exported(folder / "model.onnx")
+            figures["onnx_metrics"] = self._measure(model, CLIPWithEncoder(original.module, exported), exported, folder, "onnx")
         return figures
 
-    def _measure(self, model: OpenedModel, clip: torch.nn.Module, folder: Path, label: str) -> dict[str, dict[str, float]]:
-        """clip_benchmark's metrics on every data set of the recipe, by data set."""
+    def _measure(
+        self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str
+    ) -> dict[str, dict[str, float]]:
+        """clip_benchmark's metrics on every data set of the recipe, by data set, and the k-NN accuracy."""
+        from dgmr_tp.evaluation.knn import knn_accuracy
         from dgmr_tp.evaluation.zero_shot import evaluate
+        from dgmr_tp.progress import shown
 
         assert self.recipe.evaluate
         metrics = {}
+        device = self.device if label != "onnx" else "cpu"
+        clip = clip.to(device)
+        if asked := self.recipe.evaluate.knn:
+            train, test = (Images.find(self.data_path(path)) for path in (asked.train, asked.test))
+            options = {"batch_size": self.recipe.evaluate.batch_size, "workers": asked.workers}
+            with shown() as progress:
+                metrics["k-NN"] = knn_accuracy(embed, model.preprocess, train=train, test=test, device=device, progress=progress, **options)
+            write_whole(folder / f"{label}-knn.json", json.dumps(metrics["k-NN"], indent=1) + "\n")
         for entry in self.recipe.evaluate.datasets:
             metrics[entry.dataset] = evaluate(
-                clip.to(self.device) if label != "onnx" else clip.cpu(),
+                clip,
                 model.preprocess,
                 model.tokenizer,
                 dataset=entry.dataset,
@@ -400,13 +413,13 @@ class Run:
         """What is missing for the last stage is said before the first."""
         recipe = self.recipe
         packages = {"distill": "deepspeed", "eval": "clip_benchmark", "export": "onnxscript"}
-        sections = {"distill": recipe.distill, "eval": recipe.evaluate, "export": recipe.export}
+        sections = {"distill": recipe.distill, "eval": recipe.evaluate and recipe.evaluate.datasets, "export": recipe.export}
         for extra, section in sections.items():
             if section:
                 require_installed(packages[extra], extra)
         paths = {"images": recipe.images}
         if recipe.evaluate:
-            paths |= {f"evaluate.datasets.{i}.root": entry.root for i, entry in enumerate(recipe.evaluate.datasets)}
+            paths |= recipe.evaluate.paths
         for key, path in paths.items():
             if not path.startswith("scenes:") and not is_url(path) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")

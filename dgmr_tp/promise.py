@@ -16,14 +16,13 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.decide import Progress, Rankings, block_sites, rank
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.neighbours import nearest_classes
 from dgmr_tp.oneshot import Pruned, prune
 from dgmr_tp.pruning import Tower
 from dgmr_tp.pruning.allocation import least
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.pruning.modes import evaluating
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
-"""Of the k-NN whose accuracy ``max_drop`` is about: DINO's."""
 FEWEST = 50
 """Images that have to judge."""
 HALVINGS = 8
@@ -148,13 +147,6 @@ def prune_to_promise(
 def _embeddings(model: OpenedModel, batches: Sequence[Tensor]) -> Tensor:
     with evaluating(model.encoder.module):
         return torch.cat([Tower(model.encoder)(batch).float().cpu() for batch in batches])
-
-
-def nearest_classes(bank: Tensor, classes: Tensor, found: Tensor) -> Tensor:
-    """The class that the nearest neighbours in ``bank`` vote for, weighted as in DINO."""
-    similar, index = (F.normalize(found, dim=-1) @ F.normalize(bank, dim=-1).T).topk(min(NEIGHBOURS, len(bank)))
-    votes = torch.zeros(len(found), int(classes.max()) + 1)
-    return votes.scatter_add_(1, classes[index], (similar / TEMPERATURE).exp()).argmax(1)
 
 
 def _interval(values: np.ndarray, seed: int) -> Any:

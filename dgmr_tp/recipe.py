@@ -194,9 +194,31 @@ class Dataset(Section):
     task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
 
 
+class KNN(Section):
+    """k-NN accuracy of the embeddings: for encoders without a text tower, too."""
+
+    train: str
+    """Images with classes: a folder of folders, or tars with ``.cls``."""
+    test: str
+    workers: int = Field(0, ge=0)
+
+
 class Evaluate(Section):
-    datasets: list[Dataset] = Field(min_length=1)
+    datasets: list[Dataset] = Field(default_factory=list)
+    knn: KNN | None = None
     batch_size: int = Field(64, ge=1)
+
+    @model_validator(mode="after")
+    def _something(self) -> Evaluate:
+        if not self.datasets and not self.knn:
+            raise ValueError("nothing is evaluated; give datasets, knn or both")
+        return self
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Every folder it reads, by its key."""
+        found = {f"evaluate.datasets.{i}.root": entry.root for i, entry in enumerate(self.datasets)}
+        return found | ({"evaluate.knn.train": self.knn.train, "evaluate.knn.test": self.knn.test} if self.knn else {})
 
 
 class Export(Section):
@@ -225,7 +247,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _scenes_are_there(self) -> Recipe:
-        roots = [self.images, *(d.root for d in (self.evaluate.datasets if self.evaluate else []))]
+        roots = [self.images, *(self.evaluate.paths.values() if self.evaluate else ())]
         if not self.scenes and any(root.startswith("scenes:") for root in roots):
             raise ValueError("a path begins with scenes:, but there is no section scenes")
         if self.distill and self.distill.batch_size % self.distill.processes:
@@ -293,7 +315,7 @@ def _known_keys(where: list[Any]) -> list[str]:
         "export": Export,
     }
     if where:
-        section = Dataset if "datasets" in where else inside[where[0]]
+        section = Dataset if "datasets" in where else KNN if "knn" in where else inside[where[0]]
     return list(section.model_fields)
 
 

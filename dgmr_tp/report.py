@@ -14,7 +14,7 @@ from dgmr_tp.extras import require
 from dgmr_tp.files import write_whole
 
 LABELS = ("pruned", "recovered", "distilled", "onnx")
-SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5"}
+SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5", "knn@20": "top-1"}
 
 
 def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import timm
 import torch
@@ -20,6 +22,7 @@ from distill_worker import SECTION
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_pipeline import kill_when, wait_for_the_end_of_workers
 from torch import nn
 
 from dgmr_tp import prune
@@ -130,6 +133,7 @@ def test_the_schedule_of_the_papers():
     assert settings(weight_decay=0.3).decay(50) == 0.3
 
 
+@hypothesis.settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 50))
 def test_micro_batches_keep_the_global_batch(world, share, most):
     given = settings(batch_size=world * share, micro_batch=most)
@@ -218,6 +222,7 @@ MATRIX = {
     "offload all": {"zero_stage": 3, "offload": "all", "weight_decay": 0.1},
     "average": {"ema": 0.5, "weight_decay": 0.1},
     "clipped": {"gradient_clipping": 0.01, "weight_decay": 0.1},
+    **({"compiled": {"compile": True, "weight_decay": 0.1}} if shutil.which("g++") else {}),
     "bf16": {"bf16": True, "weight_decay": 0.1},
     "bf16 zero3": {"bf16": True, "zero_stage": 3, "weight_decay": 0.1},
 }
@@ -351,6 +356,33 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
     met = {name for name in listed if name.endswith(".png")}
     assert len(met) == 20  # 12 · 8 images are more than an epoch of 60
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
+    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in the first step after a start."""
+    path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7})
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        shutil.copy(small_run[0] / "recipe.json", tmp_path / name)
+        for stage in ("scenes", "prune", "recover"):
+            shutil.copytree(small_run[0] / stage, tmp_path / name / stage)
+    done = run_command("run", path, "-o", tmp_path / "whole", "--until", "distill")
+    assert done.returncode == 0, done.stdout + done.stderr
+    directory, chance = tmp_path / "killed", random.Random(0)
+    folder = directory / "distill/.mlp_ratio-1.partial/checkpoints"
+    reached = lambda: max((int(seal.parent.name[4:]) for seal in folder.glob(f"*/{SEAL}")), default=0)  # noqa: E731
+    for _ in range(10):
+        before, wait = reached(), 0.5 * chance.random()
+        kill_when(
+            command("run", path, "-o", directory, "--until", "distill"), lambda before=before: reached() > before, tmp_path / "log", wait
+        )
+        wait_for_the_end_of_workers(directory)
+    assert not (directory / "distill/mlp_ratio-1").exists(), "it was over before the last kill"
+    done = run_command("run", path, "-o", directory, "--until", "distill")
+    assert done.returncode == 0 and "goes on at step" in done.stdout, done.stdout + done.stderr
+    ours, reference = (load_file(tmp_path / name / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
 @pytest.mark.slow

@@ -68,7 +68,9 @@ def distill(
     try:
         with _told_to_stop() as stop:
             return _distill(deepspeed, teacher, student, images, settings, directory, stop)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise DgmrError(
             f"out of memory: {str(error).splitlines()[0]}; in the recipe's distill section set recompute: true, a smaller micro_batch "
             "(the result stays the same), or a higher zero_stage with offload"

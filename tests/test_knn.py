@@ -1,0 +1,125 @@
+"""k-NN accuracy: scikit-learn's votes, whatever the blocks and the number of processes."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from conftest import BIN, recipe, run_command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.neighbors import KNeighborsClassifier
+
+from dgmr_tp import DgmrError, open_model
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.evaluation.knn import NEIGHBOURS, knn_accuracy
+from dgmr_tp.neighbours import nearest, nearest_classes
+from dgmr_tp.pipeline import Run
+from dgmr_tp.pruning import Tower
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000))
+def test_votes_are_scikit_learns(size, count, block, seed):
+    random = torch.Generator().manual_seed(seed)
+    bank, queries = (torch.randn(n, 5, generator=random, dtype=torch.float64) for n in (size, 20))
+    classes = torch.randint(4, (size,), generator=random)
+    weigh = lambda distance: torch.exp((1 - torch.from_numpy(distance)) / 0.07).numpy()  # noqa: E731
+    reference = KNeighborsClassifier(min(count, size), metric="cosine", weights=weigh, algorithm="brute").fit(bank, classes)
+    assert nearest_classes(bank, classes, queries, count).tolist() == reference.predict(queries).tolist()
+    similar, index = nearest(bank, queries, count, block)
+    distance, rows = reference.kneighbors(queries)
+    assert torch.allclose(similar, 1 - torch.from_numpy(distance), atol=1e-9) and index.tolist() == rows.tolist()
+
+
+def test_the_temperature_decides_between_one_close_and_many_far():
+    """Similarity 0.914 against 1: a vote of exp(−0.086 / 0.07) = 0.29, so that four outvote one and three do not."""
+    bank, classes = torch.tensor([[1.0, 0.0]] + 4 * [[0.9, 0.4]]), torch.tensor([0, 1, 1, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert nearest_classes(bank, classes, query).item() == 1
+    assert nearest_classes(bank[:4], classes[:4], query).item() == 0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("knn")
+    scenes.write_classification(root / "train", 260, seed=11)
+    scenes.write_classification(root / "test", 50, seed=12)
+    return root
+
+
+def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
+    opened = open_model("demo")
+    train, test = Images.find(folders / "train"), Images.find(folders / "test")
+    test.records = [r for r in test.records if r.class_name() in {r.class_name() for r in train.records}]
+    figures = knn_accuracy(Tower(opened.encoder), opened.preprocess, train=train, test=test, batch_size=32)
+    with torch.no_grad():
+        embed = lambda images: opened.module.visual(torch.stack([opened.preprocess(r.read()) for r in images.records]))  # noqa: E731
+        bank, queries = embed(train), embed(test)
+    wanted = [int(r.class_name()) for r in test.records]
+    for count in NEIGHBOURS:
+        found = nearest_classes(bank, torch.tensor([int(r.class_name()) for r in train.records]), queries, count).tolist()
+        assert figures[f"knn@{count}"] == pytest.approx(sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted))
+    assert 0.1 < figures["knn@10"] < 1
+    few = Images.find(folders / "train")
+    few.records = few.records[:15]
+    test.records = [r for r in test.records if r.class_name() in {r.class_name() for r in few.records}]
+    assert list(knn_accuracy(Tower(opened.encoder), opened.preprocess, train=few, test=test)) == ["knn@10"]
+
+
+def test_images_without_a_class_and_unknown_classes_are_named(folders, tmp_path):
+    for name in ("train/cat", "test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "a.png")
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "b.png")
+    train, test, none = Images.find(tmp_path / "train"), Images.find(tmp_path / "test"), Images.find(tmp_path / "flat")
+    embed = lambda images: images.flatten(1)  # noqa: E731
+    with pytest.raises(DgmrError, match=r"has the class 'dog', which .*train has not"):
+        knn_accuracy(embed, lambda image: torch.ones(3, 2, 2), train=train, test=test)
+    with pytest.raises(DgmrError, match=r"b\.png has no class"):
+        knn_accuracy(embed, lambda image: torch.ones(3, 2, 2), train=train, test=none)
+
+
+def test_a_recipe_evaluates_an_encoder_without_text_tower_by_knn(tmp_path):
+    knn = {"train": "scenes:images", "test": "scenes:classes"}
+    small = {"images": 400, "classes": 20, "captions": 10}
+    run = Run(recipe(scenes=small, evaluate={"knn": knn}, distill=None, export=None), tmp_path / "run")
+    run.run(say=lambda line: None)
+    original, sized = run.figures("evaluate/original"), run.figures("evaluate/mlp_ratio-1")
+    assert 0 < original["original"]["k-NN"]["knn@20"] <= 1
+    assert sized["recovered"]["k-NN"]["knn@10"] >= sized["pruned"]["k-NN"]["knn@10"]
+    with pytest.raises(DgmrError, match="nothing is evaluated; give datasets, knn or both"):
+        recipe(evaluate={})
+
+
+@pytest.mark.slow
+def test_two_processes_give_one_processes_numbers(folders, tmp_path):
+    options = ["demo", "--knn-train", folders / "train", "--knn-test", tmp_path / "test"]
+    known = {r.class_name() for r in Images.find(folders / "train").records}
+    for i, record in enumerate(r for r in Images.find(folders / "test").records if r.class_name() in known):
+        (tmp_path / "test" / record.class_name()).mkdir(parents=True, exist_ok=True)
+        record.read().save(tmp_path / "test" / record.class_name() / f"{i}.png")
+    one = run_command("eval", *options, "-o", tmp_path / "one.json")
+    assert one.returncode == 0 and "knn@20" in one.stdout, one.stderr
+    program = [
+        str(BIN / "torchrun"),
+        "--nproc_per_node",
+        "2",
+        str(BIN / "dgmr-tp"),
+        "eval",
+        *map(str, options),
+        "-o",
+        str(tmp_path / "two.json"),
+    ]
+    two = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0 and two.stdout.count("knn@20 ") == 1, two.stderr[-3000:]
+    assert json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
+
+
+def test_the_command_wants_one_kind_of_evaluation():
+    done = run_command("eval", "demo", "--knn-train", "x")
+    assert done.returncode == 2 and "either --dataset and --root, or --knn-train and --knn-test" in done.stderr
