@@ -174,6 +174,8 @@ class Run:
         if recipe.distill:
             for size in last:
                 section = {"distill": recipe.distill.deciding, **images}
+                if recipe.distill.deepspeed:
+                    section["deepspeed_file"] = _fingerprint(recipe.distill.deepspeed)
                 steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
                 last[size] = f"distill/{size}"
         if recipe.evaluate:
@@ -230,6 +232,7 @@ class Run:
         if self.figures(step.key) is not None:
             print(f"{step.key}: done before", flush=True)
             return
+        self._check_still_true(step)
         # Rank 0 prepares the folder; the others meet it in the first collective.
         folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
         assert self.recipe.distill
@@ -326,12 +329,12 @@ class Run:
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.distillation.launch import launch
-        from dgmr_tp.distillation.loop import read_losses
+        from dgmr_tp.distillation.loop import STOP, read_losses
 
         assert self.recipe.distill
         if not (folder / "figures.json").exists():
             section = self.recipe.distill
-            launch(["distill", str(self.directory), "--size", size], section.processes, section.batch_size, section.hostfile)
+            launch(["distill", str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
         figures = json.loads((folder / "figures.json").read_text())
         return {**figures, "losses": read_losses(folder)}
 
@@ -418,6 +421,8 @@ class Run:
             if section:
                 require_installed(packages[extra], extra)
         paths = {"images": recipe.images}
+        if recipe.distill:
+            paths |= {f"distill.{key}": path for key in ("hostfile", "deepspeed") if (path := getattr(recipe.distill, key))}
         if recipe.evaluate:
             paths |= recipe.evaluate.paths
         for key, path in paths.items():
@@ -434,7 +439,7 @@ class Run:
         try:
             if path.exists():
                 stored = json.loads(path.read_text())["made_from"]
-            elif step.stage == "distill" and note.exists():  # interrupted, with checkpoints worth keeping
+            elif step.stage == "distill" and note.exists() and any(note.parent.glob("checkpoints/*/whole.json")):  # worth keeping
                 stored = json.loads(note.read_text())
             else:
                 return

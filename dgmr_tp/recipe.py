@@ -172,6 +172,8 @@ class Distill(Section):
     def _possible(self) -> Distill:
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
+        if self.bf16 and self.zero_stage == 0:
+            raise ValueError("bf16 needs zero_stage 1, 2 or 3: stage 0 gives no float32 master weights back")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all needs zero_stage: 3, this is {self.zero_stage}")
         if self.compile and (self.zero_stage == 3 or self.shard_teacher):
@@ -181,8 +183,8 @@ class Distill(Section):
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the result: the rest may change between two starts of one distillation."""
-        how = {"processes", "hostfile", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every", "workers", "max_broken"}
-        return self.model_dump(exclude=how)
+        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher"}
+        return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
 
 
 class Dataset(Section):

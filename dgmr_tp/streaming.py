@@ -15,7 +15,7 @@ from typing import Unpack
 
 import torch
 import torch_pruning as tp
-from torch import Tensor, nn
+from torch import Tensor
 
 from dgmr_tp.decide import SEEING, Progress, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
@@ -23,6 +23,7 @@ from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold, write_whole
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
+from dgmr_tp.pruning.meta import meta_copy
 from dgmr_tp.pruning.pruner import resize
 
 JOURNAL = "decided.json"
@@ -94,13 +95,8 @@ def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
 
 def _shadow(opened: OpenedModel) -> OpenedModel:
     """The same model on the meta device."""
-    tensors: list[Tensor] = [*opened.module.parameters(), *opened.module.buffers()]
-    memo: dict[int, object] = {}
-    for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     shadow = copy.copy(opened)
-    shadow.module = copy.deepcopy(opened.module, memo)
+    shadow.module = meta_copy(opened.module)
     return shadow
 
 

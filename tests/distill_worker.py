@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 distill_worker.py FOLDER
 
 ``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section. ``after`` names the case which it goes on,
-``step`` the last checkpoint of that, ``damage`` one to damage. The weights come to ``FOLDER/NAME.safetensors``, an error to
-``FOLDER/NAME.error``.
+``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of a DeepSpeed file. The weights come to
+``FOLDER/NAME.safetensors``, an error to ``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def main(folder: Path) -> None:
                     next(checkpoint.glob("*model_states.pt")).write_bytes(b"damaged")
         if after:
             distributed.barrier()
+        if content := case.pop("json", None):
+            case["deepspeed"] = str(folder / f"{name}.json")
+            Path(case["deepspeed"]).write_text(json.dumps(content))
         images = case.pop("images", str(folder / "images"))
         teacher = open_model("demo")
         student = prune(teacher, criterion="l2", mlp_ratio=1).model

@@ -94,6 +94,7 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
     step = next(step for step in run.steps if step.stage == "distill")
     checkpoint = run._partial(step) / "checkpoints" / "step00000003"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "whole.json").touch()
     with pytest.raises(DgmrError, match=r"distill\.base_lr: 0\.001 → 0\.002.*--redo distill"):
         Run(recipe(distill={**SMALL["distill"], "base_lr": 2e-3}), directory).run()
     assert checkpoint.exists()

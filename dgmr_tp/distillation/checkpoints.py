@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from dgmr_tp.files import sha256, write_whole
 SEAL = "whole.json"
 """Written last, when every process has written its part: what the checkpoint is and the SHA-256 of its files."""
 AVERAGE = "average.safetensors"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,16 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
         DgmrError: it cannot be written; the ones before it stay.
     """
     folder = directory / checkpoint.tag
-    try:
+
+    def write() -> None:
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
         if average:
             save_file(average, folder / AVERAGE)
-        distributed.barrier()
-        sums = _checksums(folder)
-        if distributed.get_rank() == 0:
-            write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": sums}))
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
-        raise DgmrError(
-            f"cannot write the checkpoint {folder}: {str(error).splitlines()[0]}; make room; the one before it is kept, run again to go on"
-        ) from error
-    distributed.barrier()
+
+    _together(write, folder)
+    sums = _checksums(folder)
+    seal = json.dumps(asdict(checkpoint) | {"files": sums})
+    _together(lambda: write_whole(folder / SEAL, seal) if distributed.get_rank() == 0 else None, folder)
     if distributed.get_rank() == 0:
         sealed = sorted(path.parent for path in directory.glob(f"step*/{SEAL}"))
         for old in [path for path in directory.glob("step*") if path not in sealed[-keep:]]:
@@ -72,15 +71,19 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
     damaged: list[str] = []
-    for path in sorted(directory.glob(f"step*/{SEAL}"), reverse=True):
-        try:
-            found = Checkpoint(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            found = None
-        if found and _checksums(path.parent, found.files) == found.files:
+    seals = _from_first(lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True))
+    for name, found in seals:
+        if found and _checksums(directory / name, found.files) == found.files:
             return found, damaged
-        damaged.append(path.parent.name)
+        damaged.append(name)
     return None, damaged
+
+
+def _read(seal: Path) -> Checkpoint | None:
+    try:
+        return Checkpoint(**json.loads(seal.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def average_of(directory: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
@@ -100,35 +103,58 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
     if checkpoint.processes == distributed.get_world_size() or checkpoint.zero_stage == 0:
         yield checkpoint.tag, False
         return
-    converted = directory / f"universal-{checkpoint.tag}"
-    problem: list[str | None] = [None]
-    if distributed.get_rank() == 0:
-        shutil.rmtree(converted, ignore_errors=True)
+    name: str = _from_first(lambda: f"universal-{checkpoint.tag}-{os.getpid()}")  # an earlier attempt may still be writing its own
+    converted = directory / name
+
+    def convert() -> str | None:
         folders = ["--input_folder", str(directory / checkpoint.tag), "--output_folder", str(converted)]
-        workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-        program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
+        program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
         done = subprocess.run(program, capture_output=True, text=True)
-        if done.returncode:
-            problem = [(done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]]
-    distributed.broadcast_object_list(problem)
-    if problem[0]:
+        return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
+
+    if problem := _from_first(convert):
         raise DgmrError(
             f"the checkpoint {directory / checkpoint.tag} of {checkpoint.processes} processes cannot be converted for "
-            f"{distributed.get_world_size()}: {problem[0]}; go on with {checkpoint.processes} processes"
+            f"{distributed.get_world_size()}: {problem}; go on with {checkpoint.processes} processes"
         )
-    yield converted.name, True
+    yield name, True
     distributed.barrier()
     if distributed.get_rank() == 0:
-        shutil.rmtree(converted)
+        shutil.rmtree(converted, ignore_errors=True)
         (directory / "latest_universal").unlink(missing_ok=True)
 
 
-def _checksums(folder: Path, names: dict[str, str] | None = None) -> dict[str, str]:
+def _together(write: Callable[[], None], folder: Path) -> None:
+    """Run ``write`` in every process; where one fails, all raise.
+
+    Raises:
+        DgmrError: what went wrong in the first process where something did.
+    """
+    try:
+        write()
+        mine = None
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
+        mine = str(error).splitlines()[0]
+    problems = all_of({} if mine is None else {distributed.get_rank(): mine})
+    if problems:
+        problem = next(iter(problems.values()))
+        raise DgmrError(f"cannot write the checkpoint {folder}: {problem}; make room; the one before it is kept, run again to go on")
+
+
+def _from_first(compute: Callable[[], T]) -> T:
+    """What the first process computes, in all of them: on a network disk, listings may differ from one machine to the next."""
+    value: list[Any] = [compute() if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(value)
+    return value[0]
+
+
+def _checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """SHA-256 of the files below ``folder`` but the seal, or of ``names``; the processes share the work."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    names_here = sorted(names if names is not None else (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    mine = {name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in names_here[rank::world] if name != SEAL}
-    return all_of(mine)
+    if names is None:
+        names = _from_first(lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+    mine = [name for name in sorted(names)[rank::world] if name != SEAL]
+    return all_of({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})
 
 
 def all_of(mine: dict[Any, Any]) -> dict[Any, Any]:

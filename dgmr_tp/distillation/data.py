@@ -7,8 +7,12 @@ another number of processes or with other micro-batches. Shards of a URL cannot 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
+from functools import lru_cache, partial
+from multiprocessing.synchronize import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dgmr_tp.data.images import Images
+from dgmr_tp.data.images import EXTENSIONS, Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.errors import DgmrError
 
@@ -67,10 +71,14 @@ class StreamCrops(IterableDataset):
         readers, reader = self.world * workers, self.rank * workers + mine
         known: set[str] = set()
         position = self.first + (reader - self.first) % readers
+        found = self.first  # the last position with an image
         while True:
+            if position - found > len(self.stream.shards) * readers:
+                raise DgmrError(f"{self.stream.source} holds no image that can be read; endings: {', '.join(EXTENSIONS)}")
             for number, (name, image) in enumerate(self.stream.read(self.stream.shard(position, self.seed), position)):
                 broken = {name: error for name, error in self.stream.broken.items() if name not in known}
                 known |= broken.keys()
+                found = position
                 yield Sample(_crop(self.transform, image, (self.seed, position, number)), [name], broken, (reader, position))
             position += readers
 
@@ -100,7 +108,7 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 def batches(
     crops: Crops, *, batch: int, micro: int, seed: int, first_step: int, steps: int, rank: int, world: int, workers: int
-) -> Iterator[Sample]:
+) -> Generator[Sample]:
     """This rank's part of the global batches ``first_step … steps − 1``, in pieces of ``micro`` crops."""
     mine = (
         part[first : first + micro]
@@ -111,17 +119,26 @@ def batches(
     return _loaded(crops, workers, batch_sampler=mine)
 
 
-def stream_batches(crops: StreamCrops, *, micro: int, workers: int) -> Iterator[Sample]:
+def stream_batches(crops: StreamCrops, *, micro: int, workers: int) -> Generator[Sample]:
     """Endless pieces of ``micro`` crops."""
     return _loaded(crops, workers, batch_size=micro)
 
 
-def _loaded(crops: Dataset, workers: int, **how: Any) -> Iterator[Sample]:
-    loader = DataLoader(crops, num_workers=workers, collate_fn=_collated, pin_memory=torch.cuda.is_available(), **how)
+def _loaded(crops: Dataset, workers: int, **how: Any) -> Generator[Sample]:
+    over = multiprocessing.Event()
+    stay = partial(_stay_until, over)
+    loader = DataLoader(crops, num_workers=workers, collate_fn=_collated, pin_memory=torch.cuda.is_available(), worker_init_fn=stay, **how)
     try:
         yield from loader
     except DgmrError as error:  # a worker's comes with its traceback before it
         raise DgmrError(str(error).strip().splitlines()[-1].removeprefix("dgmr_tp.errors.DgmrError: ")) from None
+    finally:
+        over.set()
+
+
+def _stay_until(over: Event, worker: int) -> None:
+    """A SIGTERM to all processes of a job must not take the readers away before the last step is over."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.is_set() else None)
 
 
 def _collated(samples: list[Sample]) -> Sample:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.settings import Settings
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
+from dgmr_tp.pruning.meta import meta_copy
+
+PATIENCE = timedelta(hours=2)
+"""How long the processes wait for one of them: the conversion of a large checkpoint takes its time."""
 
 
 def start_deepspeed() -> Any:
@@ -25,7 +30,7 @@ def start_deepspeed() -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     return deepspeed
 
 
@@ -56,6 +61,7 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # AdamW of torch: nothing is compiled
         "bf16": {"enabled": settings.bf16},
+        "data_types": {"grad_accum_dtype": "fp32" if settings.zero_stage >= 2 else None},
         "csv_monitor": {"enabled": True, "output_path": str(directory), "job_name": "log"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -75,8 +81,10 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
 def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
     result = dict(ours)
     for key, value in theirs.items():
+        if value == "auto":  # as in files written for transformers: the recipe says it, or DeepSpeed's default
+            continue
         name = f"{where}{key}"
-        if name in ("optimizer", "scheduler", "train_batch_size", "fp16.enabled") and value not in ("auto", False):
+        if name in ("optimizer", "scheduler", "train_batch_size", "fp16.enabled") and value is not False:
             raise DgmrError(
                 f"{path}: {name} is not for DeepSpeed to say: the recipe has the optimiser, schedule, batch and precision; remove it"
             )
@@ -84,18 +92,24 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, where: str
             result[key] = _joined(ours.get(key, {}), value, path, f"{name}.")
         elif key not in ours or value == ours[key]:
             result[key] = value
-        elif value != "auto":
+        else:
             raise DgmrError(f"{path}: {name} = {value!r}, but the recipe's distill section makes it {ours[key]!r}; remove one of them")
     return result
 
 
 def freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:
     """What no part of the loss depends on gets no gradient; left trainable it would still be decayed."""
-    parameters = list(tap.requires_grad_(True).parameters())
-    found = tap(torch.zeros(1, 3, image_size, image_size).to(parameters[0].device, parameters[0].dtype))
-    total = sum(features.sum() for features in found.values())
-    for parameter, gradient in zip(parameters, torch.autograd.grad(total, parameters, allow_unused=True), strict=True):
+    probe = list(tap.requires_grad_(True).parameters())
+    shapes = meta_copy(tap)
+    total = sum(features.sum() for features in shapes(_one_image(shapes, image_size)).values())
+    gradients = torch.autograd.grad(total, list(shapes.parameters()), allow_unused=True)
+    for parameter, gradient in zip(probe, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
+
+
+def _one_image(tap: FeatureTap, image_size: int) -> Tensor:
+    like = next(tap.parameters())
+    return torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -121,56 +135,42 @@ def gather_where_used(tap: FeatureTap, image_size: int) -> None:
     """For ZeRO-3, before the parameters are sharded: a walk calls a tower's parts, so that DeepSpeed's hooks miss the parameters of
     modules which are never called themselves (tokens, positions, projections). They are gathered with the nearest one that is."""
     deepspeed = require("deepspeed", "distill")
-    called: set[nn.Module] = set()
-    handles = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in tap.modules()]
-    like = next(tap.parameters())
+    shapes, called = meta_copy(tap), set()
+    for name, module in shapes.named_modules():
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
     with torch.no_grad():
-        tap(torch.zeros(1, 3, image_size, image_size).to(like.device, like.dtype))
-    for handle in handles:
-        handle.remove()
+        shapes(_one_image(shapes, image_size))
     modules = dict(tap.named_modules())
     for name, module in modules.items():
         owner = name
-        while modules[owner] not in called:
+        while owner not in called:
             owner = owner.rpartition(".")[0]
         for parameter in module.parameters(recurse=False) if owner != name else ():
             deepspeed.zero.register_external_parameter(modules[owner], parameter)
 
 
-def trained_parameters(engine: Any) -> dict[str, Tensor]:
-    """The trained parameters in float32 on the CPU, whatever ZeRO stage sharded them. Every rank has to call it."""
-    deepspeed = require("deepspeed", "distill")
-    full = {}
-    for name, parameter in engine.module.named_parameters():
+def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters one after the other, whole and in float32: the master weights, whatever ZeRO stage shards them.
+
+    Every process has to go through all of them.
+    """
+    whole = require("deepspeed", "distill").utils.safe_get_full_fp32_param
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            value = deepspeed.utils.safe_get_full_fp32_param(parameter)
-            full[name] = (parameter.detach() if value is None else value).float().cpu().clone()
-    return full
+            value = whole(parameter)
+            yield name, (parameter.detach() if value is None else value).float()
 
 
 class Average:
-    """An exponential moving average of the trained parameters, float32, held by one process.
-
-    All processes have to call :meth:`update`, which gathers what ZeRO-3 shards.
-    """
+    """An exponential moving average of the trained parameters' master weights, float32, held by one process."""
 
     def __init__(self, module: nn.Module, decay: float, holder: bool) -> None:
-        self.decay, self.holder = decay, holder
-        self.trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self.values = {name: parameter.detach().float().clone() for name, parameter in self.trained.items()} if holder else {}
+        self.module, self.decay, self.holder = module, decay, holder
+        self.values = {name: value.clone() for name, value in whole_parameters(module) if holder}
 
     @torch.no_grad()
     def update(self) -> None:
-        """``average ← decay · average + (1 − decay) · parameter``."""
-        for name, parameter in self.trained.items():
-            with gathered(parameter):
-                if self.holder:
-                    average = self.values[name] = self.values[name].to(parameter.device)
-                    average.lerp_(parameter.float(), 1 - self.decay)
-
-
-def gathered(parameter: nn.Parameter) -> AbstractContextManager[Any]:
-    """A context in which the whole parameter is there, also where ZeRO-3 shards it."""
-    if not hasattr(parameter, "ds_id"):
-        return nullcontext()
-    return require("deepspeed", "distill").zero.GatheredParameters([parameter])
+        """``average ← decay · average + (1 − decay) · parameter``. Every process has to call it."""
+        for name, value in whole_parameters(self.module):
+            if self.holder:
+                self.values[name] = self.values[name].to(value.device).lerp_(value, 1 - self.decay)

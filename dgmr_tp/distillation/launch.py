@@ -24,11 +24,12 @@ PREEMPTED = 128 + signal.SIGTERM
 """Exit code of a process that was told to stop and left a checkpoint."""
 
 
-def launch(arguments: list[str], processes: int, batch_size: int, hostfile: str | None = None) -> None:
+def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, hostfile: str | None = None) -> None:
     """Run ``python -m dgmr_tp ARGUMENTS`` in ``processes`` processes on this machine, or on those of ``hostfile``, and wait.
 
     With fewer GPUs than processes, as many run as there are GPUs (and divide ``batch_size``, which is global): the result is
-    that of the same batches. SIGTERM is handed on to the processes, which save a checkpoint and leave.
+    that of the same batches. SIGTERM here makes the file ``stop``, which the first process looks for after every step, wherever it
+    runs; all then save a checkpoint and leave.
 
     Raises:
         DgmrError: deepspeed is not installed, or a process failed (its own message stands above).
@@ -52,8 +53,9 @@ def launch(arguments: list[str], processes: int, batch_size: int, hostfile: str 
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [str(scripts / "deepspeed"), *where, "--master_port", str(_free_port()), "--quiet", "--no_local_rank"]
     command += ["--module", "dgmr_tp", *arguments]
+    stop.unlink(missing_ok=True)
     child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: _tell_to_stop(child.pid))
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
     try:
         code = child.wait()
     except BaseException:
@@ -62,19 +64,11 @@ def launch(arguments: list[str], processes: int, batch_size: int, hostfile: str 
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code == PREEMPTED:
-        raise Preempted("preempted; run again to go on from the checkpoint")
+    if code == PREEMPTED or (not code and stop.exists()):  # the second: it came when training was over
+        stop.unlink(missing_ok=True)
+        raise Preempted("preempted; run again to go on")
     if code:
         raise DgmrError(f"the distillation ended with code {code}; its message stands above; run again to go on from the last checkpoint")
-
-
-def _tell_to_stop(launcher: int) -> None:
-    """SIGTERM to the launched processes and to nothing else: the launcher itself would kill them after 30 seconds."""
-    import psutil
-
-    for node in psutil.Process(launcher).children():
-        for process in node.children():
-            process.send_signal(signal.SIGTERM)
 
 
 def is_worker() -> bool:

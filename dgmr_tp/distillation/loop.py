@@ -5,11 +5,12 @@ Teacher and student arrive opened, the settings as a plain object; recipes and r
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,7 @@ from dgmr_tp.distillation.engine import (
     gather_where_used,
     parameter_groups,
     start_deepspeed,
-    trained_parameters,
+    whole_parameters,
 )
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.settings import Settings
@@ -38,6 +39,11 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.files import hold
 from dgmr_tp.progress import Meter
+
+STOP = "stop"
+"""A file in the directory of a distillation that asks it to save and leave."""
+FEW = 1000
+"""Images of a stream after which the share of broken ones is judged."""
 
 
 def distill(
@@ -66,14 +72,14 @@ def distill(
     deepspeed = start_deepspeed()
     lock = hold(directory, "distillation is running") if distributed.get_rank() == 0 else None
     try:
-        with _told_to_stop() as stop:
+        with _told_to_stop(directory / STOP) as stop:
             return _distill(deepspeed, teacher, student, images, settings, directory, stop)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise DgmrError(
-            f"out of memory: {str(error).splitlines()[0]}; in the recipe's distill section set recompute: true, a smaller micro_batch "
-            "(the result stays the same), or a higher zero_stage with offload"
+            f"out of memory: {str(error).splitlines()[0]}; set distill.recompute: true or a smaller distill.micro_batch and run again "
+            "to go on, or a higher distill.zero_stage with offload (--redo distill)"
         ) from error
     finally:
         if lock is not None:
@@ -95,10 +101,11 @@ def _distill(
     config = deepspeed_config(settings, world, directory)
     micro, accumulated = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
 
-    answers = _teacher(deepspeed, FeatureTap(teacher.encoder, settings.loss), teacher.image_size, settings, micro, device, precision)
-    tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute).to(device, torch.float32).train()
+    answers, release = _teacher(deepspeed, FeatureTap(teacher.encoder, settings.loss), teacher.image_size, config, settings, device)
+    tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute).train()
     freeze_what_features_do_not_need(tap, student.image_size)
-    start = {name: tensor.detach().cpu().clone() for name, tensor in [*tap.named_parameters(), *tap.named_buffers()]}
+    untouched = {name: t.detach().clone() for name, t in [*tap.named_parameters(), *tap.named_buffers()] if not t.requires_grad}
+    tap.to(device, torch.float32)
     if settings.zero_stage == 3:
         gather_where_used(tap, student.image_size)
     optimizer = torch.optim.AdamW(parameter_groups(tap, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
@@ -109,7 +116,7 @@ def _distill(
     if rank == 0:
         _clean(folder, found, damaged)
     with checkpoints.for_processes(folder, found) if found else nullcontext((None, False)) as (tag, universal):
-        config["checkpoint"] = {"load_universal": universal}
+        config.setdefault("checkpoint", {})["load_universal"] = universal
         engine, *_ = deepspeed.initialize(model=tap, optimizer=optimizer, lr_scheduler=schedule, config=config)
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
@@ -127,7 +134,7 @@ def _distill(
 
     loader = _loader(images, teacher, settings, micro, done)
     broken, shards = dict(done.broken), {}
-    with Meter("distil", settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
+    with contextlib.closing(loader), Meter("distil", settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
             torch.manual_seed(hash((settings.seed, step, rank)))  # for dropout and stochastic depth, where a tower has them
             losses: dict[str, Tensor] = {}
@@ -150,16 +157,17 @@ def _distill(
             values, stopped, any_broken = _agree(losses, stop(), bool(met), device)
             total = sum(settings.loss.weight(name) * value for name, value in values.items())
             if not math.isfinite(total):
-                raise DgmrError(_not_finite(total, step, list(checkpoints.all_of(dict.fromkeys(names, ""))), folder))
+                raise DgmrError(_not_finite(f"loss is {total}", step, list(checkpoints.all_of(dict.fromkeys(names, ""))), folder))
             # Both groups: ZeRO-3 reads a universal checkpoint with the first group's values in all of them.
             for group, decay in zip(optimizer.param_groups, (settings.decay(step - 1), 0.0), strict=True):
                 group["weight_decay"] = decay
-            engine.step()
+            if not _step(engine, settings):
+                raise DgmrError(_not_finite("gradient is not finite", step, list(checkpoints.all_of(dict.fromkeys(names, ""))), folder))
             if average:
                 average.update()
             if any_broken:
                 broken |= checkpoints.all_of(met)
-                _check_broken(broken, len(images) if isinstance(images, Images) else settings.batch_size * step, settings)
+                _check_broken(broken, len(images) if isinstance(images, Images) else max(FEW, settings.batch_size * step), settings)
             if meter:
                 rate = settings.batch_size * (step - done.step) / meter.elapsed()
                 meter.step(step, f"loss {total:.4f} {rate:.0f} images/s")
@@ -177,19 +185,39 @@ def _distill(
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
                 checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)
             if stopped and step < settings.steps:
+                if rank == 0:
+                    (directory / STOP).unlink(missing_ok=True)
                 raise Preempted(f"preempted at step {step} of {settings.steps}; run again to go on from there")
-    trained = trained_parameters(engine)
+    trained = {name: value.cpu().clone() for name, value in whole_parameters(engine.module) if rank == 0}
+    if average and rank == 0:
+        trained = {name: value.cpu() for name, value in average.values.items()}
+    engine.destroy()
+    release()
     if rank:
         return None
-    if average:
-        trained = {name: value.cpu() for name, value in average.values.items()}
-    _restore(tap, {**start, **trained})
+    whole = {**untouched, **trained}
+    for name, tensor in [*tap.named_parameters(), *tap.named_buffers()]:  # DeepSpeed may have sharded them
+        tensor.data = whole[name]
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     count = len(images) if isinstance(images, Images) else None
     return {**asdict(settings), "processes": world, "images": count, "broken_images": broken}
 
 
-def _loader(images: Images | Stream, teacher: OpenedModel, settings: Settings, micro: int, done: Checkpoint) -> Iterator[Sample]:
+def _step(engine: Any, settings: Settings) -> bool:
+    """The optimiser's step; False where the gradient was not finite, and then nothing may be kept of the engine.
+
+    In bf16 ZeRO skips such a step; in float32 it takes it, and tells of it in the gradient's norm (negative or not finite).
+    """
+    if settings.zero_stage == 0:
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            return False
+    engine.step()
+    norm = engine.get_global_grad_norm()
+    return engine.was_step_applied() and (norm is None or 0 <= float(norm) < math.inf)
+
+
+def _loader(images: Images | Stream, teacher: OpenedModel, settings: Settings, micro: int, done: Checkpoint) -> Generator[Sample]:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment)
     if isinstance(images, Stream):
@@ -209,21 +237,18 @@ def _loader(images: Images | Stream, teacher: OpenedModel, settings: Settings, m
 
 
 def _teacher(
-    deepspeed: Any, tap: FeatureTap, image_size: int, settings: Settings, micro: int, device: torch.device, precision: torch.dtype
-) -> Callable[[Tensor], dict[str, Tensor]]:
-    """The teacher's features of a batch; its parameters are sharded over the processes if the settings say so."""
+    deepspeed: Any, tap: FeatureTap, image_size: int, config: dict[str, Any], settings: Settings, device: torch.device
+) -> tuple[Callable[[Tensor], dict[str, Tensor]], Callable[[], None]]:
+    """The teacher's features of a batch, and what lets go of it; its parameters are sharded over the processes if the settings say so."""
+    precision = torch.bfloat16 if settings.bf16 else torch.float32
     tap = tap.to(device, precision).eval().requires_grad_(False)
     if not settings.shard_teacher:
-        return torch.compile(tap) if settings.compile else tap
+        return (torch.compile(tap) if settings.compile else tap), lambda: None
     gather_where_used(tap, image_size)
-    config = {
-        "train_micro_batch_size_per_gpu": micro,
-        "bf16": {"enabled": settings.bf16},
-        "zero_optimization": {"stage": 3},
-        "steps_per_print": 10**9,
-    }
-    engine, *_ = deepspeed.initialize(model=tap, config=config)
-    return engine
+    zero = {key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")}
+    same = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+    engine, *_ = deepspeed.initialize(model=tap, config={**same, "zero_optimization": {**zero, "stage": 3}})
+    return engine, engine.destroy
 
 
 def _agree(losses: dict[str, Tensor], stop: bool, broken: bool, device: torch.device) -> tuple[dict[str, float], bool, bool]:
@@ -237,12 +262,16 @@ def _agree(losses: dict[str, Tensor], stop: bool, broken: bool, device: torch.de
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[Callable[[], bool]]:
-    """SIGTERM sets a flag, nothing else: all processes look at it together, at the end of a step."""
+def _told_to_stop(file: Path) -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM came here, or to the process that waits for these, which then made ``file``.
+
+    All processes look together at the end of a step.
+    """
     told = threading.Event()
+    first = distributed.get_rank() == 0
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        yield told.is_set
+        yield lambda: told.is_set() or (first and file.exists())
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -256,7 +285,7 @@ def _clean(folder: Path, found: Checkpoint | None, damaged: list[str]) -> None:
         )
     for path in folder.glob("*step*"):
         if path.name in damaged or not (path / checkpoints.SEAL).exists():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_broken(broken: dict[str, str], count: int, settings: Settings) -> None:
@@ -268,18 +297,12 @@ def _check_broken(broken: dict[str, str], count: int, settings: Settings) -> Non
         )
 
 
-def _not_finite(loss: float, step: int, names: list[str], folder: Path) -> str:
+def _not_finite(what: str, step: int, names: list[str], folder: Path) -> str:
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"the loss is {loss} at step {step} (images {shown}); nothing was changed by this step; lower distill.base_lr or look at these "
+        f"the {what} at step {step} (images {shown}); nothing of it is kept; lower distill.base_lr or look at these "
         f"images; the last checkpoint is kept in {folder}"
     )
-
-
-def _restore(tap: FeatureTap, tensors: dict[str, Tensor]) -> None:
-    """Whole tensors into a module whose parameters DeepSpeed may have sharded."""
-    for name, tensor in [*tap.named_parameters(), *tap.named_buffers()]:
-        tensor.data = tensors[name]
 
 
 def read_losses(directory: Path) -> list[tuple[int, float]]:
@@ -288,7 +311,7 @@ def read_losses(directory: Path) -> list[tuple[int, float]]:
     losses: dict[int, float] = {}
     if path.exists():
         for line in path.read_text().splitlines():
-            step, _, value = line.partition(",")
-            if step.isdigit():
+            with contextlib.suppress(ValueError):  # the heading, or half a line that a full disk left
+                step, value = line.split(",")
                 losses[int(step)] = float(value)
     return sorted(losses.items())

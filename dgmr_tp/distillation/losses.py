@@ -34,8 +34,8 @@ class Objective:
     """Class and patch tokens are taken after the final norm instead of before it."""
 
     def __call__(self, student: Features, teacher: Features) -> Features:
-        """The mean squared error of every part, unweighted."""
-        return {name: F.mse_loss(features, teacher[name]) for name, features in student.items()}
+        """The mean squared error of every part, unweighted, in float32."""
+        return {name: F.mse_loss(features.float(), teacher[name].float()) for name, features in student.items()}
 
     def total(self, parts: Features) -> Tensor:
         """The weighted sum that is trained on."""

@@ -62,12 +62,19 @@ class Settings:
         So the global batch stays what it is, whatever the number of processes.
 
         Raises:
-            DgmrError: the batch cannot be divided over the processes.
+            DgmrError: the batch cannot be divided over the processes, or a share only into pieces below half of ``micro_batch``.
         """
         share, rest = divmod(self.batch_size, world)
         if rest:
             raise DgmrError(f"distill.batch_size = {self.batch_size} cannot be divided over {world} processes")
-        return next(n for n in range(min(share, self.micro_batch or share), 0, -1) if share % n == 0)
+        most = min(share, self.micro_batch or share)
+        micro = next(n for n in range(most, 0, -1) if share % n == 0)
+        if micro < most / 2:
+            raise DgmrError(
+                f"distill.batch_size = {self.batch_size} is {share} images for each of {world} processes, which divide into "
+                f"pieces of {micro}, not near micro_batch = {self.micro_batch}; choose a batch_size with more divisors"
+            )
+        return micro
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up from 0 to ``base_lr · batch_size / 256``, then a cosine to ``min_lr``; ``step`` counts from 0."""

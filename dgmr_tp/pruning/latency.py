@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from torch import nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import least
 from dgmr_tp.pruning.cost import Cost, flop_cost
+from dgmr_tp.pruning.meta import meta_copy
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.pruner import resize
 from dgmr_tp.pruning.sites import Site
@@ -80,7 +80,7 @@ def widths_within(
 
 def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: int) -> float:
     """Time of a tower of these widths over that of the dense one: the median over turns, so that a busy machine slows both alike."""
-    narrow = _like(model)
+    narrow = meta_copy(model, buffers=False).requires_grad_(False)
     resize(narrow, counts)
     _fill(narrow, model)
     weight = next(model.parameters())
@@ -103,12 +103,6 @@ def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: int) 
 def _settle(images: torch.Tensor) -> None:
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
-
-
-def _like(model: nn.Module) -> nn.Module:
-    """A copy whose parameters are on the meta device: what a tower computes does not change its time."""
-    memo: dict[int, object] = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, memo)
 
 
 def _fill(narrow: nn.Module, model: nn.Module) -> None:
