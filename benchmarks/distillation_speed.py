@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 benchmarks/distillation_speed.py --out FILE.json
 
 The minimal loop (arXiv 2506.08591 and 2603.08100 as released): DistributedDataParallel, eager teacher, AdamW over all parameters, a barrier
-and ``.item()`` in every step, on a GPU pure bf16. The product: ZeRO-1, float32 master weights, one exchange of losses and flags a step.
+and ``.item()`` in every step, on a GPU pure bf16. The product: ZeRO, float32 master weights, one exchange of losses and flags a step.
 Both distil the demo CLIP (or ``--model``) pruned to hidden = width on generated scenes, at the same batch. They take turns,
 ``--rounds`` times; a rate comes from the difference of a long and a short run, so that starting up does not count.
 """
@@ -102,6 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
@@ -118,7 +119,7 @@ def main() -> None:
 
     def product(teacher: OpenedModel, student: OpenedModel, steps: int, name: str) -> None:
         section = {"steps": steps, "batch_size": args.batch, "base_lr": 1e-5, "weight_decay": 0.04, "workers": args.workers}
-        section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9}
+        section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9, "zero_stage": args.zero_stage}
         distill(teacher, student, images, Settings.of(Distill(**section).model_dump(), seed=0), folder / name)
 
     def timed(which: str, steps: int, turn: int) -> float:
@@ -151,7 +152,10 @@ def main() -> None:
             "torch": torch.__version__,
             "model": args.model,
         }
-        write_whole(args.out, json.dumps({**setting, "batch": args.batch, "rates": rates, "ratio": ratio}, indent=1) + "\n")
+        write_whole(
+            args.out,
+            json.dumps({**setting, "batch": args.batch, "zero_stage": args.zero_stage, "rates": rates, "ratio": ratio}, indent=1) + "\n",
+        )
     stop_deepspeed()
 
 

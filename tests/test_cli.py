@@ -135,7 +135,7 @@ def test_plan_for_another_model(tmp_path):
     [
         ("open_clip", "dgmr_tp.open_model('open_clip:ViT-B-32', 'none')", "encoders"),
         ("timm", "dgmr_tp.open_model('timm:vit_tiny_patch16_224', 'none')", "encoders"),
-        ("deepspeed", "import dgmr_tp.distillation.launch as l; l.launch([], 1, 1)", "distill"),
+        ("deepspeed", "import dgmr_tp.distillation.launch as l; l.launch([], 1, 1, None)", "distill"),
         (
             "onnxscript",
             "from dgmr_tp.export import export_bundle; m = dgmr_tp.open_model('demo')\n"

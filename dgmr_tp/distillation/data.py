@@ -84,9 +84,13 @@ class StreamCrops(IterableDataset):
 
 
 def _crop(transform: Callable[[Any], Tensor], image: Any, seed: tuple[int, int, int]) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    before = torch.get_rng_state()
+    # Not torch.manual_seed: where CUDA is not in use yet, it stores every call with its traceback.
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    try:
         return transform(image)
+    finally:
+        torch.set_rng_state(before)
 
 
 def places(count: int, batch: int, seed: int, step: int) -> list[Place]:

@@ -136,7 +136,7 @@ def _distill(
     broken, shards = dict(done.broken), {}
     with contextlib.closing(loader), Meter("distil", settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
-            torch.manual_seed(hash((settings.seed, step, rank)))  # for dropout and stochastic depth, where a tower has them
+            _seed(device, settings.seed, step, rank)
             losses: dict[str, Tensor] = {}
             met: dict[str, str] = {}
             names: list[str] = []
@@ -201,6 +201,12 @@ def _distill(
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     count = len(images) if isinstance(images, Images) else None
     return {**asdict(settings), "processes": world, "images": count, "broken_images": broken}
+
+
+def _seed(device: torch.device, *parts: int) -> None:
+    """For dropout and stochastic depth, where a tower has them. (torch.manual_seed stores every call until CUDA is in use.)"""
+    for generator in (torch.default_generator, *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else [])):
+        generator.manual_seed(hash(parts))
 
 
 def _step(engine: Any, settings: Settings) -> bool:
