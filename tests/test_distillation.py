@@ -405,6 +405,24 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
 
 
 @pytest.mark.slow
+def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(small_run, tmp_path):
+    whole, _ = small_run
+    directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
+    directory.mkdir()
+    shutil.copy(whole / "recipe.json", directory)
+    for stage in ("scenes", "prune", "recover"):
+        shutil.copytree(whole / stage, directory / stage)
+    again = command("run", path, "-o", directory, "--until", "distill")
+    full = subprocess.run(["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300)
+    assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "make room" in full.stderr, full.stdout + full.stderr
+    assert not list(directory.glob(f"distill/.*/checkpoints/*/{SEAL}"))
+    done = run_command("run", path, "-o", directory, "--until", "distill")
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, reference = (load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole))
+    assert all(torch.equal(ours[name], reference[name]) for name in reference)
+
+
+@pytest.mark.slow
 def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tmp_path):
     whole, _ = small_run
     directory, path = (

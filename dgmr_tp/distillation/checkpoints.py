@@ -52,16 +52,17 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
         DgmrError: it cannot be written; the ones before it stay.
     """
     folder = directory / checkpoint.tag
-
-    def write() -> None:
+    with _writing(folder):
+        # DeepSpeed's own barriers are inside: a process that fails leaves, and the launcher ends the others.
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
         if average:
             save_file(average, folder / AVERAGE)
-
-    _together(write, folder)
-    sums = _checksums(folder)
-    seal = json.dumps(asdict(checkpoint) | {"files": sums})
-    _together(lambda: write_whole(folder / SEAL, seal) if distributed.get_rank() == 0 else None, folder)
+        distributed.barrier()
+    files = _checksums(folder)
+    with _writing(folder):
+        if distributed.get_rank() == 0:
+            write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": files}))
+        distributed.barrier()
     if distributed.get_rank() == 0:
         sealed = sorted(path.parent for path in directory.glob(f"step*/{SEAL}"))
         for old in [path for path in directory.glob("step*") if path not in sealed[-keep:]]:
@@ -124,21 +125,15 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
         (directory / "latest_universal").unlink(missing_ok=True)
 
 
-def _together(write: Callable[[], None], folder: Path) -> None:
-    """Run ``write`` in every process; where one fails, all raise.
-
-    Raises:
-        DgmrError: what went wrong in the first process where something did.
-    """
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        write()
-        mine = None
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
-        mine = str(error).splitlines()[0]
-    problems = all_of({} if mine is None else {distributed.get_rank(): mine})
-    if problems:
-        problem = next(iter(problems.values()))
-        raise DgmrError(f"cannot write the checkpoint {folder}: {problem}; make room; the one before it is kept, run again to go on")
+        problem = str(error).splitlines()[0]
+        raise DgmrError(
+            f"cannot write the checkpoint {folder}: {problem}; make room; the one before it is kept, run again to go on"
+        ) from error
 
 
 def _from_first(compute: Callable[[], T]) -> T:
