@@ -279,6 +279,7 @@ def test_the_original_stays_as_it_is(tower):
     assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_recipe_and_the_command_line_take_it(tmp_path):
     """Two sizes from one ranking in a run; the commands give the same plans from their own file."""
     budgets = [{"params": 0.6}, {"params": 0.5, "flops": 0.52}]
