@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,7 @@ SMALL = {
     "export": {"formats": ["onnx", "torchscript"]},
 }
 BIN = Path(sys.executable).parent
+BEFORE_DISTILLATION = ("scenes", "prune", "recover")
 
 
 def recipe(**changes):
@@ -103,6 +105,15 @@ def command(*arguments: object) -> list[str]:
 
 def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
+
+
+def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
+    """A run directory in which only ``stages`` of ``run`` are done."""
+    directory.mkdir()
+    shutil.copy(run / "recipe.json", directory)
+    for stage in stages:
+        shutil.copytree(run / stage, directory / stage)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import hypothesis
 import pytest
 import timm
 import torch
-from conftest import BIN, SMALL, command, pictures, recipe, redraw, run_command, timm_tower, write_recipe
+from conftest import BIN, SMALL, begun, command, pictures, recipe, redraw, run_command, timm_tower, write_recipe
 from distill_worker import SECTION
 from hypothesis import given
 from hypothesis import strategies as st
@@ -382,10 +382,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in the first step after a start."""
     path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7})
     for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        shutil.copy(small_run[0] / "recipe.json", tmp_path / name)
-        for stage in ("scenes", "prune", "recover"):
-            shutil.copytree(small_run[0] / stage, tmp_path / name / stage)
+        begun(small_run[0], tmp_path / name)
     done = run_command("run", path, "-o", tmp_path / "whole", "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
     directory, chance = tmp_path / "killed", random.Random(0)
@@ -407,11 +404,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(small_run, tmp_path):
     whole, _ = small_run
-    directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
-    directory.mkdir()
-    shutil.copy(whole / "recipe.json", directory)
-    for stage in ("scenes", "prune", "recover"):
-        shutil.copytree(whole / stage, directory / stage)
+    directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml")
     again = command("run", path, "-o", directory, "--until", "distill")
     full = subprocess.run(["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300)
     assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "make room" in full.stderr, full.stdout + full.stderr
@@ -425,14 +418,8 @@ def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(sm
 @pytest.mark.slow
 def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tmp_path):
     whole, _ = small_run
-    directory, path = (
-        tmp_path / "run",
-        write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24, "workers": 1}),
-    )
-    directory.mkdir()
-    shutil.copy(whole / "recipe.json", directory)
-    for stage in ("scenes", "prune", "recover"):
-        shutil.copytree(whole / stage, directory / stage)
+    section = {**SMALL["distill"], "checkpoint_every": 24, "workers": 1}
+    directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml", distill=section)
     curve = directory / "distill/.mlp_ratio-1.partial/log/distill_loss.csv"
     with (tmp_path / "log").open("w") as stream:
         process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)

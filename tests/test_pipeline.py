@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, SMALL, command, recipe, run_command, write_recipe
+from conftest import BIN, SMALL, begun, command, recipe, run_command, write_recipe
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
@@ -86,10 +86,7 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
 
 
 def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate(small_run, tmp_path):
-    directory = tmp_path / "run"
-    for stage in ("scenes", "prune", "recover"):
-        shutil.copytree(small_run[0] / stage, directory / stage)
-    shutil.copy(small_run[0] / "recipe.json", directory)
+    directory = begun(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
     step = next(step for step in run.steps if step.stage == "distill")
     checkpoint = run._partial(step) / "checkpoints" / "step00000003"
@@ -190,10 +187,7 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     stage = trace.split("/")[0]
     done_stages = ["scenes", "prune", "recover", "distill", "evaluate", "export"]
     if stage != "scenes":  # everything before the stage stands already
-        directory.mkdir()
-        shutil.copy(whole / "recipe.json", directory)
-        for name in done_stages[: done_stages.index(stage)]:
-            shutil.copytree(whole / name, directory / name)
+        begun(whole, directory, done_stages[: done_stages.index(stage)])
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / "export/mlp_ratio-1").exists()
     wait_for_the_end_of_workers(directory)

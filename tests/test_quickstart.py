@@ -1,12 +1,11 @@
 """The quickstart does what the README promises of it."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_command
+from conftest import begun, run_command
 
 from dgmr_tp import open_model, prune
 from dgmr_tp.data import scenes
@@ -55,11 +54,7 @@ def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstar
 
 
 def test_without_learning_it_does_not(quickstart, tmp_path):
-    directory = tmp_path / "run"
-    directory.mkdir()
-    shutil.copy(quickstart / "recipe.json", directory)
-    for stage in ("scenes", "prune", "recover"):
-        shutil.copytree(quickstart / stage, directory / stage)
+    directory = begun(quickstart, tmp_path / "run")
     text = (ROOT / "recipes" / "quickstart.yaml").read_text()
     lines = ["  base_lr: 0" if line.strip().startswith("base_lr") else line for line in text.splitlines()]
     text = "\n".join(lines).replace("steps: ", "steps: 5 # ").replace("mlp_ratio: [1, 0.25]", "mlp_ratio: 0.25")
