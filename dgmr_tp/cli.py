@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -363,7 +362,6 @@ def evaluate(
     from dgmr_tp.encoders import open_model
     from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
     from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
-    from dgmr_tp.files import write_whole
     from dgmr_tp.pruning import Tower
 
     if (dataset is None or root is None) == (knn_train is None or knn_test is None):
@@ -468,7 +466,7 @@ def main() -> None:
         app(standalone_mode=True)
     except Preempted as error:
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(error.code)
     except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

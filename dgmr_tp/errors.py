@@ -6,4 +6,6 @@ class DgmrError(Exception):
 
 
 class Preempted(DgmrError):
-    """The work was asked to stop (SIGTERM) and can go on from where it is; the process ends with code 143."""
+    """The work was asked to stop (SIGTERM) and can go on from where it is; the process ends with ``code``."""
+
+    code = 143  # 128 + SIGTERM

@@ -435,11 +435,13 @@ class Run:
         return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
 
     def _check_still_true(self, step: Step) -> None:
+        from dgmr_tp.distillation.checkpoints import SEAL
+
         path, note = self.folder(step.key) / "manifest.json", self._aside(step) / "made_from.json"
         try:
             if path.exists():
                 stored = json.loads(path.read_text())["made_from"]
-            elif step.stage == "distill" and note.exists() and any(note.parent.glob("checkpoints/*/whole.json")):  # worth keeping
+            elif step.stage == "distill" and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}")):  # worth keeping
                 stored = json.loads(note.read_text())
             else:
                 return

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,24 @@ class Record:
 
     def read(self) -> Any:
         """Decode to an RGB PIL image. Raises OSError or another of pillow's errors if it is damaged."""
-        from PIL import Image
-
         with self.file.open("rb") as stream:
             stream.seek(self.offset)
-            data = stream.read(self.length)
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+            return decoded(stream.read(self.length))
+
+
+def decoded(data: bytes) -> Any:
+    """An encoded image as an RGB PIL image. Raises OSError or another of pillow's errors if it is damaged."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return image.convert("RGB")
+
+
+def stacked(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Images as batches ``[batch, 3, height, width]``; the last may be smaller."""
+    images = iter(images)
+    while batch := list(islice(images, batch_size)):
+        yield torch.stack(batch)
 
 
 @dataclass
@@ -109,14 +121,7 @@ class Images:
         Raises:
             DgmrError: not one image decodes.
         """
-        batch: list[Tensor] = []
-        for _, image in self._chosen(count, seed, preprocess):
-            batch.append(image)
-            if len(batch) == batch_size:
-                yield torch.stack(batch)
-                batch = []
-        if batch:
-            yield torch.stack(batch)
+        return stacked((image for _, image in self._chosen(count, seed, preprocess)), batch_size)
 
     def labelled(self, count: int, seed: int, preprocess: Callable[[Any], Tensor]) -> tuple[Tensor, list[str | None]]:
         """The images of :meth:`sample` in one batch, and their classes; None for one whose class is not known."""

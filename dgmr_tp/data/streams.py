@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from dgmr_tp.data.images import EXTENSIONS, Images
+from dgmr_tp.data.images import EXTENSIONS, Images, decoded, stacked
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 
@@ -54,19 +53,16 @@ class Stream:
         Raises:
             DgmrError: the shard cannot be opened, or is damaged.
         """
-        from PIL import Image
-
         wds = require("webdataset", "distill")
         try:
             samples = wds.WebDataset([shard], shardshuffle=False, nodesplitter=None, workersplitter=None)
             for name, data in _shuffled(_encoded(shard, samples), random.Random(seed)):
                 try:
-                    with Image.open(io.BytesIO(data)) as image:
-                        decoded = image.convert("RGB")
+                    image = decoded(data)
                 except Exception as error:  # pillow and its codecs raise many kinds for damaged files
                     self.broken[name] = str(error) or type(error).__name__
                     continue
-                yield name, decoded
+                yield name, image
         except Exception as error:  # what webdataset raises depends on the kind of URL
             what = error.args[0] if error.args else type(error).__name__
             raise DgmrError(f"cannot read the shard {shard}: {what}; look whether it is there and whole, then run again") from error
@@ -77,19 +73,14 @@ class Stream:
         Raises:
             DgmrError: a shard cannot be read, or not one image decodes.
         """
-        batch: list[Tensor] = []
+        return stacked(islice(self._chosen(seed, preprocess), count), batch_size)
+
+    def _chosen(self, seed: int, preprocess: Callable[[Any], Tensor]) -> Iterator[Tensor]:
         taken = 0
         for position in range(len(self.shards)):
             for _, image in self.read(self.shard(position, seed), seed):
-                batch.append(preprocess(image))
+                yield preprocess(image)
                 taken += 1
-                if len(batch) == batch_size or taken == count:
-                    yield torch.stack(batch)
-                    batch = []
-                if taken == count:
-                    return
-        if batch:
-            yield torch.stack(batch)
         if not taken:
             raise DgmrError(f"{self.source} holds no image that can be read")
 

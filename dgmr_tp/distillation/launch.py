@@ -20,10 +20,6 @@ PARENT = "DGMR_TP_PARENT"
 """Environment variable with the process that waits for the launched ones."""
 
 
-PREEMPTED = 128 + signal.SIGTERM
-"""Exit code of a process that was told to stop and left a checkpoint."""
-
-
 def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, hostfile: str | None = None) -> None:
     """Run ``python -m dgmr_tp ARGUMENTS`` in ``processes`` processes on this machine, or on those of ``hostfile``, and wait.
 
@@ -64,7 +60,7 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code == PREEMPTED or (not code and stop.exists()):  # the second: it came when training was over
+    if code == Preempted.code or (not code and stop.exists()):  # the second: it came when training was over
         stop.unlink(missing_ok=True)
         raise Preempted("preempted; run again to go on")
     if code:
