@@ -10,7 +10,6 @@ embedding, and the mean cosine of the patch tokens before the final norm.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import platform
 from collections.abc import Callable
@@ -60,55 +59,41 @@ def at_once(tower: nn.Module, plan: Plan, images: list[Tensor]) -> nn.Module:
     return whole
 
 
-class Instead:
-    """Something else in place of what recovery gathers at a site: called for one block after the other."""
+def to_the_dense_mlp(block, consumer: nn.Linear, state: Tensor) -> None:
+    """No way from the MLP's answer to the residual stream is known: the dense MLP's answers are the target."""
 
-    @torch.no_grad()
-    def __init__(self, dense: Encoder, calibration: list[Tensor], plain=recovery._site_moments) -> None:
-        self.plain, self.depth, self.after = plain, -1, []
-        states = [dense.stem(batch) for batch in calibration]
-        for block in dense.blocks():
-            states = [block(state) for state in states]
-            self.after.append(states)
 
-    def stream(self, block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states: list[Tensor], weight: Tensor):
-        """The answers are what brings the residual stream to the dense tower's (a residual MLP without LayerScale)."""
-        self.depth += 1
-        kept = copy.deepcopy(consumer.state_dict())
-        consumer.weight.zero_()
-        consumer.bias.zero_()
-        targets = iter([after - block(state) for after, state in zip(self.after[self.depth], states, strict=True)])
-        consumer.load_state_dict(kept)
-        return self.plain(block, mlp, lambda _: next(targets), consumer, states, weight)
+def first_layer(block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states, goals, gain, weight: Tensor, plain=recovery._site_moments):
+    """After a first refit, the hidden neurons' bias and a scale per input (the norm's affine) are fitted by L-BFGS, then refitted.
 
-    def first_layer(self, block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states: list[Tensor], weight: Tensor):
-        """After a first refit, the hidden neurons' bias and a scale per input (the norm's affine) are fitted by L-BFGS, then refitted."""
-        fit, held_out = self.plain(block, mlp, dense_mlp, consumer, states, weight)
-        recovery._refit_layer("", consumer, fit, held_out, 1e-3)
-        inputs = []
-        for state in states:
-            with recorded_inputs(mlp) as seen:
-                block(state)
-            inputs.append(seen[mlp])
-        inputs = torch.cat(inputs)[:256]
-        answers, rows = dense_mlp(inputs), weight.to(inputs)[None, :, None]
-        with torch.enable_grad():
-            scale = torch.ones(inputs.shape[-1], requires_grad=True)
-            bias = mlp.fc1.bias.detach().clone().requires_grad_(True)
-            optimizer = torch.optim.LBFGS([bias, scale], max_iter=30, line_search_fn="strong_wolfe")
+    For an encoder without LayerScale.
+    """
+    recovery._refit_layer("", consumer, gain, *plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight), 1e-3)
+    inputs, answers = [], []
+    for state, goal in zip(states, goals, strict=True):
+        with recorded_inputs(mlp) as seen:
+            after = block(state)
+        inputs.append(seen[mlp])
+        answers.append(mlp(seen[mlp]) + goal - after)
+    inputs, answers = torch.cat(inputs)[:256], torch.cat(answers)[:256]
+    rows = weight.to(inputs)[None, :, None]
+    with torch.enable_grad():
+        scale = torch.ones(inputs.shape[-1], requires_grad=True)
+        bias = mlp.fc1.bias.detach().clone().requires_grad_(True)
+        optimizer = torch.optim.LBFGS([bias, scale], max_iter=30, line_search_fn="strong_wolfe")
 
-            def error() -> Tensor:
-                optimizer.zero_grad()
-                hidden = mlp.act(F.linear(inputs * scale, mlp.fc1.weight.detach(), bias))
-                found = F.linear(hidden, consumer.weight.detach(), consumer.bias.detach())
-                loss = (rows * (found - answers).square()).sum() / answers.square().mean()
-                loss.backward()
-                return loss
+        def error() -> Tensor:
+            optimizer.zero_grad()
+            hidden = mlp.act(F.linear(inputs * scale, mlp.fc1.weight.detach(), bias))
+            found = F.linear(hidden, consumer.weight.detach(), consumer.bias.detach())
+            loss = (rows * (found - answers).square()).sum() / answers.square().mean()
+            loss.backward()
+            return loss
 
-            optimizer.step(error)
-        mlp.fc1.bias.copy_(bias)
-        mlp.fc1.weight.mul_(scale.detach())
-        return self.plain(block, mlp, dense_mlp, consumer, states, weight)
+        optimizer.step(error)
+    mlp.fc1.bias.copy_(bias)
+    mlp.fc1.weight.mul_(scale.detach())
+    return plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
 
 
 def main() -> None:
@@ -139,17 +124,15 @@ def main() -> None:
 
     variants: dict[str, Callable[[Plan], nn.Module]] = {
         "no recovery": lambda plan: prune(tower, plan=plan).model,
-        "as it is: 1,024 images, ridge 1e-3, towards the kept columns, class token half": plain(),
+        "as it is: 1,024 images, ridge 1e-3, towards the kept columns, class token half, residual stream": plain(),
         **{f"{count} images": plain(images=seen(pool[:count])) for count in (64, 256, 4096)},
         **{f"ridge {damping:g}": plain(damping=damping) for damping in (1e-5, 1e-4, 1e-2, 1e-1)},
         "ridge towards zero": patched("refit", from_zero),
         "tokens alike": patched("token_weights", uniform),
         "class token nine tenths": patched("token_weights", class_token),
         "all blocks at once": lambda plan: at_once(tower, plan, calibration),
-        "towards the dense residual stream": lambda plan: patched("_site_moments", Instead(as_encoder(tower), calibration).stream)(plan),
-        "first Linear's bias and the norm's scale too": lambda plan: patched(
-            "_site_moments", Instead(as_encoder(tower), calibration).first_layer
-        )(plan),
+        "towards the dense MLP's answers": patched("_gain", to_the_dense_mlp),
+        "first Linear's bias and the norm's scale too": patched("_site_moments", first_layer),
         "generated scenes": plain(images=seen(normalise(resize(scenes, [32, 32], antialias=True)))),
         "coloured noise": plain(images=seen(normalise(blurred))),
         "white noise": plain(images=seen(normalise(noise))),

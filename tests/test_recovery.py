@@ -4,8 +4,10 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import pictures, redraw, timm_tower
+from families import VIT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +17,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import MLPPruner, last_state, recover
 from dgmr_tp.pruning.calibration import token_weights
-from dgmr_tp.pruning.recovery import Moments, _refit_layer, refit
+from dgmr_tp.pruning.recovery import Moments, _gain, _refit_layer, refit
 
 
 def reference(h, y, w, weight, bias, damping):
@@ -139,27 +141,70 @@ def test_recovery_brings_the_embedding_back_on_new_images(tower):
     assert drift(dense, pruned, pictures(40, seed=9)) < 0.7 * cut
 
 
-def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower):
-    """The first block by hand: the recorded tokens of all images, weighted, and one dense solve."""
+def linears(block):
+    return [layer for layer in block.module.mlp.modules() if isinstance(layer, nn.Linear)]
+
+
+def scale_of(block):
+    return next(tensor for name, tensor in block.module.named_parameters() if name in ("ls_2.gamma", "ls2.gamma"))
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, depth):
+    """By hand: what the MLP has to answer for the block to end where the dense one ends, weighted, and one dense solve."""
     dense, pruned = pruned_pair(tower, keep=48)
     images = pictures(40)
     recover(dense, pruned, [images], damping=1e-2)
-    block, cut_encoder = dense.blocks()[0], pruned_pair(tower, keep=48)[1]
+    cut = pruned_pair(tower, keep=48)[1]
+    block, last = cut.blocks()[depth], linears(cut.blocks()[depth])[-1]
     with torch.no_grad():
+        state, goal = dense.stem(images), dense.stem(images)
+        for before, dense_before in zip(pruned.blocks()[:depth], dense.blocks()[:depth], strict=True):  # recovered already
+            state, goal = before(state), dense_before(goal)
+        weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
         seen = {}
-        block.module.mlp.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
-        block(dense.stem(images))
-        fitted = [i for i in range(40) if i % 10 != 9]
-        x, mlp = seen["x"][fitted].flatten(0, 1), cut_encoder.blocks()[0].module.mlp
-        first, *_, last = [layer for layer in mlp.modules() if isinstance(layer, nn.Linear)]
-        h, y = nn.functional.gelu(first(x)).double().numpy(), block.module.mlp(x).double().numpy()
+        last.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+        last.weight.zero_(), last.bias.zero_()
+        missing = (dense.blocks()[depth](goal) - block(state)) / scale_of(block)
+    fitted = [i for i in range(40) if i % 10 != 9]
+    h, y = (tensor[fitted].flatten(0, 1).double().numpy() for tensor in (seen["h"], missing))
     w = np.tile(np.array([0.5] + [0.5 / 16] * 16), 36)
-    weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
     expected, expected_bias = reference(h, y, w, weight, bias, 1e-2)
-    got = [layer for layer in pruned.blocks()[0].module.mlp.modules() if isinstance(layer, nn.Linear)][-1]
+    got = linears(pruned.blocks()[depth])[-1]
     assert np.allclose(got.weight.detach(), expected, atol=1e-4)
     assert np.allclose(got.bias.detach(), expected_bias, atol=1e-4)
     assert not np.allclose(got.weight.detach(), weight, atol=1e-2)
+    unscaled, _ = reference(h, y * scale_of(block).detach().numpy(), w, weight, bias, 1e-2)
+    assert not np.allclose(got.weight.detach(), unscaled, atol=1e-2)
+
+
+def test_later_blocks_make_good_what_earlier_ones_lost(tower):
+    """Only the first block is pruned hard; a second one that lost a single neuron still repairs part of the stream."""
+    drifts = []
+    for sites in (("0",), ("0", "1")):
+        keep = {f"{dense_block.name}.mlp": 8 if str(i) == "0" else 191 for i, dense_block in enumerate(as_encoder(tower).blocks()[:2])}
+        dense, pruned = pruned_pair(tower, keep={name: count for name, count in keep.items() if name.split(".")[-2] in sites})
+        recover(dense, pruned, pictures(300).split(50))
+        drifts.append(drift(dense, pruned, pictures(40, seed=9)))
+    assert drifts[1] < 0.97 * drifts[0]
+
+
+@pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", "vit_giant_patch14_dinov2"])
+def test_behind_a_norm_the_dense_mlp_is_the_target(name):
+    """EVA-CLIP-E has a norm between MLP and stream, DINOv2-g a LayerScale."""
+    tower = redraw(timm.create_model(name, **VIT))
+    dense, pruned = pruned_pair(tower, keep=24)
+    block, images = pruned.blocks()[1], pictures(20)
+    consumer = linears(block)[-1]
+    with torch.no_grad():
+        gain = _gain(block, consumer, block(dense.stem(images)))
+    if "dinov2" in name:
+        assert torch.allclose(gain, scale_of(block).detach().double(), atol=1e-6)
+    else:
+        assert gain is None
+    cut = drift(dense, pruned, pictures(40, seed=9))
+    assert all(entry.recovered_error < entry.cut_error for entry in recover(dense, pruned, pictures(300).split(50)))
+    assert drift(dense, pruned, pictures(40, seed=9)) < 0.8 * cut
 
 
 @pytest.mark.parametrize("honest", [True, False])
@@ -171,7 +216,7 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest
         layer.weight.copy_(torch.from_numpy(weight)), layer.bias.copy_(torch.from_numpy(bias))
         before = copy.deepcopy(layer.state_dict())
         held_out = moments_of(h, y if honest else h @ weight.T + bias + 0.1 * y, w)
-        entry = _refit_layer("blocks.0.mlp", layer, moments_of(h, y, w), held_out, damping=1e-3)
+        entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments_of(h, y, w), held_out, damping=1e-3)
     assert entry.kept_cut != honest
     assert (entry.recovered_error < entry.cut_error) == honest
     assert torch.equal(layer.weight, before["weight"]) != honest

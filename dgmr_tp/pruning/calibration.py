@@ -1,4 +1,4 @@
-"""What the MLPs of an encoder see on calibration images: recorded inputs, and how much each token counts.
+"""What the MLPs of an encoder see and answer on calibration images, and how much each token counts.
 
 The one place with forward hooks in this package: a block takes a state to a state, and only a hook tells what a Linear
 inside it sees without a copy of every family's forward.
@@ -71,6 +71,22 @@ def gated_inputs(*modules: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def answers_as_leaf(module: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """While the context lasts, the module's answer is cut from what computed it and can be differentiated by; it comes back by module."""
+    answers: dict[nn.Module, Tensor] = {}
+
+    def cut(module: nn.Module, arguments: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+        answers[module] = answer.detach().requires_grad_(True)
+        return answers[module]
+
+    handle = module.register_forward_hook(cut)
+    try:
+        yield answers
+    finally:
+        handle.remove()
 
 
 class Moments:

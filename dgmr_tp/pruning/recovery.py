@@ -1,12 +1,14 @@
-"""Recovery in closed form: refit what reads the hidden neurons so that the pruned MLP answers as the dense one did.
+"""Recovery in closed form: refit what reads the hidden neurons so that the pruned block leaves the dense one's residual stream.
 
 For each site, over the tokens ``t`` of the calibration images, with ``h_t`` what the pruned MLP's last Linear sees and
-``y_t`` what the dense MLP answers on the same input, minimise over ``U`` and ``b``
+``y_t`` what it would have to answer for the block to end where the dense tower's block ends, minimise over ``U`` and ``b``
 
     Σ_t w_t ‖y_t − U h_t − b‖²  +  damping · (tr Σ_hh / k) · ‖U − U_K‖²
 
-where ``U_K`` are the columns that pruning kept. No labels, no gradients; images are read once, and the walk goes forward
-over the blocks once, so each block is fitted on what the recovered blocks before it really produce.
+where ``U_K`` are the columns that pruning kept. No labels, no training; images are read once, and the walk goes forward
+over the blocks of both towers once, so each block is fitted on what the recovered blocks before it really produce, and makes
+good what they left. Where a norm stands between the MLP and the residual stream (EVA-CLIP-E, SwinV2), no answer of the MLP
+is known that would do that: there ``y_t`` is what the dense MLP answers on the same input.
 """
 
 from __future__ import annotations
@@ -20,13 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights
 from dgmr_tp.pruning.encoder import Encoder
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
 
 HELD_OUT = 10
 """One image in so many is not fitted on, and decides whether a refit is kept."""
+
+
+ELEMENTWISE = 1e-2
+"""A block's derivative by its MLP's answer is taken for a gain per channel if no more than this part of it is anything else:
+rounding in bfloat16 is below, a norm above."""
 
 
 def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
@@ -79,10 +86,10 @@ def recover(
     its cut weights.
 
     Args:
-        dense: the original; its MLPs say what the answers should be.
+        dense: the original; its residual stream says where the pruned one's should be.
         pruned: the same encoder after pruning.
         images: preprocessed batches ``[batch, 3, height, width]`` on the encoder's device and in its dtype, at least ten
-            images in all. The states of all of them between two blocks are held in memory.
+            images in all. The states of all of them between two blocks, of both towers, are held in memory.
         damping: ``λ`` of the formula, relative to the neurons' mean variance.
         progress: called with blocks done and blocks in all.
 
@@ -105,51 +112,89 @@ def _recover(
     total = sum(map(len, states))
     if total < HELD_OUT:
         raise DgmrError(f"recovery needs at least {HELD_OUT} calibration images, got {total}")
+    goals = states
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
         # After the block: the first block of a hierarchical tower's stage has fewer tokens than the state it takes.
         weight = token_weights(pruned, block(states[0]), last=depth == len(blocks) - 1)
+        goals = [dense_block(state) for state in goals]
         for site in find_sites(block.module):
             consumer, dense_consumer = (cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block))
             if consumer.in_features == dense_consumer.in_features:
                 continue
             mlp, dense_mlp = (b.module.get_submodule(site.name) for b in (block, dense_block))
-            fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, weight)
-            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, fit, held_out, damping))
+            gain = _gain(block, consumer, states[0][:1])
+            heard = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device) if gain is None else gain
+            fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
+            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, heard, fit, held_out, damping))
         states = [block(state) for state in states]
         progress(depth + 1, len(blocks))
     return report
 
 
+def _gain(block: Callable[[Tensor], Tensor], consumer: nn.Linear, state: Tensor) -> Tensor | None:
+    """What the block multiplies each channel of its last Linear's answer with before it enters the stream, ``[width]``.
+
+    One, or a LayerScale; None where the answer does not enter channel by channel, as behind a norm. Found by differentiating
+    the block, so that no encoder has to declare it.
+    """
+    with torch.enable_grad(), answers_as_leaf(consumer) as seen:
+        after = block(state)
+        answer = seen[consumer]
+        if after.shape != answer.shape:
+            return None
+        direction = torch.randn(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer)
+        (derivative,) = torch.autograd.grad(after, answer, direction)
+    derivative, direction = derivative.flatten(0, -2).double(), direction.flatten(0, -2).double()
+    gain = (derivative * direction).sum(0) / direction.square().sum(0)
+    if (derivative - gain * direction).norm() > ELEMENTWISE * derivative.norm():
+        return None
+    return gain.where(gain != 0, 1)  # a channel that the block drops may hold anything
+
+
 def _site_moments(
-    block: Callable[[Tensor], Tensor], mlp: nn.Module, dense_mlp: nn.Module, consumer: nn.Linear, states: list[Tensor], weight: Tensor
+    block: Callable[[Tensor], Tensor],
+    mlp: nn.Module,
+    dense_mlp: nn.Module,
+    consumer: nn.Linear,
+    states: list[Tensor],
+    goals: list[Tensor],
+    gain: Tensor | None,
+    weight: Tensor,
 ) -> tuple[Moments, Moments]:
+    """Moments of the hidden neurons and of what the answers should be, times the gain where there is one."""
     fit, held_out = Moments(), Moments()
     counted = torch.nonzero(weight).flatten()
     image = 0
-    for state in states:
+    for state, goal in zip(states, goals, strict=True):
         with recorded_inputs(mlp, consumer) as seen:
-            block(state)
-        answer = dense_mlp(seen[mlp])[:, counted]
+            after = block(state)
         hidden = seen[consumer][:, counted]
+        if gain is None:
+            wanted = dense_mlp(seen[mlp])[:, counted]
+        else:
+            wanted = gain * consumer(hidden).double() + (goal[:, counted].double() - after[:, counted].double())
         index = torch.arange(image, image + len(state), device=state.device)
         image += len(state)
         for moments, chosen in ((fit, index % HELD_OUT != HELD_OUT - 1), (held_out, index % HELD_OUT == HELD_OUT - 1)):
             if chosen.any():
                 rows = weight[counted].repeat(int(chosen.sum()))
-                moments.add(hidden[chosen].flatten(0, 1), answer[chosen].flatten(0, 1), rows)
+                moments.add(hidden[chosen].flatten(0, 1), wanted[chosen].flatten(0, 1), rows)
     return fit, held_out
 
 
-def _refit_layer(name: str, layer: nn.Linear, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
-    weight, bias = layer.weight.detach().double(), None if layer.bias is None else layer.bias.detach().double()
+def _refit_layer(name: str, layer: nn.Linear, gain: Tensor, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
+    """Refit ``layer`` unless its held-out error would not fall. The moments' answers are ``gain`` times the layer's."""
     if not all(torch.isfinite(moments.hh).all() and torch.isfinite(moments.yh).all() for moments in (fit, held_out)):
         raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
-    new_weight, new_bias = refit(fit, weight, bias, damping)
-    new_weight = new_weight.to(layer.weight.dtype).double()
-    new_bias = None if new_bias is None else new_bias.to(layer.weight.dtype).double()
-    cut, recovered = held_out.error(weight, bias), held_out.error(new_weight, new_bias)
+    scale = gain[:, None]
+    weight, bias = scale * layer.weight.detach().double(), None if layer.bias is None else gain * layer.bias.detach().double()
+    fitted, fitted_bias = refit(fit, weight, bias, damping)
+    new_weight = (fitted / scale).to(layer.weight.dtype)
+    new_bias = None if fitted_bias is None else (fitted_bias / gain).to(layer.weight.dtype)
+    cut = held_out.error(weight, bias)
+    recovered = held_out.error(scale * new_weight.double(), None if new_bias is None else gain * new_bias.double())
     better = recovered < cut
     if better:
         layer.weight.copy_(new_weight)
