@@ -29,9 +29,9 @@ from torchvision import transforms
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
+from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
-from dgmr_tp.distillation.loop import distill
-from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import last_state
@@ -120,7 +120,7 @@ def main() -> None:
     def product(teacher: OpenedModel, student: OpenedModel, steps: int, name: str) -> None:
         section = {"steps": steps, "batch_size": args.batch, "base_lr": 1e-5, "weight_decay": 0.04, "workers": args.workers}
         section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9, "zero_stage": args.zero_stage}
-        distill(teacher, student, images, Settings.of(Distill(**section).model_dump(), seed=0), folder / name)
+        distill(teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), folder / name)
 
     def timed(which: str, steps: int, turn: int) -> float:
         teacher = open_model(args.model)

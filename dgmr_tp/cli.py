@@ -329,18 +329,16 @@ def distill(
     On a cluster: dgmr-tp run RECIPE --until recover, then deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp distill RUN_DIR,
     then dgmr-tp run RECIPE.
     """
-    from dgmr_tp.distillation.engine import stop_deepspeed
-    from dgmr_tp.distillation.launch import end_with_parent, is_worker
-    from dgmr_tp.pipeline import Run
+    _train(directory, "distill", size)
 
-    this = Run.open(directory)
-    if not is_worker():
-        this.run(until="distill", say=out.print)
-        return
-    end_with_parent()
-    for name in [size] if size else this.recipe.prune.sizes:
-        this.distill_here(name)
-    stop_deepspeed()
+
+@app.command("tune-text")
+def tune_text(
+    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a tune_text section.")],
+    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
+) -> None:
+    """Tune the text towers of a run directory to their pruned vision towers; launched like distill."""
+    _train(directory, "tune_text", size)
 
 
 @app.command("eval")
@@ -470,6 +468,21 @@ def main() -> None:
     except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+def _train(directory: Path, stage: str, size: str | None) -> None:
+    from dgmr_tp.distillation.engine import stop_deepspeed
+    from dgmr_tp.distillation.launch import end_with_parent, is_worker
+    from dgmr_tp.pipeline import Run
+
+    this = Run.open(directory)
+    if not is_worker():
+        this.run(until=stage, say=out.print)
+        return
+    end_with_parent()
+    for name in [size] if size else this.recipe.prune.sizes:
+        this.train_here(stage, name)
+    stop_deepspeed()
 
 
 def _report(this) -> None:  # type: ignore[no-untyped-def]

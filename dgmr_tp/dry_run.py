@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dgmr_tp.data.streams import is_url
 from dgmr_tp.decide import block_sites
 from dgmr_tp.encoders import OpenedModel, open_model
@@ -85,23 +87,24 @@ def dry_run(recipe: Recipe) -> DryRun:
     config = None
     if recipe.distill:
         from dgmr_tp.distillation.engine import deepspeed_config
-        from dgmr_tp.distillation.settings import Settings
+        from dgmr_tp.distillation.settings import DistillSettings
 
-        settings = Settings.of(recipe.distill.model_dump(), recipe.seed)
+        settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
     roots = [recipe.images, *(recipe.evaluate.paths.values() if recipe.evaluate else ())]
+    roots += [path for path in (recipe.tune_text.captions, recipe.tune_text.images) if path] if recipe.tune_text else []
     paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:") and not is_url(root)}
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 
 
 def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
-    from dgmr_tp.distillation.engine import freeze_what_features_do_not_need, parameter_groups
+    from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need, parameter_groups
     from dgmr_tp.distillation.losses import FeatureTap, Objective
     from dgmr_tp.pruning.pruner import resize
 
     resize(student.encoder.module, keep)
     tap = FeatureTap(student.encoder, Objective(**distill.loss.model_dump()))
-    freeze_what_features_do_not_need(tap, student.image_size)
+    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size))
     return [
         {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}
         for group in parameter_groups(tap, distill.weight_decay)

@@ -31,9 +31,9 @@ from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import Recipe, Recover, parse_recipe
+from dgmr_tp.recipe import Dataset, Recipe, Recover, Training, parse_recipe
 
-STAGES = ("scenes", "rank", "prune", "recover", "distill", "evaluate", "export")
+STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "export")
 PACKAGES = (
     "dgmr-tp",
     "torch",
@@ -47,10 +47,12 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
-SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103}  # the demo CLIP was trained on seed 1 and tested on seed 2
+SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103, "pairs": 104}  # the demo CLIP was trained on seed 1 and tested on seed 2
 JOURNAL = "search.json"
 """What AMP's search decided so far; a step that was interrupted goes on from it."""
-MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled"}
+MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
+TRAININGS = ("distill", "tune_text")
+"""Stages that leave checkpoints to go on from."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,11 @@ class Run:
                     section["deepspeed_file"] = _fingerprint(recipe.distill.deepspeed)
                 steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
                 last[size] = f"distill/{size}"
+        if recipe.tune_text:
+            for size in last:
+                section = {"tune_text": recipe.tune_text.deciding, "seed": seed, "files": _fingerprint(recipe.tune_text.captions)}
+                steps.append(Step("tune_text", size, section, (last[size], *data), partial(self._tune_text, size=size)))
+                last[size] = f"tune_text/{size}"
         if recipe.evaluate:
             section = recipe.evaluate.model_dump()
             for size in last:
@@ -191,8 +198,7 @@ class Run:
 
     def model_keys(self, size: str) -> dict[str, str]:
         """The steps that make a model of this size: ``{"pruned": "prune/…", "recovered": …, "distilled": …}``."""
-        there = {"prune": True, "recover": bool(self.recipe.recover), "distill": bool(self.recipe.distill)}
-        return {label: f"{stage}/{size}" for stage, label in MODEL_STAGES.items() if there[stage]}
+        return {label: f"{stage}/{size}" for stage, label in MODEL_STAGES.items() if getattr(self.recipe, stage)}
 
     def folder(self, key: str) -> Path:
         return self.directory / key
@@ -221,29 +227,42 @@ class Run:
         source = self.recipe.images
         return source if is_url(source) else self.data_path(source)
 
-    def distill_here(self, size: str) -> None:
-        """The part of the distillation that every launched process runs; rank 0 leaves the student and its figures."""
-        from dgmr_tp.distillation.loop import distill
-        from dgmr_tp.distillation.settings import Settings
-
-        step = next((s for s in self.steps if s.key == f"distill/{size}"), None)
+    def train_here(self, stage: str, size: str) -> None:
+        """What every launched process of ``distill`` or ``tune_text`` runs; rank 0 leaves the model and its figures."""
+        step = next((s for s in self.steps if s.key == f"{stage}/{size}"), None)
         if step is None:
-            raise DgmrError(f"this run distils no size {size!r}; sizes: {', '.join(self.recipe.prune.sizes)}")
+            raise DgmrError(f"this run's recipe has no {stage} for a size {size!r}; sizes: {', '.join(self.recipe.prune.sizes)}")
         if self.figures(step.key) is not None:
             print(f"{step.key}: done before", flush=True)
             return
         self._check_still_true(step)
         # Rank 0 prepares the folder; the others meet it in the first collective.
         folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
-        assert self.recipe.distill
-        settings = Settings.of(self.recipe.distill.model_dump(), self.recipe.seed)
-        student = open_model(str(self.folder(step.inputs[0]) / "model"))
-        images = find_images(self._images)
-        figures = distill(self.original(), student, images, settings, folder)
+        model = open_model(str(self.folder(step.inputs[0]) / "model"))
+        train = self._distill_here if stage == "distill" else self._tune_text_here
+        figures = train(model, folder)
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
-            student.save(folder / "model", self._plan(size), final=self.folder(step.key) / "model")
+            model.save(folder / "model", self._plan(size), final=self.folder(step.key) / "model")
             write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
+
+    def _distill_here(self, student: OpenedModel, folder: Path) -> dict[str, Any] | None:
+        from dgmr_tp.distillation.distill import distill
+        from dgmr_tp.distillation.settings import DistillSettings
+
+        assert self.recipe.distill
+        settings = DistillSettings.of(self.recipe.distill.model_dump(), self.recipe.seed)
+        return distill(self.original(), student, find_images(self._images), settings, folder)
+
+    def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
+        from dgmr_tp.data.captions import Captioned
+        from dgmr_tp.distillation.settings import TextSettings
+        from dgmr_tp.distillation.text import tune_text
+
+        section = self.recipe.tune_text
+        assert section
+        pairs = Captioned.find(self.data_path(section.captions), section.images)
+        return tune_text(model, pairs, TextSettings.of(section.model_dump(), self.recipe.seed), folder)
 
     # Each of the following fills the folder of one step and returns its figures.
 
@@ -255,6 +274,8 @@ class Run:
         scenes.write_classification(folder / "images", counts.images, SCENE_SEEDS["images"])
         scenes.write_classification(folder / "classes", counts.classes, SCENE_SEEDS["classes"])
         scenes.write_retrieval(folder / "captions", counts.captions, SCENE_SEEDS["captions"])
+        if counts.pairs:
+            scenes.write_retrieval(folder / "pairs", counts.pairs, SCENE_SEEDS["pairs"])
         return {}
 
     def _rank(self, folder: Path) -> dict[str, Any]:
@@ -328,13 +349,22 @@ class Run:
         return {"sites": [row._asdict() for row in result.table], "broken_images": images.broken, "other_files": images.other_files}
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:
+        assert self.recipe.distill
+        return self._train("distill", self.recipe.distill, folder, size)
+
+    def _tune_text(self, folder: Path, size: str) -> dict[str, Any]:
+        section = self.recipe.tune_text
+        assert section
+        figures = self._train("tune-text", section, folder, size)
+        datasets = self.recipe.evaluate.datasets if self.recipe.evaluate else []
+        return {**figures, "siblings": [entry.dataset for entry in datasets if _siblings(section.captions, entry)]}
+
+    def _train(self, command: str, section: Training, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.distillation.launch import launch
         from dgmr_tp.distillation.loop import STOP, read_losses
 
-        assert self.recipe.distill
         if not (folder / "figures.json").exists():
-            section = self.recipe.distill
-            launch(["distill", str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
+            launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
         figures = json.loads((folder / "figures.json").read_text())
         return {**figures, "losses": read_losses(folder)}
 
@@ -366,7 +396,7 @@ class Run:
         )
         if "onnx" in self.recipe.export.formats and self.recipe.evaluate:
             exported = open_exported(folder / "model.onnx")
-            figures["onnx_metrics"] = self._measure(model, CLIPWithEncoder(original.module, exported), exported, folder, "onnx")
+            figures["onnx_metrics"] = self._measure(model, CLIPWithEncoder(model.module, exported), exported, folder, "onnx")
         return figures
 
     def _measure(
@@ -416,18 +446,29 @@ class Run:
         """What is missing for the last stage is said before the first."""
         recipe = self.recipe
         packages = {"distill": "deepspeed", "eval": "clip_benchmark", "export": "onnxscript"}
-        sections = {"distill": recipe.distill, "eval": recipe.evaluate and recipe.evaluate.datasets, "export": recipe.export}
+        sections = {
+            "distill": recipe.distill or recipe.tune_text,
+            "eval": recipe.evaluate and recipe.evaluate.datasets,
+            "export": recipe.export,
+        }
         for extra, section in sections.items():
             if section:
                 require_installed(packages[extra], extra)
         paths = {"images": recipe.images}
-        if recipe.distill:
-            paths |= {f"distill.{key}": path for key in ("hostfile", "deepspeed") if (path := getattr(recipe.distill, key))}
+        for stage in TRAININGS:
+            for key in ("hostfile", "deepspeed", "captions", "images"):
+                if path := getattr(getattr(recipe, stage), key, None):
+                    paths[f"{stage}.{key}"] = path
         if recipe.evaluate:
             paths |= recipe.evaluate.paths
         for key, path in paths.items():
             if not path.startswith("scenes:") and not is_url(path) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")
+        if recipe.tune_text:
+            from dgmr_tp.distillation.text import has_text_tower
+
+            if not has_text_tower(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")):
+                raise DgmrError(f"tune_text: {recipe.model.source} has no text tower to tune; it takes a CLIP of open_clip's")
 
     def _made_from(self, step: Step) -> dict[str, Any]:
         manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
@@ -441,7 +482,7 @@ class Run:
         try:
             if path.exists():
                 stored = json.loads(path.read_text())["made_from"]
-            elif step.stage == "distill" and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}")):  # worth keeping
+            elif step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}")):  # worth keeping
                 stored = json.loads(note.read_text())
             else:
                 return
@@ -458,7 +499,7 @@ class Run:
         aside = self._aside(step)
         made_from = self._made_from(step)
         note = aside / "made_from.json"
-        goes_on = step.stage == "distill" or (aside / JOURNAL).exists()
+        goes_on = step.stage in TRAININGS or (aside / JOURNAL).exists()
         if aside.exists() and not (goes_on and note.exists() and json.loads(note.read_text()) == made_from):
             shutil.rmtree(aside)
         aside.mkdir(parents=True, exist_ok=True)
@@ -496,6 +537,12 @@ def _fingerprint(source: str) -> str | None:
         return None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
+
+
+def _siblings(captions: str, entry: Dataset) -> bool:
+    """Whether the text tower was tuned on captions of the data set's kind, which makes its figures no zero-shot ones."""
+    here, there = captions.lower(), f"{entry.dataset} {entry.root}".lower()
+    return any(family in here and family in there for family in ("scenes:", "flickr", "coco"))
 
 
 def _hash(value: Any) -> str:

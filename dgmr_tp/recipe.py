@@ -35,7 +35,7 @@ class Model(Section):
 
 
 class Scenes(Section):
-    """Generated data sets, for a run without downloads: ``scenes:images``, ``scenes:classes`` and ``scenes:captions``."""
+    """Generated data sets, for a run without downloads: ``scenes:images``, ``scenes:classes``, ``scenes:captions``, ``scenes:pairs``."""
 
     images: int = Field(gt=0)
     """Unlabelled scenes for calibration and distillation."""
@@ -43,6 +43,8 @@ class Scenes(Section):
     """Labelled scenes for zero-shot classification."""
     captions: int = Field(gt=9, le=10_000)
     """Captioned scenes for zero-shot retrieval, all captions different."""
+    pairs: int | None = Field(None, gt=9, le=10_000)
+    """Captioned scenes to tune the text tower on."""
 
 
 AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold")
@@ -134,32 +136,21 @@ class Loss(Section):
         return self
 
 
-class Distill(Section):
-    """Distillation; see dgmr_tp.distillation.settings.Settings."""
+class Training(Section):
+    """What every training is told; see dgmr_tp.distillation.settings.Settings."""
 
     processes: int = Field(1, ge=1)
     hostfile: str | None = None
     """DeepSpeed's list of machines, for more than this one: lines such as ``node1 slots=8``."""
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
-    micro_batch: int | None = Field(None, ge=1)
     base_lr: float = Field(ge=0)
     min_lr: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     final_weight_decay: float | None = Field(None, ge=0)
     gradient_clipping: float = Field(0.0, ge=0)
-    ema: float | None = Field(None, gt=0, lt=1)
-    loss: Loss = Field(default_factory=Loss)
-    augment: Literal["clip", "dinov2"] = "clip"
-    min_crop: float = Field(0.2, gt=0, le=1)
-    flip: bool = True
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "optimizer", "all"] = "none"
     bf16: bool = False
-    shard_teacher: bool = False
-    recompute: bool = False
-    compile: bool = False
     deepspeed: str | None = None
     """A DeepSpeed JSON that is joined with what this section says."""
     checkpoint_every: int = Field(100, ge=1)
@@ -167,6 +158,28 @@ class Distill(Section):
     log_every: int = Field(10, ge=1)
     workers: int = Field(0, ge=0)
     max_broken: float = Field(0.01, ge=0, le=1)
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the result: the rest may change between two starts of one training."""
+        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher"}
+        return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
+
+
+class Distill(Training):
+    """Distillation; see dgmr_tp.distillation.settings.DistillSettings."""
+
+    micro_batch: int | None = Field(None, ge=1)
+    ema: float | None = Field(None, gt=0, lt=1)
+    loss: Loss = Field(default_factory=Loss)
+    augment: Literal["clip", "dinov2"] = "clip"
+    min_crop: float = Field(0.2, gt=0, le=1)
+    flip: bool = True
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+    shard_teacher: bool = False
+    recompute: bool = False
+    compile: bool = False
 
     @model_validator(mode="after")
     def _possible(self) -> Distill:
@@ -180,11 +193,18 @@ class Distill(Section):
             raise ValueError("compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out")
         return self
 
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides the result: the rest may change between two starts of one distillation."""
-        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher"}
-        return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
+
+class TuneText(Training):
+    """Tuning of the text tower; see dgmr_tp.distillation.settings.TextSettings. The whole batch is worked on at once, since its
+    captions are told apart from each other."""
+
+    captions: str
+    """Images with a ``.txt`` beside each, in a folder or in tars; or Karpathy's JSON; or ``scenes:pairs``."""
+    images: str | None = None
+    """For a JSON: the folder of its images."""
+    first_caption: bool = False
+    """Of several captions always the first, as in the paper, instead of one drawn for every epoch."""
+    zero_stage: Literal[1, 2] = 1
 
 
 class Dataset(Section):
@@ -239,6 +259,7 @@ class Recipe(Section):
     prune: Prune
     recover: Recover | None = None
     distill: Distill | None = None
+    tune_text: TuneText | None = None
     evaluate: Evaluate | None = None
     export: Export | None = None
 
@@ -250,12 +271,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _scenes_are_there(self) -> Recipe:
         roots = [self.images, *(self.evaluate.paths.values() if self.evaluate else ())]
+        roots += [self.tune_text.captions] if self.tune_text else []
         if not self.scenes and any(root.startswith("scenes:") for root in roots):
             raise ValueError("a path begins with scenes:, but there is no section scenes")
-        if self.distill and self.distill.batch_size % self.distill.processes:
-            raise ValueError(
-                f"distill.batch_size = {self.distill.batch_size} cannot be divided over distill.processes = {self.distill.processes}"
-            )
+        if self.scenes and not self.scenes.pairs and "scenes:pairs" in roots:
+            raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
+        for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
+            if section and section.batch_size % section.processes:
+                raise ValueError(f"{name}.batch_size = {section.batch_size} cannot be divided over {name}.processes = {section.processes}")
         return self
 
 
@@ -313,6 +336,7 @@ def _known_keys(where: list[Any]) -> list[str]:
         "prune": Search if "search" in where else Prune,
         "recover": Recover,
         "distill": Loss if "loss" in where else Distill,
+        "tune_text": TuneText,
         "evaluate": Evaluate,
         "export": Export,
     }

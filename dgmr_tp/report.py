@@ -13,7 +13,8 @@ from rich.table import Table
 from dgmr_tp.extras import require
 from dgmr_tp.files import write_whole
 
-LABELS = ("pruned", "recovered", "distilled", "onnx")
+LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx")
+TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
 SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5", "knn@20": "top-1"}
 
 
@@ -42,7 +43,12 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     {**row, **{k: v for k, v in recovery.get(row["site"], {}).items() if k.endswith("error") or k == "kept_cut"}}
                     for row in cut.get("sites", [])
                 ],
-                "losses": done.get(f"distill/{size}", {}).get("losses", []),
+                "trainings": [
+                    {"title": title, "losses": done[f"{stage}/{size}"]["losses"]}
+                    for stage, title in TRAININGS.items()
+                    if f"{stage}/{size}" in done
+                ],
+                "not_zero_shot": [name.removeprefix("wds/") for name in done.get(f"tune_text/{size}", {}).get("siblings", [])],
                 "files": exported.get("files", {}),
                 "threads": exported.get("threads"),
                 "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
@@ -67,6 +73,8 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             )
     console.print(table)
     for size in data["sizes"]:
+        if size["not_zero_shot"]:
+            console.print(f"{size['name']}: {not_zero_shot(size['not_zero_shot'])}", highlight=False)
         for name, entry in size["files"].items():
             for batch, times in entry["latency_ms"].items():
                 if "original" in times:
@@ -80,10 +88,17 @@ def write_html(data: dict[str, Any], path: Path) -> Path:
     """Write the report; it appears whole or not at all."""
     jinja2 = require("jinja2", "export")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, curve=curve, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G")
+    environment.filters.update(
+        percent=percent, curve=curve, not_zero_shot=not_zero_shot, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G"
+    )
     template = environment.from_string(resources.files("dgmr_tp").joinpath("report.html.j2").read_text())
     write_whole(path, template.render(data))
     return path
+
+
+def not_zero_shot(datasets: list[str]) -> str:
+    """What to think of the tuned text tower's figures on data of the kind that it was tuned on."""
+    return f"the text tower was tuned on captions of this kind: tuned is not zero-shot on {', '.join(datasets)}"
 
 
 def percent(value: float | None) -> str:

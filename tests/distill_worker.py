@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 distill_worker.py FOLDER
 
-``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section. ``after`` names the case which it goes on,
-``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of a DeepSpeed file. The weights come to
-``FOLDER/NAME.safetensors``, an error to ``FOLDER/NAME.error``.
+``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``.
+``after`` names the case which it goes on, ``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of
+a DeepSpeed file. The weights come to ``FOLDER/NAME.safetensors``, an error to ``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 from torch import distributed
 
 from dgmr_tp import prune
+from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.streams import find_images
+from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
-from dgmr_tp.distillation.loop import distill
-from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.distillation.settings import DistillSettings, TextSettings
+from dgmr_tp.distillation.text import tune_text
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.recipe import Distill
+from dgmr_tp.recipe import Distill, TuneText
 
+TEXT = {"steps": 12, "batch_size": 8, "base_lr": 1e-2, "checkpoint_every": 4, "keep_checkpoints": 3, "log_every": 1}
 SECTION = {**SMALL["distill"], "steps": 12, "checkpoint_every": 4, "keep_checkpoints": 3}
 
 
@@ -49,13 +52,18 @@ def main(folder: Path) -> None:
         if content := case.pop("json", None):
             case["deepspeed"] = str(folder / f"{name}.json")
             Path(case["deepspeed"]).write_text(json.dumps(content))
-        images = case.pop("images", str(folder / "images"))
         teacher = open_model("demo")
         student = prune(teacher, criterion="l2", mlp_ratio=1).model
-        settings = Settings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
         try:
-            if distill(teacher, student, find_images(images), settings, folder / name):
-                save_file(student.encoder.module.state_dict(), folder / f"{name}.safetensors")
+            if "captions" in case:
+                settings = TextSettings.of(TuneText(**{**TEXT, **case}).model_dump(), seed=0)
+                done, trained = tune_text(student, Captioned.find(case["captions"]), settings, folder / name), student.module
+            else:
+                images = find_images(case.pop("images", str(folder / "images")))
+                settings = DistillSettings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
+                done, trained = distill(teacher, student, images, settings, folder / name), student.encoder.module
+            if done:
+                save_file(trained.state_dict(), folder / f"{name}.safetensors")
         except DgmrError as error:
             (folder / f"{name}.error").write_text(str(error))
     stop_deepspeed()

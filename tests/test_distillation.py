@@ -31,17 +31,17 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
 from dgmr_tp.distillation.data import Crops, batches, training_transform
-from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_features_do_not_need, parameter_groups
+from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
 from dgmr_tp.distillation.loop import read_losses
 from dgmr_tp.distillation.losses import FeatureTap, Objective
-from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.recipe import Distill
 
 
-def settings(json: dict | None = None, **changes) -> Settings:
-    return Settings.of(Distill(**{**SECTION, **changes}).model_dump(), seed=0)
+def settings(json: dict | None = None, **changes) -> DistillSettings:
+    return DistillSettings.of(Distill(**{**SECTION, **changes}).model_dump(), seed=0)
 
 
 def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -109,7 +109,7 @@ def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
 def test_what_is_trained_and_what_is_decayed():
     tower = redraw(timm_tower())
     tap = FeatureTap(as_encoder(tower))
-    freeze_what_features_do_not_need(tap, 32)
+    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, 32, 32))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert {name for name, _ in tower.named_parameters()} - trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
     decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(tap, 0.1))
@@ -119,7 +119,7 @@ def test_what_is_trained_and_what_is_decayed():
         name for name, p in tower.named_parameters() if id(p) in plain
     }
     after = FeatureTap(as_encoder(redraw(timm_tower())), Objective(embedding=1.0))
-    freeze_what_features_do_not_need(after, 32)
+    freeze_what_outputs_do_not_need(after, torch.zeros(1, 3, 32, 32))
     assert all(parameter.requires_grad for parameter in after.parameters())
 
 
@@ -273,7 +273,7 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return norm(a, b) / norm(a, start())
 
 
-def plain_torch(folder: Path, given: Settings, mean_of: float | None = None) -> dict[str, torch.Tensor]:
+def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = None) -> dict[str, torch.Tensor]:
     """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module.train()
@@ -420,7 +420,7 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
     whole, _ = small_run
     section = {**SMALL["distill"], "checkpoint_every": 24, "workers": 1}
     directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml", distill=section)
-    curve = directory / "distill/.mlp_ratio-1.partial/log/distill_loss.csv"
+    curve = directory / "distill/.mlp_ratio-1.partial/log/train_loss.csv"
     with (tmp_path / "log").open("w") as stream:
         process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
         deadline = time.monotonic() + 300

@@ -33,20 +33,30 @@ class Record:
     length: int
     label: str | tuple[int, int] | None = None
     """Its class: the name of its folder, or offset and length of its ``.cls`` in the tar."""
+    text: tuple[int, int] | None = None
+    """Offset and length of its ``.txt`` in the tar."""
 
     def class_name(self) -> str | None:
         """Its class, if it is known."""
-        if not isinstance(self.label, tuple):
-            return self.label
-        with self.file.open("rb") as stream:
-            stream.seek(self.label[0])
-            return stream.read(self.label[1]).decode().strip()
+        return self._bytes(*self.label).decode().strip() if isinstance(self.label, tuple) else self.label
+
+    def captions(self) -> list[str]:
+        """The lines of its ``.txt`` in the tar, or of the file of its name beside it; none, if there is none."""
+        beside = self.file.with_suffix(".txt")
+        if self.text is not None:
+            lines = self._bytes(*self.text).decode()
+        else:
+            lines = beside.read_text() if self.file.suffix != ".tar" and beside.exists() else ""
+        return [line.strip() for line in lines.splitlines() if line.strip()]
 
     def read(self) -> Any:
         """Decode to an RGB PIL image. Raises OSError or another of pillow's errors if it is damaged."""
+        return decoded(self._bytes(self.offset, self.length))
+
+    def _bytes(self, offset: int, length: int) -> bytes:
         with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            return decoded(stream.read(self.length))
+            stream.seek(offset)
+            return stream.read(length)
 
 
 def decoded(data: bytes) -> Any:
@@ -149,9 +159,11 @@ def _tar_records(path: Path) -> list[Record]:
             members = [member for member in tar if member.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
-    classes = {str(Path(m.name).with_suffix("")): (m.offset_data, m.size) for m in members if m.name.endswith(".cls")}
+    beside = {m.name: (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
     return [
-        Record(f"{path}:{member.name}", path, member.offset_data, member.size, classes.get(str(Path(member.name).with_suffix(""))))
-        for member in members
-        if Path(member.name).suffix.lower() in EXTENSIONS
+        Record(
+            f"{path}:{m.name}", path, m.offset_data, m.size, *(beside.get(str(Path(m.name).with_suffix(end))) for end in (".cls", ".txt"))
+        )
+        for m in members
+        if Path(m.name).suffix.lower() in EXTENSIONS
     ]

@@ -36,6 +36,8 @@ class Sample(NamedTuple):
     """Name and error of images that did not decode on the way to it."""
     shard: tuple[int, int] = (0, 0)
     """Of a stream: which reader, and the position of its shard in the endless order."""
+    texts: Tensor | None = None
+    """Of images with captions, whose embeddings then stand in place of them: token ids."""
 
 
 class Crops(Dataset):

@@ -1,4 +1,4 @@
-"""DeepSpeed as the distillation uses it: its configuration, the processes, what is decayed, what comes out in the end."""
+"""DeepSpeed as the training uses it: its configuration, the processes, what is decayed, what comes out in the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.settings import Settings
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
@@ -32,6 +31,11 @@ def start_deepspeed() -> Any:
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     return deepspeed
+
+
+def device_here() -> torch.device:
+    """Where this process computes."""
+    return torch.device(require("deepspeed", "distill").accelerator.get_accelerator().current_device_name())
 
 
 def stop_deepspeed() -> None:
@@ -72,13 +76,13 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
     try:
         theirs = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DgmrError(f"distill.deepspeed: cannot read {path}: {error}") from error
+        raise DgmrError(f"{settings.section}.deepspeed: cannot read {path}: {error}") from error
     if not isinstance(theirs, dict):
-        raise DgmrError(f"distill.deepspeed: {path} is no JSON object")
-    return _joined(ours, theirs, path)
+        raise DgmrError(f"{settings.section}.deepspeed: {path} is no JSON object")
+    return _joined(ours, theirs, path, settings.section)
 
 
-def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, where: str = "") -> dict[str, Any]:
+def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: str, where: str = "") -> dict[str, Any]:
     result = dict(ours)
     for key, value in theirs.items():
         if value == "auto":  # as in files written for transformers: the recipe says it, or DeepSpeed's default
@@ -89,27 +93,22 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, where: str
                 f"{path}: {name} is not for DeepSpeed to say: the recipe has the optimiser, schedule, batch and precision; remove it"
             )
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
-            result[key] = _joined(ours.get(key, {}), value, path, f"{name}.")
+            result[key] = _joined(ours.get(key, {}), value, path, section, f"{name}.")
         elif key not in ours or value == ours[key]:
             result[key] = value
         else:
-            raise DgmrError(f"{path}: {name} = {value!r}, but the recipe's distill section makes it {ours[key]!r}; remove one of them")
+            raise DgmrError(f"{path}: {name} = {value!r}, but the recipe's {section} section makes it {ours[key]!r}; remove one of them")
     return result
 
 
-def freeze_what_features_do_not_need(tap: FeatureTap, image_size: int) -> None:
-    """What no part of the loss depends on gets no gradient; left trainable it would still be decayed."""
-    probe = list(tap.requires_grad_(True).parameters())
-    shapes = meta_copy(tap)
-    total = sum(features.sum() for features in shapes(_one_image(shapes, image_size)).values())
+def freeze_what_outputs_do_not_need(module: nn.Module, probe: Tensor) -> None:
+    """What no output of ``module(probe)``, a dictionary of tensors, depends on gets no gradient; left trainable it would be decayed."""
+    parameters = list(module.requires_grad_(True).parameters())
+    shapes = meta_copy(module).float()
+    total = sum(output.sum() for output in shapes(probe.to("meta")).values())
     gradients = torch.autograd.grad(total, list(shapes.parameters()), allow_unused=True)
-    for parameter, gradient in zip(probe, gradients, strict=True):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-
-
-def _one_image(tap: FeatureTap, image_size: int) -> Tensor:
-    like = next(tap.parameters())
-    return torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -131,21 +130,21 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def gather_where_used(tap: FeatureTap, image_size: int) -> None:
+def gather_where_used(module: nn.Module, probe: Tensor) -> None:
     """For ZeRO-3, before the parameters are sharded: a walk calls a tower's parts, so that DeepSpeed's hooks miss the parameters of
     modules which are never called themselves (tokens, positions, projections). They are gathered with the nearest one that is."""
     deepspeed = require("deepspeed", "distill")
-    shapes, called = meta_copy(tap), set()
-    for name, module in shapes.named_modules():
-        module.register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
+    shapes, called = meta_copy(module).float(), set()
+    for name, part in shapes.named_modules():
+        part.register_forward_pre_hook(lambda _module, _inputs, name=name: called.add(name))
     with torch.no_grad():
-        shapes(_one_image(shapes, image_size))
-    modules = dict(tap.named_modules())
-    for name, module in modules.items():
+        shapes(probe.to("meta"))
+    modules = dict(module.named_modules())
+    for name, part in modules.items():
         owner = name
         while owner not in called:
             owner = owner.rpartition(".")[0]
-        for parameter in module.parameters(recurse=False) if owner != name else ():
+        for parameter in part.parameters(recurse=False) if owner != name else ():
             deepspeed.zero.register_external_parameter(modules[owner], parameter)
 
 

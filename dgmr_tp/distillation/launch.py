@@ -1,4 +1,4 @@
-"""Starting the distillation processes through the real ``deepspeed`` launcher."""
+"""Starting the training processes through the real ``deepspeed`` launcher."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
         stop.unlink(missing_ok=True)
         raise Preempted("preempted; run again to go on")
     if code:
-        raise DgmrError(f"the distillation ended with code {code}; its message stands above; run again to go on from the last checkpoint")
+        raise DgmrError(f"the training ended with code {code}; its message stands above; run again to go on from the last checkpoint")
 
 
 def is_worker() -> bool:

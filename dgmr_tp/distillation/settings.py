@@ -1,23 +1,30 @@
-"""The hyper-parameters of a distillation."""
+"""The hyper-parameters of a training."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from dgmr_tp.distillation.losses import Objective
 from dgmr_tp.errors import DgmrError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.recipe.Distill` for the defaults."""
+    """What every training is told; see :class:`dgmr_tp.recipe.Training` for the defaults."""
+
+    section: ClassVar[str]
+    """The recipe's section that says it."""
+    what: ClassVar[str]
+    """What is done, in messages."""
+    needs_less_memory: ClassVar[str]
+    """What to do when there is too little."""
 
     steps: int
     batch_size: int
     """Global: over all processes and all accumulated batches."""
-    micro_batch: int | None
+    micro_batch: int | None = None
     """The most images that one process works on at a time; the gradients of several are accumulated. None: all at once."""
     base_lr: float
     """The learning rate is ``base_lr · batch_size / 256``."""
@@ -28,19 +35,13 @@ class Settings:
     """Where the decay goes on a cosine; None: it stays."""
     gradient_clipping: float
     """Largest norm of the gradient; 0: any."""
-    ema: float | None
+    ema: float | None = None
     """Decay of an exponential moving average of the weights, which then is the result."""
-    loss: Objective
-    augment: str
-    min_crop: float
-    flip: bool
     zero_stage: int
-    offload: str
+    offload: str = "none"
     """What lies in the CPU's memory: ``none``, ``optimizer`` (its states), ``all`` (the parameters too; ZeRO-3)."""
     bf16: bool
-    shard_teacher: bool
-    recompute: bool
-    compile: bool
+    compile: bool = False
     deepspeed: str | None
     checkpoint_every: int
     keep_checkpoints: int
@@ -49,12 +50,6 @@ class Settings:
     max_broken: float
     """Share of the images that may fail to decode before the run stops."""
     seed: int
-
-    @classmethod
-    def of(cls, section: dict[str, Any], seed: int) -> Settings:
-        """From the content of a recipe's section."""
-        plain = {key: value for key, value in section.items() if key not in ("processes", "hostfile", "loss")}
-        return cls(**plain, loss=Objective(**section["loss"]), seed=seed)
 
     def micro_batch_of(self, world: int) -> int:
         """Images that one of ``world`` processes works on at a time: the largest divisor of its share up to ``micro_batch``.
@@ -66,12 +61,12 @@ class Settings:
         """
         share, rest = divmod(self.batch_size, world)
         if rest:
-            raise DgmrError(f"distill.batch_size = {self.batch_size} cannot be divided over {world} processes")
+            raise DgmrError(f"{self.section}.batch_size = {self.batch_size} cannot be divided over {world} processes")
         most = min(share, self.micro_batch or share)
         micro = next(n for n in range(most, 0, -1) if share % n == 0)
         if micro < most / 2:
             raise DgmrError(
-                f"distill.batch_size = {self.batch_size} is {share} images for each of {world} processes, which divide into "
+                f"{self.section}.batch_size = {self.batch_size} is {share} images for each of {world} processes, which divide into "
                 f"pieces of {micro}, not near micro_batch = {self.micro_batch}; choose a batch_size with more divisors"
             )
         return micro
@@ -92,3 +87,46 @@ class Settings:
     @staticmethod
     def _cosine(first: float, last: float, step: int, steps: int) -> float:
         return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(Settings):
+    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.recipe.Distill` for the defaults."""
+
+    section = "distill"
+    what = "distil"
+    needs_less_memory = (
+        "set distill.recompute: true or a smaller distill.micro_batch and run again to go on, or a higher distill.zero_stage with "
+        "offload (--redo distill)"
+    )
+
+    loss: Objective
+    augment: str
+    min_crop: float
+    flip: bool
+    shard_teacher: bool
+    recompute: bool
+
+    @classmethod
+    def of(cls, section: dict[str, Any], seed: int) -> DistillSettings:
+        """From the content of a recipe's section."""
+        plain = {key: value for key, value in section.items() if key not in ("processes", "hostfile", "loss")}
+        return cls(**plain, loss=Objective(**section["loss"]), seed=seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(Settings):
+    """What the recipe's ``tune_text`` section says; see :class:`dgmr_tp.recipe.TuneText` for the defaults."""
+
+    section = "tune_text"
+    what = "tune the text tower"
+    needs_less_memory = "start more processes or set tune_text.zero_stage: 2, and run again (--redo tune_text)"
+
+    first_caption: bool
+
+    @classmethod
+    def of(cls, section: dict[str, Any], seed: int) -> TextSettings:
+        """From the content of a recipe's section."""
+        return cls(
+            **{key: value for key, value in section.items() if key not in ("processes", "hostfile", "captions", "images")}, seed=seed
+        )

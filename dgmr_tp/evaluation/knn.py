@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader, Dataset
 
+from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.neighbours import nearest, vote
@@ -47,13 +47,16 @@ def knn_accuracy(
     Raises:
         DgmrError: an image has no class, or a test class does not occur in training.
     """
-    names = sorted({_class_of(images, i) for images in (train, test) for i in range(len(images))})
+    known, asked = ([_class_of(images, i) for i in range(len(images))] for images in (train, test))
+    names = sorted({*known, *asked})
     number = {name: i for i, name in enumerate(names)}
-    read = _Reader(embed, preprocess, number, torch.device(device), batch_size, workers, progress)
-    bank, classes = (_from_all(part) for part in read(train, "training images"))
-    if missing := {_class_of(test, i) for i in range(len(test))} - {names[i] for i in classes.unique().tolist()}:
+    how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
+    bank, places = (_from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how))
+    classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
+    if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
         raise DgmrError(f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes")
-    queries, answers = read(test, "test images")
+    queries, places = embedded_share(embed, preprocess, test, title="test images", **how)
+    answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=bank.device)
     right = torch.zeros(len(NEIGHBOURS) + 1, dtype=torch.float64, device=bank.device)
     for part, wanted in zip(queries.split(QUERIES), answers.split(QUERIES), strict=True):
         similar, index = nearest(bank, part, max(NEIGHBOURS))
@@ -63,49 +66,6 @@ def knn_accuracy(
     if distributed.is_initialized():
         distributed.all_reduce(right)
     return {f"knn@{count}": float(right[i] / right[-1]) for i, count in enumerate(NEIGHBOURS) if count <= len(bank)}
-
-
-class _Reader:
-    """Embeddings and class numbers of this process's share of some images."""
-
-    def __init__(self, embed, preprocess, number, device, batch_size, workers, progress) -> None:  # type: ignore[no-untyped-def]
-        self.embed, self.preprocess, self.number, self.device = embed, preprocess, number, device
-        self.batch_size, self.workers, self.progress = batch_size, workers, progress
-
-    @torch.no_grad()
-    def __call__(self, images: Images, title: str) -> tuple[Tensor, Tensor]:
-        rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-        if len(images) < world:
-            raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
-        mine = range(rank, len(images), world)
-        pictures = _Pictures(images, self.preprocess, self.number, mine)
-        embeddings, classes = [], []
-        for batch in DataLoader(pictures, self.batch_size, num_workers=self.workers, collate_fn=_whole):
-            if batch is not None:
-                embeddings.append(self.embed(batch[0].to(self.device)).float().to(self.device))
-                classes.append(batch[1].to(self.device))
-            self.progress(title, min(len(mine), len(embeddings) * self.batch_size), len(mine))
-        if not embeddings:
-            raise DgmrError(f"{images.source} has no image that can be read")
-        return torch.cat(embeddings), torch.cat(classes)
-
-
-class _Pictures(Dataset):
-    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], number: dict[str, int], chosen: range) -> None:
-        self.images, self.preprocess, self.number, self.chosen = images, preprocess, number, chosen
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def __getitem__(self, at: int) -> tuple[Tensor, int] | None:
-        index = self.chosen[at]
-        image = self.images.read(index)
-        return None if image is None else (self.preprocess(image), self.number[_class_of(self.images, index)])
-
-
-def _whole(samples: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor] | None:
-    there = [sample for sample in samples if sample is not None]
-    return (torch.stack([image for image, _ in there]), torch.tensor([number for _, number in there])) if there else None
 
 
 def _class_of(images: Images, index: int) -> str:

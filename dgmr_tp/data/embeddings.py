@@ -1,0 +1,66 @@
+"""Embeddings of many images; the processes of a launcher share the work. Models come in as functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, Dataset
+
+from dgmr_tp.data.images import Images
+from dgmr_tp.errors import DgmrError
+
+Progress = Callable[[str, int, int], None]
+
+
+@torch.no_grad()
+def embedded_share(
+    embed: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Any], Tensor],
+    images: Images,
+    *,
+    device: str | torch.device,
+    batch_size: int = 64,
+    workers: int = 0,
+    title: str = "images",
+    progress: Progress = lambda title, done, total: None,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings, float32 ``[n, width]`` on ``device``, and places in ``images``, ``[n]``, of this process's share.
+
+    A share is every ``world``-th image; those that do not decode are left out.
+
+    Raises:
+        DgmrError: there are fewer images than processes, or none of the share can be read.
+    """
+    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if len(images) < world:
+        raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
+    share = _Share(images, preprocess, range(rank, len(images), world))
+    found, places = [], []
+    for step, (batch, where) in enumerate(DataLoader(share, batch_size, num_workers=workers, collate_fn=_readable), start=1):
+        if len(where):
+            found.append(embed(batch.to(device)).float().to(device))
+            places.append(where)
+        progress(title, min(len(share), step * batch_size), len(share))
+    if not found:
+        raise DgmrError(f"{images.source} has no image that can be read")
+    return torch.cat(found), torch.cat(places)
+
+
+class _Share(Dataset):
+    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], chosen: range) -> None:
+        self.images, self.preprocess, self.chosen = images, preprocess, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, at: int) -> tuple[Tensor | None, int]:
+        image = self.images.read(self.chosen[at])
+        return (None if image is None else self.preprocess(image)), self.chosen[at]
+
+
+def _readable(samples: list[tuple[Tensor | None, int]]) -> tuple[Tensor, Tensor]:
+    there = [(image, place) for image, place in samples if image is not None]
+    return torch.stack([image for image, _ in there]) if there else torch.empty(0), torch.tensor([place for _, place in there])

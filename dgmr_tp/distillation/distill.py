@@ -1,0 +1,99 @@
+"""Distillation: the pruned encoder learns to give the original's features on unlabelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from dgmr_tp.data.images import Images
+from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation.checkpoints import Checkpoint
+from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, stream_batches, training_transform
+from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
+from dgmr_tp.distillation.loop import Task, train, training
+from dgmr_tp.distillation.losses import FeatureTap
+from dgmr_tp.distillation.settings import DistillSettings
+from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.extras import require
+
+
+def distill(
+    teacher: OpenedModel, student: OpenedModel, images: Images | Stream, settings: DistillSettings, directory: Path
+) -> dict[str, Any] | None:
+    """Train ``student`` to give ``teacher``'s features, resuming from ``directory`` if a checkpoint lies there.
+
+    Run it in every process that the ``deepspeed`` launcher started. Only what the features depend on is trained. How it trains, and
+    what it raises: :func:`dgmr_tp.distillation.loop.train`.
+
+    Args:
+        teacher, student: opened on the CPU; the student is trained in place.
+        images: unlabelled; from a :class:`Stream` a run that was interrupted goes on at the beginning of a shard.
+        settings: see :class:`DistillSettings`.
+        directory: checkpoints and the curves (``log/``, CSV) go here.
+
+    Returns:
+        On rank 0 the figures of the run, None elsewhere. The student of rank 0 then holds the trained weights.
+    """
+    with training(directory, settings) as stop:
+        device, precision = device_here(), torch.bfloat16 if settings.bf16 else torch.float32
+        tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
+        probe = torch.zeros(1, 3, student.image_size, student.image_size)
+        answers, release = _teacher(FeatureTap(teacher.encoder, settings.loss), probe, settings, directory)
+
+        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
+            batch = sample.images.to(device, precision, non_blocking=True)
+            with torch.no_grad():
+                target = answers(batch)
+            return settings.loss(engine(batch), target)
+
+        def place(done: Checkpoint) -> str:
+            return "" if isinstance(images, Images) else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
+
+        count = len(images) if isinstance(images, Images) else None
+        task = Task(tap, probe, lambda done: _loader(images, teacher, settings, done), losses, settings.loss.total, count, place)
+        broken = train(task, settings, directory, stop)
+        release()
+    if distributed.get_rank():
+        return None
+    student.module.to("cpu", torch.float32).requires_grad_(True).eval()
+    return {**asdict(settings), "processes": distributed.get_world_size(), "images": count, "broken_images": broken}
+
+
+def _loader(images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint) -> Generator[Sample]:
+    rank, world = distributed.get_rank(), distributed.get_world_size()
+    micro = settings.micro_batch_of(world)
+    transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment)
+    if isinstance(images, Stream):
+        crops = StreamCrops(images, transform, settings.seed, done.shard, rank, world)
+        return stream_batches(crops, micro=micro, workers=settings.workers)
+    return batches(
+        Crops(images, transform, settings.seed),
+        batch=settings.batch_size,
+        micro=micro,
+        seed=settings.seed,
+        first_step=done.step,
+        steps=settings.steps,
+        rank=rank,
+        world=world,
+        workers=settings.workers,
+    )
+
+
+def _teacher(
+    tap: FeatureTap, probe: Tensor, settings: DistillSettings, directory: Path
+) -> tuple[Callable[[Tensor], dict[str, Tensor]], Callable[[], None]]:
+    """The teacher's features of a batch, and what lets go of it; its parameters are sharded over the processes if the settings say so."""
+    tap = tap.to(device_here(), torch.bfloat16 if settings.bf16 else torch.float32).eval().requires_grad_(False)
+    if not settings.shard_teacher:
+        return (torch.compile(tap) if settings.compile else tap), lambda: None
+    gather_where_used(tap, probe)
+    config = deepspeed_config(settings, distributed.get_world_size(), directory)
+    zero = {key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")}
+    same = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+    engine, *_ = require("deepspeed", "distill").initialize(model=tap, config={**same, "zero_optimization": {**zero, "stage": 3}})
+    return engine, engine.destroy

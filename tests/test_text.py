@@ -1,0 +1,217 @@
+"""The text tower's tuning: where captions come from, what is trained, and that it ends where plain PyTorch ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import recipe, run_command
+from distill_worker import TEXT
+from families import FAMILIES
+from safetensors.torch import load_file
+from test_distillation import launch
+
+from dgmr_tp import prune
+from dgmr_tp.data import scenes
+from dgmr_tp.data.captions import Captioned
+from dgmr_tp.data.scenes import Scene, distinct
+from dgmr_tp.distillation.data import places
+from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need
+from dgmr_tp.distillation.text import TextTower
+from dgmr_tp.encoders import open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pipeline import Run
+
+
+def test_captions_of_shards_and_of_files_beside_images(tmp_path):
+    scenes.write_retrieval(tmp_path / "shards", 12, seed=3)
+    pairs = Captioned.find(tmp_path / "shards")
+    expected = [scene.caption for scene, _ in zip(distinct(Scene.draw(3, i) for i in range(100)), range(12), strict=False)]
+    assert [lines for [lines] in pairs.captions] == expected and len(pairs) == len(pairs.images) == 12
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i in range(3):
+        pairs.images.read(i).save(folder / f"{i}.png")
+    (folder / "0.txt").write_text("a first caption\n\n a second one \n")
+    (folder / "2.txt").write_text("another\n")
+    beside = Captioned.find(folder)
+    assert beside.captions == [["a first caption", "a second one"], ["another"]]
+    assert [record.file.name for record in beside.images.records] == ["0.png", "2.png"]
+    for file in folder.glob("*.txt"):
+        file.unlink()
+    with pytest.raises(DgmrError, match="holds 3 images and no caption"):
+        Captioned.find(folder)
+
+
+def test_captions_of_karpathys_json(tmp_path):
+    pictures = tmp_path / "images" / "train2014"
+    pictures.mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (pictures / name).write_bytes(b"x")
+    entry = lambda name, split, *raw: {  # noqa: E731
+        "filepath": "train2014",
+        "filename": name,
+        "split": split,
+        "sentences": [{"raw": text, "tokens": []} for text in raw],
+    }
+    images = [entry("a.jpg", "train", "One.", "Two."), entry("b.jpg", "test", "Three."), entry("c.jpg", "restval", "Four. ")]
+    path = tmp_path / "dataset_coco.json"
+    path.write_text(json.dumps({"images": images, "dataset": "coco"}))
+    pairs = Captioned.find(path, tmp_path / "images")
+    assert pairs.captions == [["One.", "Two."], ["Four."]]
+    assert [record.file.name for record in pairs.images.records] == ["a.jpg", "c.jpg"]
+    with pytest.raises(DgmrError, match=r"tune_text\.images"):
+        Captioned.find(path)
+    (pictures / "c.jpg").unlink()
+    with pytest.raises(DgmrError, match=r"1 of 2 images of .*dataset_coco\.json are missing; the first: .*c\.jpg"):
+        Captioned.find(path, tmp_path / "images")
+    path.write_text('{"images": [{}]}')
+    with pytest.raises(DgmrError, match="cannot read Karpathy's captions in"):
+        Captioned.find(path, tmp_path / "images")
+
+
+@pytest.mark.parametrize("family", ["open_clip", "open_clip EVA02-L", "open_clip SigLIP", "open_clip CoCa"])
+def test_only_the_text_tower_is_trained_and_the_clip_comes_back_whole(family, tmp_path):
+    FAMILIES[family](tmp_path / "model")
+    opened = open_model(str(tmp_path / "model"))
+    clip, before = opened.module, {name: tensor.clone() for name, tensor in opened.module.state_dict().items()}
+    texts = opened.tokenizer(["a photo of a cat", "two dogs"])
+    expected = clip.encode_text(texts, normalize=True)
+    tower = TextTower(clip)
+    assert not any("visual" in name for name, _ in tower.named_parameters())
+    freeze_what_outputs_do_not_need(tower, texts[:1])
+    trained = {name.removeprefix("clip.") for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert "logit_scale" in trained and any("token_embedding" in name for name in trained)
+    assert not any(name.startswith("text_decoder") or name == "logit_bias" for name in trained)
+    found = tower(texts)
+    assert torch.equal(found["text"], expected) and torch.allclose(found["text"].norm(dim=-1), torch.ones(2))
+    assert torch.allclose(found["scale"], before["logit_scale"].clamp(max=4.6052).exp(), rtol=1e-4)
+    tower.give_back()
+    after = clip.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
+    FAMILIES["timm ViT"](tmp_path / "model")
+    scenes.write_retrieval(tmp_path / "pairs", 10, seed=5)
+    section = {"steps": 1, "batch_size": 2, "base_lr": 0.1, "captions": str(tmp_path / "pairs")}
+    changes = {"model": str(tmp_path / "model"), "distill": None, "evaluate": None, "export": None, "tune_text": section}
+    with pytest.raises(DgmrError, match=r"tune_text: .*model has no text tower to tune"):
+        Run(recipe(**changes), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(DgmrError, match=r"tune_text.captions: .*nowhere does not exist"):
+        Run(recipe(**{**changes, "tune_text": {**section, "captions": "/nowhere"}}), tmp_path / "run").run()
+
+
+# What follows launches processes.
+
+
+def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
+    """One process, open_clip's own modules, AdamW, and InfoNCE over the global batch as two cross entropies."""
+    opened = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model
+    clip, pairs = opened.module, Captioned.find(folder / "pairs")
+    with torch.no_grad():
+        images = torch.cat([clip.encode_image(opened.preprocess(pairs.images.read(i))[None], normalize=True) for i in range(len(pairs))])
+    matrices = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
+    named = [(name, p) for name, p in clip.named_parameters() if not name.startswith("visual.")]
+    groups = [
+        {"params": [p for name, p in named if name.endswith(matrices)], "weight_decay": 0.1},
+        {"params": [p for name, p in named if not name.endswith(matrices)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
+    for step in range(TEXT["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = TEXT["base_lr"] * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / TEXT["steps"]))).item()
+        chosen = [index for _, index in places(len(pairs), 8, 0, step)]
+        texts = clip.encode_text(opened.tokenizer([pairs.captions[i][0] for i in chosen]))
+        texts = F.normalize(texts, dim=-1) if normalised else texts
+        logits = clip.logit_scale.clamp(max=torch.tensor(100.0).log()).exp() * images[chosen] @ texts.T
+        loss = (F.cross_entropy(logits, torch.arange(8)) + F.cross_entropy(logits.T, torch.arange(8))) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return clip.state_dict()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    scenes.write_retrieval(folder / "pairs", 30, seed=5)
+    case = {"captions": str(folder / "pairs"), "first_caption": True, "weight_decay": 0.1}
+    launch(folder, 2, {"two": case, "zero2": {**case, "zero_stage": 2}, "bf16": {**case, "bf16": True}})
+    return folder, case
+
+
+def start() -> dict[str, torch.Tensor]:
+    return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.module.state_dict()
+
+
+def apart(a, b) -> float:
+    """Distance in norm, relative to the way of the training from its start."""
+    norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
+    return norm(a, b) / norm(a, start())
+
+
+@pytest.mark.slow
+def test_text_tuning_on_two_processes_ends_where_plain_torch_ends(tuned):
+    folder, _ = tuned
+    expected, before = plain_torch(folder), start()
+    for name in ("two", "zero2"):
+        found = load_file(folder / f"{name}.safetensors")
+        assert apart(found, expected) < 0.01, name
+        assert apart(found, plain_torch(folder, normalised=False)) > 0.1
+        assert all(torch.equal(found[key], before[key]) for key in found if key.startswith("visual."))
+        assert found["logit_scale"].shape == () and found["logit_scale"] != before["logit_scale"]
+    bf16 = load_file(folder / "bf16.safetensors")
+    assert all(torch.equal(bf16[key], before[key]) for key in bf16 if key.startswith("visual.")), "what is frozen was rounded"
+    assert apart(bf16, expected) < 0.5
+
+
+@pytest.mark.slow
+def test_text_tuning_goes_on_at_another_number_of_processes(tuned):
+    folder, case = tuned
+    launch(folder, 1, {"one": {**case, "after": "two", "step": 4}})
+    found = load_file(folder / "one.safetensors")
+    assert apart(found, load_file(folder / "two.safetensors")) < 0.01
+    assert sorted(path.name for path in (folder / "one").glob("images-*.npy")) == ["images-0-of-2.npy", "images-1-of-2.npy"]
+
+
+@pytest.mark.slow
+def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
+    folder, case = tuned
+    shutil.copytree(folder / "pairs", folder / "broken")
+    [shard] = (folder / "broken").rglob("*.tar")
+    content = bytearray(shard.read_bytes())
+    record = Captioned.find(folder / "broken").images.records[7]
+    content[record.offset : record.offset + record.length] = bytes(record.length)
+    shard.write_bytes(content)
+    cases = {"left out": {**case, "max_broken": 0.1}, "stops": case}
+    launch(folder, 2, {name: {**each, "captions": str(folder / "broken")} for name, each in cases.items()})
+    assert torch.isfinite(load_file(folder / "left out.safetensors")["logit_scale"])
+    assert "1 of 30 images do not decode, more than tune_text.max_broken" in (folder / "stops.error").read_text()
+
+
+@pytest.mark.slow
+def test_the_example_tunes_evaluates_and_warns(tmp_path):
+    """The recipe of examples/, smaller; twice, so that the second run finds everything done."""
+    content = yaml.safe_load((Path(__file__).parent.parent / "examples/tune-text.yaml").read_text())
+    content["scenes"] = {"images": 20, "classes": 70, "captions": 200, "pairs": 300}
+    content["tune_text"] |= {"steps": 30, "batch_size": 32, "base_lr": 8.0e-3}
+    path = tmp_path / "example.yaml"
+    path.write_text(yaml.safe_dump(content))
+    done = run_command("run", path, "-o", tmp_path / "run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the text tower was tuned on captions of this kind: tuned is not" in done.stdout
+    figures = Run.open(tmp_path / "run").figures("evaluate/mlp_ratio-0.25")
+    recall = "text_retrieval_recall@1"
+    assert figures["tuned"]["wds/captions"][recall] > figures["pruned"]["wds/captions"][recall] + 0.05
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<h3>Text tower</h3>" in page and "tuned is not zero-shot on scenes, captions" in page
+    again = run_command("run", path, "-o", tmp_path / "run")
+    assert again.returncode == 0 and "tune_text/mlp_ratio-0.25: done before" in again.stdout
