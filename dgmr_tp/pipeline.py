@@ -361,12 +361,12 @@ class Run:
 
     def _train(self, command: str, section: Training, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.distillation.launch import launch
-        from dgmr_tp.distillation.loop import STOP, read_losses
+        from dgmr_tp.distillation.loop import STOP, read_curve
 
         if not (folder / "figures.json").exists():
             launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
         figures = json.loads((folder / "figures.json").read_text())
-        return {**figures, "losses": read_losses(folder)}
+        return {**figures, "losses": read_curve(folder, "loss"), "scores": read_curve(folder, "score")}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
         model = self.original()

@@ -49,10 +49,6 @@ class Meter:
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             print(f"  {self.title}: {done}/{self.total} {note} {left:.0f} s left", flush=True)
 
-    def elapsed(self) -> float:
-        """Seconds since the loop began."""
-        return max(1e-9, time.monotonic() - self.started)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar:
             self.bar.stop()

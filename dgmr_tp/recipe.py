@@ -170,6 +170,8 @@ class Distill(Training):
     """Distillation; see dgmr_tp.distillation.settings.DistillSettings."""
 
     micro_batch: int | None = Field(None, ge=1)
+    held_out: int = Field(0, ge=0)
+    evaluate_every: int = Field(100, ge=1)
     ema: float | None = Field(None, gt=0, lt=1)
     loss: Loss = Field(default_factory=Loss)
     augment: Literal["clip", "dinov2"] = "clip"

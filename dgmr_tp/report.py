@@ -44,7 +44,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     for row in cut.get("sites", [])
                 ],
                 "trainings": [
-                    {"title": title, "losses": done[f"{stage}/{size}"]["losses"]}
+                    {"title": title, **{key: done[f"{stage}/{size}"].get(key, []) for key in ("losses", "scores")}}
                     for stage, title in TRAININGS.items()
                     if f"{stage}/{size}" in done
                 ],
@@ -105,9 +105,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def curve(points: list[tuple[int, float]], width: int, height: int) -> str:
-    """The points of an SVG polyline: steps from left to right, losses on a logarithmic scale."""
-    logs = [math.log10(max(loss, 1e-12)) for _, loss in points]
+def curve(points: list[tuple[int, float]], width: int, height: int, logarithmic: bool = True) -> str:
+    """The points of an SVG polyline: steps from left to right."""
+    logs = [math.log10(max(value, 1e-12)) if logarithmic else value for _, value in points]
     low, high, last = min(logs), max(logs), points[-1][0]
     scale = (height - 1) / ((high - low) or 1)
     return " ".join(

@@ -32,7 +32,7 @@ from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
-from dgmr_tp.distillation.loop import read_losses
+from dgmr_tp.distillation.loop import read_curve
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.encoders import as_encoder, open_model
@@ -225,6 +225,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(process_group, tmp_path):
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Otherwise ZeRO-3 leaves parameters as small as the demo CLIP's whole."""
+HELD_OUT = {"held_out": 9, "evaluate_every": 3, "base_lr": 0.3, "log_every": 100}
+"""At a learning rate at which training makes it worse; 9 images for 2 processes."""
 MATRIX = {
     **{name: {"zero_stage": int(name[-1])} for name in STAGES[:3]},
     "zero3": {"zero_stage": 3, "json": SHARDED},
@@ -237,6 +239,7 @@ MATRIX = {
     "average": {"ema": 0.5},
     "average zero3": {"ema": 0.5, "zero_stage": 3, "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
+    **{f"held out zero{stage}": {**HELD_OUT, "zero_stage": stage, "json": SHARDED} for stage in (1, 3)},
     **({"compiled": {"compile": True}} if shutil.which("g++") else {}),
     "bf16": {"bf16": True},
     "bf16 zero2": {"bf16": True, "zero_stage": 2, "micro_batch": 2},
@@ -307,7 +310,7 @@ def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith("bf16")])
+@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held"))])
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
     given = settings(**MATRIX[case])
     found, expected = load_file(matrix / f"{case}.safetensors"), plain_torch(matrix, given, given.ema)
@@ -317,7 +320,7 @@ def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
 
 
 def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([loss for _, loss in read_losses(folder)])
+    return torch.tensor([loss for _, loss in read_curve(folder, "loss")])
 
 
 @pytest.mark.slow
@@ -329,6 +332,23 @@ def test_bf16_trains_float32_weights(matrix):
         assert (fc1 == fc1.bfloat16().float()).float().mean() < 0.1, f"{name}: the master weights were rounded"
         assert torch.equal(start()["ln_post.weight"], found["ln_post.weight"]), "what is not trained was rounded"
         assert len(losses(matrix / name)) == 12 and torch.allclose(losses(matrix / name), losses(matrix / "zero1"), rtol=0.1), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in MATRIX if name.startswith("held")])
+def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
+    curve = dict(read_curve(matrix / case, "score"))
+    assert list(curve) == [3, 6, 9, 12] and max(curve.values()) > curve[12] + 1e-3
+    opened, images = open_model("demo"), Images.find(matrix / "images")
+    held_out, others = images.divided(9, seed=0)
+    names = [{record.name for record in part.records} for part in (held_out, others)]
+    assert len(names[0]) == 9 and not names[0] & names[1] and names[0] | names[1] == {record.name for record in images.records}
+    pictures = torch.stack([opened.preprocess(held_out.read(i)) for i in range(9)])
+    student = prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module
+    student.load_state_dict(load_file(matrix / f"{case}.safetensors"))
+    with torch.no_grad():
+        cosine = nn.functional.cosine_similarity(student(pictures), opened.module.visual(pictures)).mean()
+    assert float(cosine) == pytest.approx(max(curve.values()), abs=1e-4)
 
 
 @pytest.mark.slow
@@ -361,6 +381,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
         "some broken": {"images": str(matrix / "broken"), "max_broken": 0.5},
         "not finite": {"base_lr": 1e30},
         "no share": {"batch_size": 7},
+        "too many held out": {"held_out": 40},
         "stream": {"images": f"pipe:cat {matrix / 'images' / 'test' / '0.tar'}", "workers": 1},
         "no shard": {"images": f"pipe:cat {matrix / 'images' / 'test' / '7.tar'}", "workers": 1},
     }
@@ -370,6 +391,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
     assert "the loss is" in says("not finite") and "lower distill.base_lr" in says("not finite") and ".tar:" in says("not finite")
     assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")
+    assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says("too many held out")
     assert "cannot read the shard pipe:cat" in says("no shard") and "Traceback" not in says("no shard")
     assert 0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5  # other crops
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]

@@ -179,7 +179,7 @@ def test_text_tuning_goes_on_at_another_number_of_processes(tuned):
     launch(folder, 1, {"one": {**case, "after": "two", "step": 4}})
     found = load_file(folder / "one.safetensors")
     assert apart(found, load_file(folder / "two.safetensors")) < 0.01
-    assert sorted(path.name for path in (folder / "one").glob("images-*.npy")) == ["images-0-of-2.npy", "images-1-of-2.npy"]
+    assert sorted(path.name for path in (folder / "one/checkpoints").glob("images-*.npy")) == ["images-0-of-2.npy", "images-1-of-2.npy"]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,13 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def divided(self, count: int, seed: int) -> tuple[Images, Images]:
+        """``count`` of them, chosen by ``seed``, and all others."""
+        chosen = set(np.random.default_rng((seed, count)).choice(len(self), count, replace=False).tolist())
+        parts = ([record for i, record in enumerate(self.records) if (i in chosen) == first] for first in (True, False))
+        first, others = (replace(self, records=part, broken={}) for part in parts)
+        return first, others
 
     def read(self, index: int) -> Any | None:
         """The image at ``index``; None, and remembered in ``broken``, if it does not decode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_wh
 from dgmr_tp.distillation.loop import Task, train, training
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.settings import DistillSettings
+from dgmr_tp.distillation.watch import HeldOut
 from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
+from dgmr_tp.pruning.cost import flops
 
 
 def distill(
@@ -41,6 +45,7 @@ def distill(
     """
     with training(directory, settings) as stop:
         device, precision = device_here(), torch.bfloat16 if settings.bf16 else torch.float32
+        forward = [flops(model.encoder.module, model.image_size) for model in (student, teacher)]
         tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
         probe = torch.zeros(1, 3, student.image_size, student.image_size)
         answers, release = _teacher(FeatureTap(teacher.encoder, settings.loss), probe, settings, directory)
@@ -51,17 +56,43 @@ def distill(
                 target = answers(batch)
             return settings.loss(engine(batch), target)
 
+        def embed(tap: Callable[..., dict[str, Tensor]], images: Tensor) -> Tensor:
+            return tap(images.to(device, precision), embedding=True)["embedding"]
+
+        score = None
+        if settings.held_out:
+            kept, images = _held_out(images, settings)
+            held_out = HeldOut(kept, teacher.preprocess, partial(embed, answers), settings.micro_batch_of(distributed.get_world_size()))
+            score = lambda engine: held_out.cosine(partial(embed, engine))  # noqa: E731
+
         def place(done: Checkpoint) -> str:
             return "" if isinstance(images, Images) else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
 
         count = len(images) if isinstance(images, Images) else None
-        task = Task(tap, probe, lambda done: _loader(images, teacher, settings, done), losses, settings.loss.total, count, place)
-        broken = train(task, settings, directory, stop)
+        task = Task(
+            tap,
+            probe,
+            lambda done: _loader(images, teacher, settings, done),
+            losses,
+            settings.loss.total,
+            count,
+            place,
+            (4 if settings.recompute else 3) * forward[0] + forward[1],
+            score,
+        )
+        step, broken = train(task, settings, directory, stop)
         release()
     if distributed.get_rank():
         return None
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
-    return {**asdict(settings), "processes": distributed.get_world_size(), "images": count, "broken_images": broken}
+    return {**asdict(settings), "processes": distributed.get_world_size(), "images": count, "broken_images": broken, "best_step": step}
+
+
+def _held_out(images: Images | Stream, settings: DistillSettings) -> tuple[Images, Images]:
+    if isinstance(images, Stream) or 2 * settings.held_out > len(images):
+        what = "a stream, which cannot be divided" if isinstance(images, Stream) else f"{len(images)} images"
+        raise DgmrError(f"distill.held_out = {settings.held_out}, but {images.source} is {what}; hold out fewer, or 0")
+    return images.divided(settings.held_out, settings.seed)
 
 
 def _loader(images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint) -> Generator[Sample]:

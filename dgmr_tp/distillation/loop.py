@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,6 +33,7 @@ from dgmr_tp.distillation.engine import (
     whole_parameters,
 )
 from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.distillation.watch import Best, Speed, in_words, peak_flops
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.extras import require
 from dgmr_tp.files import hold
@@ -40,6 +41,8 @@ from dgmr_tp.progress import Meter
 
 STOP = "stop"
 """A file in the directory of a training that asks it to save and leave."""
+CHECKPOINTS = "checkpoints"
+"""Folder in the directory of a training with all that a run goes on from, and that nobody needs in the end."""
 FEW = 1000
 """Images of a stream after which the share of broken ones is judged."""
 CURVES = "train"
@@ -65,6 +68,19 @@ class Task:
     """Samples in an epoch; None for a stream, which does not know."""
     place: Callable[[Checkpoint], str] = lambda _: ""
     """Where a run goes on, in words, beside the step."""
+    flops: float | None = None
+    """Operations that a sample costs, backward pass included."""
+    score: Callable[[Callable[..., Any]], float] | None = None
+    """How good the module is on what it is not trained on; higher is better. Called in every process."""
+
+
+class Outcome(NamedTuple):
+    """What became of a training."""
+
+    step: int
+    """Behind which the weights stand: the best one, where there is a score."""
+    broken: dict[str, str]
+    """Images that did not decode, and why."""
 
 
 @contextmanager
@@ -89,7 +105,7 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
             lock.close()
 
 
-def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bool]) -> dict[str, str]:
+def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bool]) -> Outcome:
     """Train ``task.module``, resuming from ``directory`` if a checkpoint lies there; every process has to call it.
 
     AdamW (0.9, 0.95), warm-up, cosine; norms, biases and embeddings are not decayed. On a CPU with the same number of processes a
@@ -102,7 +118,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
         stop: asks to save and leave.
 
     Returns:
-        Images that did not decode, and why.
+        See :class:`Outcome`.
 
     Raises:
         DgmrError: the batch cannot be divided over the processes, the loss is not finite, too many images are broken, or a checkpoint
@@ -121,7 +137,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     optimizer = torch.optim.AdamW(parameter_groups(module, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.learning_rate)
 
-    folder = directory / "checkpoints"
+    folder = directory / CHECKPOINTS
     found, damaged = checkpoints.newest(folder)
     if rank == 0:
         _clean(folder, found, damaged, settings.what)
@@ -141,16 +157,20 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     if settings.compile:
         engine.compile()
 
-    broken = _steps(task, engine, optimizer, settings, average, done, directory, stop)
+    best = Best(directory / CHECKPOINTS)
+    broken = _steps(task, engine, optimizer, settings, average, best, done, directory, stop)
     trained = {name: value.cpu().clone() for name, value in whole_parameters(engine.module) if rank == 0}
+    step = settings.steps
     if average and rank == 0:
         trained = {name: value.cpu() for name, value in average.values.items()}
+    elif best.step:
+        step, trained = best.step, best.weights() if rank == 0 else {}
     engine.destroy()
     if rank == 0:
         whole = {**untouched, **trained}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
             tensor.data = whole[name]
-    return broken
+    return Outcome(step, broken)
 
 
 def _steps(
@@ -159,14 +179,17 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     settings: Settings,
     average: Average | None,
+    best: Best,
     done: Checkpoint,
     directory: Path,
     stop: Callable[[], bool],
 ) -> dict[str, str]:
     """The steps that are left after ``done``."""
-    rank, world, device, folder = distributed.get_rank(), distributed.get_world_size(), device_here(), directory / "checkpoints"
+    rank, world, device, folder = distributed.get_rank(), distributed.get_world_size(), device_here(), directory / CHECKPOINTS
     accumulated = engine.gradient_accumulation_steps()
     loader = task.samples(done)
+    precision = torch.bfloat16 if settings.bf16 else torch.float32
+    speed = Speed(settings.batch_size, task.flops, world * peak_flops(device, precision) if task.flops else 0.0)
     broken, shards = dict(done.broken), {}
     with contextlib.closing(loader), Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
@@ -199,17 +222,26 @@ def _steps(
             if any_broken:
                 broken |= checkpoints.all_of(met)
                 check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
+            reached = speed.step()
             if meter:
-                rate = settings.batch_size * (step - done.step) / meter.elapsed()
-                meter.step(step, f"loss {total:.4f} {rate:.0f} images/s")
+                meter.step(step, f"loss {total:.4f} {in_words(reached)}")
+            curves: dict[str, float] = {}
+            if task.score and (step % settings.evaluate_every == 0 or step == settings.steps):
+                engine.eval()
+                curves["score"] = task.score(engine)
+                engine.train()
+                if not average:
+                    best.keep(curves["score"], step, whole_parameters(engine.module))
             if step % settings.log_every == 0 or step == settings.steps:
-                curves = {
+                curves |= {
                     "loss": total,
                     "learning_rate": settings.learning_rate(step - 1),
                     **{f"loss_{name}": float(value) for name, value in means.items()},
+                    **reached,
                 }
                 if (norm := engine.get_global_grad_norm()) is not None:
                     curves["gradient_norm"] = float(norm)
+            if curves:
                 engine.monitor.write_events([(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()])
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
                 shard = min(checkpoints.all_of(shards).values())
@@ -298,13 +330,13 @@ def _not_finite(what: str, step: int, mine: list[str], folder: Path, settings: S
     )
 
 
-def read_losses(directory: Path) -> list[tuple[int, float]]:
-    """The loss curve that DeepSpeed's monitor wrote: (step, loss). After a resume a step may stand twice; the last counts."""
-    path = directory / "log" / f"{CURVES}_loss.csv"
-    losses: dict[int, float] = {}
+def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
+    """What DeepSpeed's monitor wrote, such as ``loss``: (step, value). After a resume a step may stand twice; the last counts."""
+    path = directory / "log" / f"{CURVES}_{name}.csv"
+    values: dict[int, float] = {}
     if path.exists():
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the heading, or half a line that a full disk left
                 step, value = line.split(",")
-                losses[int(step)] = float(value)
-    return sorted(losses.items())
+                values[int(step)] = float(value)
+    return sorted(values.items())

@@ -68,7 +68,8 @@ class FeatureTap(nn.Module):
         if wrong := [layer for layer in self.objective.layers if not 1 <= layer <= depth]:
             raise DgmrError(f"distill.loss.layers names block {wrong[0]}; {encoder.name} has blocks 1 to {depth}")
 
-    def forward(self, images: Tensor) -> Features:
+    def forward(self, images: Tensor, *, embedding: bool = False) -> Features:
+        """Asked for the ``embedding``, that too, whatever the objective."""
         wanted, walk = self.objective, self.walk
         found: Features = {}
         state = walk.stem(images)
@@ -82,7 +83,7 @@ class FeatureTap(nn.Module):
             found["class_token"] = class_token
         if wanted.patches:
             found["patches"] = patches
-        if wanted.embedding:
+        if wanted.embedding or embedding:
             found["embedding"] = walk.embed(state)
         if not found:
             raise DgmrError(f"distill.loss asks for nothing that {walk.name} has; give patches or embedding a weight")

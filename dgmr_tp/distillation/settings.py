@@ -46,6 +46,8 @@ class Settings:
     checkpoint_every: int
     keep_checkpoints: int
     log_every: int
+    evaluate_every: int = 100
+    """Steps between two looks at what is held out."""
     workers: int
     max_broken: float
     """Share of the images that may fail to decode before the run stops."""
@@ -104,6 +106,8 @@ class DistillSettings(Settings):
     augment: str
     min_crop: float
     flip: bool
+    held_out: int
+    """Images that are not trained on, on which the student is compared with the teacher; the best student is the result."""
     shard_teacher: bool
     recompute: bool
 

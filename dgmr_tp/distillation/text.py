@@ -22,7 +22,7 @@ from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Sample, places
 from dgmr_tp.distillation.engine import device_here
-from dgmr_tp.distillation.loop import Task, check_broken, train, training
+from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
 from dgmr_tp.distillation.settings import TextSettings
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
@@ -56,7 +56,7 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
         raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
     with training(directory, settings) as stop:
         rank, world = distributed.get_rank(), distributed.get_world_size()
-        known = Embeddings.of(model, pairs, directory, settings)
+        known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings)
         broken = {pairs.images.records[i].name: "cannot be read" for i in known.broken}
         check_broken(broken, len(pairs), settings)
         tower, device = TextTower(model.module), device_here()
@@ -127,6 +127,7 @@ class Embeddings:
             files = [directory / f"images-{rank}-of-{world}.npy" for rank in range(world)]
             if all(file.exists() for file in files):
                 return cls(files)
+        directory.mkdir(parents=True, exist_ok=True)
         rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
         vision = Tower(model.encoder).to(device).eval()
 

@@ -1,0 +1,130 @@
+"""How a training goes: its speed beside what the machine can do, its score on images that it does not see, the best weights so far."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed
+
+from dgmr_tp.data.images import Images
+
+WINDOW = 20
+"""Steps over which a rate is taken."""
+BEST = "best.safetensors"
+
+
+class Speed:
+    """Samples and operations a second over the last steps, and the memory of this process.
+
+    Args:
+        samples: in a step, over all processes.
+        flops: operations that one of them costs; None where nobody counted.
+        peak: operations a second that the processes could reach together.
+    """
+
+    def __init__(self, samples: int, flops: float | None, peak: float) -> None:
+        self.samples, self.flops, self.peak = samples, flops, peak
+        self.ends = deque([time.monotonic()], maxlen=WINDOW + 1)
+
+    def step(self) -> dict[str, float]:
+        """At the end of a step: ``samples_per_second``, ``memory_gb`` and, where they are counted, ``tflops`` and ``share_of_peak``."""
+        self.ends.append(time.monotonic())
+        rate = self.samples * (len(self.ends) - 1) / max(1e-9, self.ends[-1] - self.ends[0])
+        found = {"samples_per_second": rate, "memory_gb": _memory() / 1e9}
+        if self.flops is None:
+            return found
+        return {**found, "tflops": rate * self.flops / 1e12, "share_of_peak": rate * self.flops / self.peak}
+
+
+def in_words(speed: dict[str, float]) -> str:
+    """Short enough for a line of 80 columns."""
+    counted = f" {speed['tflops']:.3g} TFLOP/s {100 * speed['share_of_peak']:.0f} %" if "tflops" in speed else ""
+    return f"{speed['samples_per_second']:.0f}/s{counted} {speed['memory_gb']:.1f} GB"
+
+
+def peak_flops(device: torch.device, precision: torch.dtype) -> float:
+    """Operations a second of a large matrix product here: what a training can come near to. The best of three."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=precision)
+    ends = []
+    for _ in range(4):  # the first is to warm up
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        ends.append(time.monotonic())
+    return 2 * size**3 / min(after - before for before, after in pairwise(ends))
+
+
+def _memory() -> int:
+    """The most bytes that this process held: of the GPU's memory, or of the machine's where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class HeldOut:
+    """Images that are not trained on, and the teacher's embeddings of them: this process's share.
+
+    Args:
+        images: all of them are used.
+        preprocess: as for evaluation; no crop is random.
+        embed: the teacher's embeddings of a batch.
+        size: images of a batch.
+    """
+
+    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], embed: Callable[[Tensor], Tensor], size: int) -> None:
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        pictures = torch.cat(list(images.sample(len(images), 0, preprocess)))
+        # All processes take the same number of batches, because parameters may be gathered for each.
+        places = torch.arange(rank, -(-len(pictures) // world) * world, world)
+        self.counted = (places < len(pictures)).double()
+        self.batches = pictures[places % len(pictures)].split(size)
+        with torch.no_grad():
+            self.wanted = [embed(batch) for batch in self.batches]
+
+    @torch.no_grad()
+    def cosine(self, embed: Callable[[Tensor], Tensor]) -> float:
+        """Mean cosine of the student's embeddings to the teacher's. Every process has to call it."""
+        cosines = torch.cat([F.cosine_similarity(embed(b).float(), w.float()) for b, w in zip(self.batches, self.wanted, strict=True)])
+        both = torch.stack([(cosines.cpu().double() * self.counted).sum(), self.counted.sum()]).to(cosines.device)
+        distributed.all_reduce(both)
+        return float(both[0] / both[1])
+
+
+class Best:
+    """The weights with the highest score so far, in a file beside the checkpoints."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / BEST
+        self.score, self.step = -float("inf"), 0
+        if self.file.exists():
+            with safe_open(self.file, "pt") as file:
+                said = file.metadata()
+            self.score, self.step = float(said["score"]), int(said["step"])
+
+    def keep(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep these weights if they are better. Every process has to call it; the first one writes."""
+        if score <= self.score:
+            return
+        self.score, self.step = score, step
+        whole = {name: value.cpu().contiguous() for name, value in weights if distributed.get_rank() == 0}
+        if whole:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            aside = self.file.with_suffix(".partial")
+            save_file(whole, aside, {"score": repr(score), "step": str(step)})
+            os.replace(aside, self.file)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What was kept."""
+        return load_file(self.file)
