@@ -124,14 +124,15 @@ def main() -> None:
 
     variants: dict[str, Callable[[Plan], nn.Module]] = {
         "no recovery": lambda plan: prune(tower, plan=plan).model,
-        "as it is: 1,024 images, ridge 1e-3, towards the kept columns, class token half, residual stream": plain(),
+        "as it is: 1,024 images, ridge 1e-3, towards the kept columns, class token half": plain(),
         **{f"{count} images": plain(images=seen(pool[:count])) for count in (64, 256, 4096)},
         **{f"ridge {damping:g}": plain(damping=damping) for damping in (1e-5, 1e-4, 1e-2, 1e-1)},
         "ridge towards zero": patched("refit", from_zero),
         "tokens alike": patched("token_weights", uniform),
         "class token nine tenths": patched("token_weights", class_token),
         "all blocks at once": lambda plan: at_once(tower, plan, calibration),
-        "towards the dense MLP's answers": patched("_gain", to_the_dense_mlp),
+        "towards the residual stream alone": patched("SHARES", (1.0,)),
+        "towards the dense MLP's answers alone": patched("_gain", to_the_dense_mlp),
         "first Linear's bias and the norm's scale too": patched("_site_moments", first_layer),
         "generated scenes": plain(images=seen(normalise(resize(scenes, [32, 32], antialias=True)))),
         "coloured noise": plain(images=seen(normalise(blurred))),

@@ -223,6 +223,21 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest
     assert torch.equal(layer.bias, before["bias"]) != honest
 
 
+@pytest.mark.parametrize("right", ["first", "second"])
+def test_images_held_out_choose_between_two_targets(right):
+    h, y, w, weight, bias = problem(4)
+    other = y + 5 * np.random.default_rng(5).standard_normal(y.shape) * np.linspace(-1, 1, len(y))[:, None]
+    first, second = (y, other) if right == "first" else (other, y)
+    layer = nn.Linear(12, 5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight)), layer.bias.copy_(torch.from_numpy(bias))
+        fit, held_out = moments_of(h, np.concatenate([first, second], axis=1), w), moments_of(h, np.concatenate([first, y], axis=1), w)
+        _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), fit, held_out, damping=1e-3)
+    expected, _ = reference(h, y, w, weight, bias, 1e-3)
+    wrong, _ = reference(h, other, w, weight, bias, 1e-3)
+    assert np.allclose(layer.weight.detach(), expected, atol=1e-4) and not np.allclose(expected, wrong, atol=1e-2)
+
+
 def test_recovery_touches_nothing_but_the_last_linears(tower):
     dense, pruned = pruned_pair(tower, keep=48)
     pruned.module.train()

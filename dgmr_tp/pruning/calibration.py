@@ -6,6 +6,7 @@ inside it sees without a copy of every family's forward.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -95,8 +96,7 @@ class Moments:
     def __init__(self) -> None:
         self.weight = 0.0
         zero = torch.zeros((), dtype=torch.float64)
-        self.h, self.y, self.hh, self.yh = zero, zero, zero, zero
-        self.yy = 0.0
+        self.h, self.y, self.hh, self.yh, self.yy = zero, zero, zero, zero, zero
 
     def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows ``h`` ``[n, k]`` and ``y`` ``[n, d]`` with weights ``[n]``."""
@@ -107,7 +107,13 @@ class Moments:
         self.y = weight @ y + self.y
         self.hh = h.T @ weighted + self.hh
         self.yh = y.T @ weighted + self.yh
-        self.yy += float(weight @ y.square().sum(1))
+        self.yy = weight @ y.square() + self.yy
+
+    def last(self, count: int) -> Moments:
+        """The same with the last ``count`` channels of ``y`` alone."""
+        part = copy.copy(self)
+        part.y, part.yh, part.yy = self.y[-count:], self.yh[-count:], self.yy[-count:]
+        return part
 
     def about(self, h0: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, float]:
         """``Σ_hh``, ``Σ_yh`` and ``tr Σ_yy`` per unit of weight, about the points ``h0`` and ``y0``."""
@@ -115,7 +121,7 @@ class Moments:
         dh, dy = mean_h - h0, mean_y - y0
         hh = self.hh / self.weight - torch.outer(mean_h, mean_h) + torch.outer(dh, dh)
         yh = self.yh / self.weight - torch.outer(mean_y, mean_h) + torch.outer(dy, dh)
-        return hh, yh, max(0.0, self.yy / self.weight - float(mean_y @ mean_y) + float(dy @ dy))
+        return hh, yh, max(0.0, float(self.yy.sum()) / self.weight - float(mean_y @ mean_y) + float(dy @ dy))
 
     def mean(self) -> tuple[Tensor, Tensor]:
         return self.h / self.weight, self.y / self.weight

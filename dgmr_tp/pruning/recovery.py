@@ -7,8 +7,9 @@ For each site, over the tokens ``t`` of the calibration images, with ``h_t`` wha
 
 where ``U_K`` are the columns that pruning kept. No labels, no training; images are read once, and the walk goes forward
 over the blocks of both towers once, so each block is fitted on what the recovered blocks before it really produce, and makes
-good what they left. Where a norm stands between the MLP and the residual stream (EVA-CLIP-E, SwinV2), no answer of the MLP
-is known that would do that: there ``y_t`` is what the dense MLP answers on the same input.
+good what they left. With few images that fits noise; so a second ``y_t``, what the dense MLP answers on the same input, is fitted as
+well, and images that were held out choose between the two. Where a norm stands between the MLP and the residual stream
+(EVA-CLIP-E, SwinV2), no answer of the MLP is known that would bring the stream back, and there is only the second.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ HELD_OUT = 10
 """One image in so many is not fitted on, and decides whether a refit is kept."""
 
 
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How far from the fit to the dense MLP's answers to the fit to the residual stream: all the way asks for most images."""
 ELEMENTWISE = 1e-2
 """A block's derivative by its MLP's answer is taken for a gain per channel if no more than this part of it is anything else:
 rounding in bfloat16 is below, a norm above."""
@@ -163,38 +166,48 @@ def _site_moments(
     gain: Tensor | None,
     weight: Tensor,
 ) -> tuple[Moments, Moments]:
-    """Moments of the hidden neurons and of what the answers should be, times the gain where there is one."""
+    """Moments of the hidden neurons and, side by side, of the dense MLP's answers and of those that bring the stream to the dense one.
+
+    Answers are taken as the stream hears them, times the gain; where there is none, they are the dense MLP's alone.
+    """
     fit, held_out = Moments(), Moments()
     counted = torch.nonzero(weight).flatten()
     image = 0
     for state, goal in zip(states, goals, strict=True):
         with recorded_inputs(mlp, consumer) as seen:
             after = block(state)
-        hidden = seen[consumer][:, counted]
-        if gain is None:
-            wanted = dense_mlp(seen[mlp])[:, counted]
-        else:
-            wanted = gain * consumer(hidden).double() + (goal[:, counted].double() - after[:, counted].double())
+        hidden, answers = seen[consumer][:, counted], dense_mlp(seen[mlp])[:, counted].double()
+        if gain is not None:
+            missing = goal[:, counted].double() - after[:, counted].double()
+            answers = torch.cat([gain * answers, gain * consumer(hidden).double() + missing], dim=-1)
         index = torch.arange(image, image + len(state), device=state.device)
         image += len(state)
         for moments, chosen in ((fit, index % HELD_OUT != HELD_OUT - 1), (held_out, index % HELD_OUT == HELD_OUT - 1)):
             if chosen.any():
                 rows = weight[counted].repeat(int(chosen.sum()))
-                moments.add(hidden[chosen].flatten(0, 1), wanted[chosen].flatten(0, 1), rows)
+                moments.add(hidden[chosen].flatten(0, 1), answers[chosen].flatten(0, 1), rows)
     return fit, held_out
 
 
 def _refit_layer(name: str, layer: nn.Linear, gain: Tensor, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
-    """Refit ``layer`` unless its held-out error would not fall. The moments' answers are ``gain`` times the layer's."""
+    """Refit ``layer`` to one or two targets side by side, ``gain`` times its answers; of the weights between the two fits, and of
+    those that are there, the best on the images held out stay."""
     if not all(torch.isfinite(moments.hh).all() and torch.isfinite(moments.yh).all() for moments in (fit, held_out)):
         raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
-    scale = gain[:, None]
+    width, scale = layer.out_features, gain[:, None]
+    targets, judge = len(fit.y) // width, held_out.last(width)
     weight, bias = scale * layer.weight.detach().double(), None if layer.bias is None else gain * layer.bias.detach().double()
-    fitted, fitted_bias = refit(fit, weight, bias, damping)
-    new_weight = (fitted / scale).to(layer.weight.dtype)
-    new_bias = None if fitted_bias is None else (fitted_bias / gain).to(layer.weight.dtype)
-    cut = held_out.error(weight, bias)
-    recovered = held_out.error(scale * new_weight.double(), None if new_bias is None else gain * new_bias.double())
+    fitted, fitted_bias = refit(fit, weight.repeat(targets, 1), None if bias is None else bias.repeat(targets), damping)
+    candidates = []
+    for share in SHARES if targets > 1 else (0.0,):
+        new_weight = (torch.lerp(fitted[:width], fitted[-width:], share) / scale).to(layer.weight.dtype)
+        new_bias = None
+        if fitted_bias is not None:
+            new_bias = (torch.lerp(fitted_bias[:width], fitted_bias[-width:], share) / gain).to(layer.weight.dtype)
+        error = judge.error(scale * new_weight.double(), None if new_bias is None else gain * new_bias.double())
+        candidates.append((error, new_weight, new_bias))
+    cut = judge.error(weight, bias)
+    recovered, new_weight, new_bias = min(candidates, key=lambda candidate: candidate[0])
     better = recovered < cut
     if better:
         layer.weight.copy_(new_weight)
