@@ -164,6 +164,9 @@ def amp(
 
 @app.command()
 def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="With --devices: a recipe, whose distillation is planned.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Does the recipe's distillation fit into these? Such as 8x48GB.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0, help="With --devices: images per second, to say how long it takes.")] = None,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     criterion: CriterionOption = None,
@@ -178,7 +181,18 @@ def plan(
     rankings: RankingsOption = None,
     file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
 ) -> None:
-    """Decide which neurons stay and print it. Changes nothing. Several --budget: one line each."""
+    """Decide which neurons stay and print it. Changes nothing. Several --budget: one line each.
+
+    plan RECIPE --devices 8x48GB says instead what the recipe's distillation needs on each device, and fails if it does not fit.
+    """
+    if recipe or devices:
+        from dgmr_tp.dry_run import plan_memory
+        from dgmr_tp.recipe import load_recipe
+
+        if not recipe or not devices:
+            raise DgmrError("a recipe and --devices go together, as in: dgmr-tp plan RECIPE --devices 8x48GB")
+        out.print(plan_memory(load_recipe(recipe), devices, rate), markup=False, soft_wrap=True)
+        return
     from dgmr_tp.decide import SEEING, Rankings, make_plan
     from dgmr_tp.decide import rank as rank_model
     from dgmr_tp.encoders import open_model

@@ -401,8 +401,10 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
-    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in the first step after a start."""
-    path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7})
+    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a start."""
+    path = write_recipe(
+        tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5}
+    )
     for name in ("whole", "killed"):
         begun(small_run[0], tmp_path / name)
     done = run_command("run", path, "-o", tmp_path / "whole", "--until", "distill")

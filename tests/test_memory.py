@@ -1,0 +1,105 @@
+"""What a distillation needs on a device, against what torch really keeps and what DeepSpeed itself estimates."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import recipe, redraw, timm_tower
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from test_distillation import settings
+
+from dgmr_tp.distillation.losses import FeatureTap
+from dgmr_tp.distillation.memory import Devices, Planner
+from dgmr_tp.dry_run import plan_memory
+from dgmr_tp.encoders import as_encoder, open_model
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.meta import meta_copy
+
+
+def planner(given) -> Planner:
+    towers = [meta_copy(redraw(timm_tower())) for _ in range(2)]
+    return Planner(*map(as_encoder, towers), given, 32)
+
+
+def really_kept(recompute: bool, batch: int) -> int:
+    """On the CPU, with values: all that autograd holds when the backward pass begins."""
+    tap = FeatureTap(as_encoder(redraw(timm_tower())), recompute=recompute).train()
+    own = {parameter.data_ptr() for parameter in tap.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = tap(torch.zeros(batch, 3, 32, 32))
+    del features
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_what_autograd_keeps(recompute):
+    given = settings(recompute=recompute)
+    image = planner(given).needs(given, 1).image
+    once = really_kept(False, 2) / 2
+    if recompute:
+        kept = really_kept(True, 2) / 2
+        assert kept < 0.3 * once and kept < image < kept + once  # with two blocks, one of each tower, at a time
+    else:
+        assert once < image < 1.5 * once  # the teacher's block beside it
+
+
+def test_the_states_are_those_of_deepspeed_s_own_estimate():
+    """For mixed precision, which is what DeepSpeed estimates; it leaves out the teacher, and multiplies by 1.5 for what is not counted."""
+    base = settings(bf16=True, zero_stage=2)
+    opened = open_model("open_clip:ViT-B-16", weights="none")
+    plan = Planner(opened.encoder, opened.encoder, base, 224)
+    teacher, bucket = 2 * plan.teacher, 2 * plan.trained
+    for world in (2, 8):
+        _, theirs = estimate_zero2_model_states_mem_needs(plan.student, world, 1, cpu_offload=False, additional_buffer_factor=1)
+        ours = plan.needs(base, world).states - teacher - bucket
+        assert ours == pytest.approx(theirs, rel=0.15), world
+        _, theirs, _ = estimate_zero3_model_states_mem_needs(plan.student, plan.blocks[0], world, 1, False, False, False, 1)
+        ours = plan.needs(replace(base, zero_stage=3), world).states - teacher - bucket
+        assert ours == pytest.approx(theirs, rel=0.15), world
+
+
+def test_what_saves_memory_saves_memory():
+    base = settings(zero_stage=1)
+    plan = planner(base)
+    states = lambda world=4, **changes: plan.needs(replace(base, **changes), world).states  # noqa: E731
+    assert states(zero_stage=3) < states(zero_stage=1) < states(zero_stage=0) < states(zero_stage=0, ema=0.9)
+    assert states(zero_stage=3, offload="all") < states(zero_stage=3, offload="optimizer") < states(zero_stage=3)
+    assert states(world=8) < states(world=4)
+
+
+def test_a_recipe_that_does_not_fit_says_what_would():
+    given = recipe()
+    assert "the recipe: 4 images at a time on each of 2 devices" in plan_memory(given, "2x1GB")
+    assert "192 images at 2 a second: 0.0 hours" in plan_memory(given, "2x1GB", rate=2)
+    with pytest.raises(DgmrError, match=r"needs about 0\.0 GB on each of 2x0\.025GB; it would fit with distill micro_batch: \d"):
+        plan_memory(given, "2x0.025GB")
+    with pytest.raises(DgmrError, match="nothing here; take larger devices"):
+        plan_memory(given, "2x0.001GB")
+    with pytest.raises(DgmrError, match="--devices 8: write how many and how large, such as 8x48GB"):
+        plan_memory(given, "8")
+    with pytest.raises(DgmrError, match="has no section distill"):
+        plan_memory(recipe(distill=None), "2x1GB")
+
+
+def test_the_least_change_comes_first():
+    base = settings(zero_stage=1)
+    plan = planner(base)
+    share = base.batch_size // 2
+    needs = plan.needs(base, 2)
+    room = lambda needs, images: (needs.states + (images + 0.5) * needs.image) / 0.9  # noqa: E731
+    assert plan.fits(base, Devices(2, room(needs, share)))
+    assert plan.remedy(base, Devices(2, room(needs, 2))) == {"micro_batch": 2}
+    less = plan.needs(replace(base, recompute=True), 2)
+    found = plan.remedy(base, Devices(2, room(less, 1)))
+    assert found["recompute"] is True and found["micro_batch"] == 1
+    assert plan.remedy(base, Devices(2, 1000)) is None
