@@ -490,6 +490,8 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
     from dgmr_tp.pipeline import Run
 
     this = Run.open(directory)
+    if getattr(this.recipe, stage) is None:
+        raise DgmrError(f"the recipe of {directory} has no section {stage}")
     if not is_worker():
         this.run(until=stage, say=out.print)
         return
@@ -502,7 +504,8 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
 def _report(this) -> None:  # type: ignore[no-untyped-def]
     from dgmr_tp.report import collect, print_table, write_html
 
-    data = collect(this.directory, this.recipe.name, {step.key: this.figures(step.key) for step in this.steps})
+    figures = {step.key: this.figures(step.key) for step in this.steps}
+    data = collect(this.directory, this.recipe.name, figures, this.not_zero_shot)
     print_table(data, out)
     path = write_html(data, this.directory / "report.html")
     out.print(f"report: {path}")

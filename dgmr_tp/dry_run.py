@@ -162,7 +162,7 @@ def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> lis
 
     resize(student.encoder.module, keep)
     tap = FeatureTap(student.encoder, Objective(**distill.loss.model_dump()))
-    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size))
+    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
     return [
         {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}
         for group in parameter_groups(tap, distill.weight_decay)

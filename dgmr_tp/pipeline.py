@@ -175,14 +175,12 @@ class Run:
                 last[size] = f"recover/{size}"
         if recipe.distill:
             for size in last:
-                section = {"distill": recipe.distill.deciding, **images}
-                if recipe.distill.deepspeed:
-                    section["deepspeed_file"] = _fingerprint(recipe.distill.deepspeed)
+                section = {**_training("distill", recipe.distill), **images}
                 steps.append(Step("distill", size, section, (last[size], *data), partial(self._distill, size=size)))
                 last[size] = f"distill/{size}"
         if recipe.tune_text:
             for size in last:
-                section = {"tune_text": recipe.tune_text.deciding, "seed": seed, "files": _fingerprint(recipe.tune_text.captions)}
+                section = {**_training("tune_text", recipe.tune_text), "seed": seed}
                 steps.append(Step("tune_text", size, section, (last[size], *data), partial(self._tune_text, size=size)))
                 last[size] = f"tune_text/{size}"
         if recipe.evaluate:
@@ -210,6 +208,13 @@ class Run:
 
     def original(self) -> OpenedModel:
         return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
+
+    @property
+    def not_zero_shot(self) -> list[str]:
+        """Data sets of the kind of captions that the text tower is tuned on."""
+        if not self.recipe.tune_text or not self.recipe.evaluate:
+            return []
+        return [entry.dataset for entry in self.recipe.evaluate.datasets if _siblings(self.recipe.tune_text.captions, entry)]
 
     @property
     def _calibration(self) -> int:
@@ -353,11 +358,8 @@ class Run:
         return self._train("distill", self.recipe.distill, folder, size)
 
     def _tune_text(self, folder: Path, size: str) -> dict[str, Any]:
-        section = self.recipe.tune_text
-        assert section
-        figures = self._train("tune-text", section, folder, size)
-        datasets = self.recipe.evaluate.datasets if self.recipe.evaluate else []
-        return {**figures, "siblings": [entry.dataset for entry in datasets if _siblings(section.captions, entry)]}
+        assert self.recipe.tune_text
+        return self._train("tune-text", self.recipe.tune_text, folder, size)
 
     def _train(self, command: str, section: Training, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.distillation.launch import launch
@@ -462,11 +464,16 @@ class Run:
         if recipe.evaluate:
             paths |= recipe.evaluate.paths
         for key, path in paths.items():
-            if not path.startswith("scenes:") and not is_url(path) and not Path(path).exists():
+            if not path.startswith("scenes:") and not (key == "images" and is_url(path)) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")
+        if recipe.distill and recipe.distill.held_out and is_url(recipe.images):
+            raise DgmrError(f"distill.held_out = {recipe.distill.held_out}: shards behind a URL cannot be divided; set it to 0")
         if recipe.tune_text:
+            from dgmr_tp.data.captions import Captioned
             from dgmr_tp.distillation.text import has_text_tower
 
+            if not recipe.tune_text.captions.startswith("scenes:"):
+                Captioned.find(recipe.tune_text.captions, recipe.tune_text.images)
             if not has_text_tower(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")):
                 raise DgmrError(f"tune_text: {recipe.model.source} has no text tower to tune; it takes a CLIP of open_clip's")
 
@@ -537,6 +544,12 @@ def _fingerprint(source: str) -> str | None:
         return None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
+
+
+def _training(stage: str, section: Training) -> dict[str, Any]:
+    """What decides a training: its section, and the files that the section names."""
+    files = {key: _fingerprint(path) for key in ("deepspeed", "captions", "images") if (path := getattr(section, key, None))}
+    return {stage: section.deciding, **{f"{key}_files": value for key, value in files.items()}}
 
 
 def _siblings(captions: str, entry: Dataset) -> bool:

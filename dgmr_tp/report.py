@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,11 @@ TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
 SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5", "knn@20": "top-1"}
 
 
-def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """What the report shows, from the figures of the steps (by key, such as ``prune/mlp_ratio-1``; None: not run)."""
+def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None], not_zero_shot: Iterable[str] = ()) -> dict[str, Any]:
+    """What the report shows, from the figures of the steps (by key, such as ``prune/mlp_ratio-1``; None: not run).
+
+    ``not_zero_shot`` are the data sets of the kind that the text tower was tuned on.
+    """
     sizes = [key.split("/")[1] for key in figures if key.startswith("prune/")]
     done = {key: value for key, value in figures.items() if value is not None}
     original = done.get("evaluate/original", {}).get("original", {})
@@ -48,7 +52,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     for stage, title in TRAININGS.items()
                     if f"{stage}/{size}" in done
                 ],
-                "not_zero_shot": [name.removeprefix("wds/") for name in done.get(f"tune_text/{size}", {}).get("siblings", [])],
+                "not_zero_shot": [dataset.removeprefix("wds/") for dataset in not_zero_shot] if f"tune_text/{size}" in done else [],
                 "files": exported.get("files", {}),
                 "threads": exported.get("threads"),
                 "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
@@ -74,7 +78,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     console.print(table)
     for size in data["sizes"]:
         if size["not_zero_shot"]:
-            console.print(f"{size['name']}: {not_zero_shot(size['not_zero_shot'])}", highlight=False)
+            console.print(f"{size['name']}: {warning(size['not_zero_shot'])}", highlight=False)
         for name, entry in size["files"].items():
             for batch, times in entry["latency_ms"].items():
                 if "original" in times:
@@ -89,14 +93,14 @@ def write_html(data: dict[str, Any], path: Path) -> Path:
     jinja2 = require("jinja2", "export")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=percent, curve=curve, not_zero_shot=not_zero_shot, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G"
+        percent=percent, curve=curve, warning=warning, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G"
     )
     template = environment.from_string(resources.files("dgmr_tp").joinpath("report.html.j2").read_text())
     write_whole(path, template.render(data))
     return path
 
 
-def not_zero_shot(datasets: list[str]) -> str:
+def warning(datasets: list[str]) -> str:
     """What to think of the tuned text tower's figures on data of the kind that it was tuned on."""
     return f"the text tower was tuned on captions of this kind: tuned is not zero-shot on {', '.join(datasets)}"
 

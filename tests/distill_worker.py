@@ -4,7 +4,8 @@
 
 ``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``.
 ``after`` names the case which it goes on, ``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of
-a DeepSpeed file. The weights come to ``FOLDER/NAME.safetensors``, an error to ``FOLDER/NAME.error``.
+a DeepSpeed file. The weights come to ``FOLDER/NAME.safetensors``, the figures to
+``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main(folder: Path) -> None:
                 done, trained = distill(teacher, student, images, settings, folder / name), student.encoder.module
             if done:
                 save_file(trained.state_dict(), folder / f"{name}.safetensors")
+                (folder / f"{name}.figures").write_text(json.dumps(done))
         except DgmrError as error:
             (folder / f"{name}.error").write_text(str(error))
     stop_deepspeed()

@@ -238,6 +238,24 @@ def test_images_held_out_choose_between_two_targets(right):
     assert np.allclose(layer.weight.detach(), expected, atol=1e-4) and not np.allclose(expected, wrong, atol=1e-2)
 
 
+def test_half_precision_keeps_faint_channels_finite():
+    """A LayerScale all but zero, in a type that ends at 65504: what such a channel lacks cannot be asked of the Linear."""
+    tower = redraw(timm_tower())
+    with torch.no_grad():
+        for block in as_encoder(tower).blocks():
+            scale_of(block)[::3] = 1e-7
+    dense, pruned = pruned_pair(tower.half(), keep=24)
+    report = recover(dense, pruned, [pictures(60).half()])
+    assert any(not entry.kept_cut for entry in report)
+    assert all(torch.isfinite(parameter).all() for parameter in pruned.module.parameters())
+    assert all(np.isfinite(entry.recovered_error) for entry in report)
+    layer = nn.Linear(12, 5).half()
+    h, y, w, *_ = problem(3)
+    moments = moments_of(h, 1e9 * y, w)
+    entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments, moments, damping=1e-3)
+    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights that the type cannot hold were written"
+
+
 def test_recovery_touches_nothing_but_the_last_linears(tower):
     dense, pruned = pruned_pair(tower, keep=48)
     pruned.module.train()

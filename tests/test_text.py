@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 import yaml
-from conftest import recipe, run_command
+from conftest import SMALL, recipe, run_command
 from distill_worker import TEXT
 from families import FAMILIES
+from open_clip.hf_model import HFTextEncoder
 from safetensors.torch import load_file
 from test_distillation import launch
 
@@ -26,6 +30,7 @@ from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline import Run
+from dgmr_tp.recipe import parse_recipe
 
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
@@ -43,6 +48,10 @@ def test_captions_of_shards_and_of_files_beside_images(tmp_path):
     beside = Captioned.find(folder)
     assert beside.captions == [["a first caption", "a second one"], ["another"]]
     assert [record.file.name for record in beside.images.records] == ["0.png", "2.png"]
+    assert beside.without == 1
+    (folder / "1.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DgmrError, match=r"the captions of .*1\.png are not UTF-8"):
+        Captioned.find(folder)
     for file in folder.glob("*.txt"):
         file.unlink()
     with pytest.raises(DgmrError, match="holds 3 images and no caption"):
@@ -60,11 +69,16 @@ def test_captions_of_karpathys_json(tmp_path):
         "split": split,
         "sentences": [{"raw": text, "tokens": []} for text in raw],
     }
-    images = [entry("a.jpg", "train", "One.", "Two."), entry("b.jpg", "test", "Three."), entry("c.jpg", "restval", "Four. ")]
+    images = [
+        entry("a.jpg", "train", "One.", "Two."),
+        entry("d.jpg", "train"),
+        entry("b.jpg", "test", "Three."),
+        entry("c.jpg", "restval", "Four. "),
+    ]
     path = tmp_path / "dataset_coco.json"
     path.write_text(json.dumps({"images": images, "dataset": "coco"}))
     pairs = Captioned.find(path, tmp_path / "images")
-    assert pairs.captions == [["One.", "Two."], ["Four."]]
+    assert pairs.captions == [["One.", "Two."], ["Four."]] and pairs.without == 1
     assert [record.file.name for record in pairs.images.records] == ["a.jpg", "c.jpg"]
     with pytest.raises(DgmrError, match=r"tune_text\.images"):
         Captioned.find(path)
@@ -74,6 +88,37 @@ def test_captions_of_karpathys_json(tmp_path):
     path.write_text('{"images": [{}]}')
     with pytest.raises(DgmrError, match="cannot read Karpathy's captions in"):
         Captioned.find(path, tmp_path / "images")
+
+
+def test_a_temperature_at_its_bound_is_trained_and_stays_within():
+    """Released CLIPs end at log 100; those of another loss, beyond it."""
+    for start in (math.log(100), 4.76):
+        clip = open_model("demo").module
+        with torch.no_grad():
+            clip.logit_scale.fill_(start)
+        tower = TextTower(clip)
+        texts = open_model("demo").tokenizer(["a red circle"])
+        scale = tower(texts)["scale"]
+        assert float(scale.detach()) == pytest.approx(math.exp(start), rel=1e-5)
+        (gradient,) = torch.autograd.grad(scale.sum(), clip.logit_scale)
+        assert float(gradient) == pytest.approx(math.exp(start), rel=1e-5)
+        with torch.no_grad():
+            clip.logit_scale += 1
+        assert float(tower(texts)["scale"].detach()) == pytest.approx(math.exp(start), rel=1e-5)
+        tower.give_back()
+        assert float(clip.logit_scale.detach()) == pytest.approx(start, rel=1e-5)
+
+
+def test_a_text_tower_of_hugging_face_is_trained(tmp_path):
+    """Whose attention masks need values: nothing can be found out on the meta device."""
+    FAMILIES["open_clip EVA02-L"](tmp_path / "model")
+    clip = open_model(str(tmp_path / "model")).module
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    clip.text = HFTextEncoder("roberta", output_dim=24, proj_type="linear", config=transformers.RobertaConfig(**sizes), pretrained=False)
+    tower = TextTower(clip)
+    freeze_what_outputs_do_not_need(tower, torch.tensor([[0, 5, 6, 2]]))
+    trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    assert any("word_embeddings" in name for name in trained) and any("query" in name for name in trained)
 
 
 @pytest.mark.parametrize("family", ["open_clip", "open_clip EVA02-L", "open_clip SigLIP", "open_clip CoCa"])
@@ -97,6 +142,12 @@ def test_only_the_text_tower_is_trained_and_the_clip_comes_back_whole(family, tm
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
 
+def write_pictures(folder: Path) -> Path:
+    folder.mkdir()
+    PIL.Image.new("RGB", (8, 8)).save(folder / "a.png")
+    return folder
+
+
 def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     FAMILIES["timm ViT"](tmp_path / "model")
     scenes.write_retrieval(tmp_path / "pairs", 10, seed=5)
@@ -107,6 +158,19 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     assert not (tmp_path / "run").exists()
     with pytest.raises(DgmrError, match=r"tune_text.captions: .*nowhere does not exist"):
         Run(recipe(**{**changes, "tune_text": {**section, "captions": "/nowhere"}}), tmp_path / "run").run()
+    with pytest.raises(DgmrError, match="no caption"):
+        Run(recipe(**{**changes, "tune_text": {**section, "captions": str(write_pictures(tmp_path / "bare"))}}), tmp_path / "run").run()
+    held_out = {
+        "images": "pipe:cat x.tar",
+        "distill": {**SMALL["distill"], "held_out": 5},
+        "recover": None,
+        "evaluate": None,
+        "export": None,
+    }
+    with pytest.raises(DgmrError, match="shards behind a URL cannot be divided"):
+        Run(recipe(**held_out), tmp_path / "run").run()
+    with pytest.raises(DgmrError, match="leave one of them out"):
+        parse_recipe({**SMALL, "distill": {**SMALL["distill"], "held_out": 5, "ema": 0.9}}, tmp_path / "x.yaml")
 
 
 # What follows launches processes.

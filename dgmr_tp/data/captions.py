@@ -19,6 +19,8 @@ class Captioned:
 
     images: Images
     captions: list[list[str]]
+    without: int
+    """Images that were left out because they have no caption."""
 
     @classmethod
     def find(cls, source: str | Path, images: str | Path | None = None) -> Captioned:
@@ -40,15 +42,17 @@ class Captioned:
         pairs = [(record, lines) for record in found.records if (lines := record.captions())]
         if not pairs:
             raise DgmrError(f"{source} holds {len(found)} images and no caption; put a .txt beside each image, or give Karpathy's JSON")
+        without = len(found) - len(pairs)
         found.records = [record for record, _ in pairs]
-        return cls(found, [lines for _, lines in pairs])
+        return cls(found, [lines for _, lines in pairs], without)
 
     @classmethod
     def _karpathy(cls, path: Path, folder: str | Path | None) -> Captioned:
         if folder is None:
             raise DgmrError(f"{path} names images; say in which folder they are (tune_text.images)")
         try:
-            entries = [entry for entry in json.loads(path.read_text())["images"] if entry["split"] in TRAINING]
+            training = [entry for entry in json.loads(path.read_text("utf-8"))["images"] if entry["split"] in TRAINING]
+            entries = [entry for entry in training if entry["sentences"]]
             files = [Path(folder) / entry.get("filepath", "") / entry["filename"] for entry in entries]
             captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in entries]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -57,7 +61,11 @@ class Captioned:
             raise DgmrError(f"{len(missing)} of {len(files)} images of {path} are missing; the first: {missing[0]}")
         if not files:
             raise DgmrError(f"{path} has no image of the split {' or '.join(TRAINING)}")
-        return cls(Images(Path(folder), [Record(str(file), file, 0, file.stat().st_size) for file in files], 0), captions)
+        return cls(
+            Images(Path(folder), [Record(str(file), file, 0, file.stat().st_size) for file in files], 0),
+            captions,
+            len(training) - len(entries),
+        )
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -39,13 +40,14 @@ def embedded_share(
         raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
     share = _Share(images, preprocess, range(rank, len(images), world))
     found, places = [], []
-    for step, (batch, where) in enumerate(DataLoader(share, batch_size, num_workers=workers, collate_fn=_readable), start=1):
+    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=_readable, worker_init_fn=_stay)
+    for step, (batch, where) in enumerate(loader, start=1):
         if len(where):
             found.append(embed(batch.to(device)).float().to(device))
             places.append(where)
         progress(title, min(len(share), step * batch_size), len(share))
     if not found:
-        raise DgmrError(f"{images.source} has no image that can be read")
+        raise DgmrError(f"none of the {len(share)} images of {images.source} that this process looked at can be read")
     return torch.cat(found), torch.cat(places)
 
 
@@ -59,6 +61,11 @@ class _Share(Dataset):
     def __getitem__(self, at: int) -> tuple[Tensor | None, int]:
         image = self.images.read(self.chosen[at])
         return (None if image is None else self.preprocess(image)), self.chosen[at]
+
+
+def _stay(worker: int) -> None:
+    """A SIGTERM to all processes of a job is for the one that reads from this one to answer."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _readable(samples: list[tuple[Tensor | None, int]]) -> tuple[Tensor, Tensor]:

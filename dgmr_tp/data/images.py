@@ -41,12 +41,19 @@ class Record:
         return self._bytes(*self.label).decode().strip() if isinstance(self.label, tuple) else self.label
 
     def captions(self) -> list[str]:
-        """The lines of its ``.txt`` in the tar, or of the file of its name beside it; none, if there is none."""
+        """The lines of its ``.txt`` in the tar, or of the file of its name beside it; none, if there is none.
+
+        Raises:
+            DgmrError: they are not UTF-8.
+        """
         beside = self.file.with_suffix(".txt")
-        if self.text is not None:
-            lines = self._bytes(*self.text).decode()
-        else:
-            lines = beside.read_text() if self.file.suffix != ".tar" and beside.exists() else ""
+        try:
+            if self.text is not None:
+                lines = self._bytes(*self.text).decode()
+            else:
+                lines = beside.read_text("utf-8") if self.file.suffix != ".tar" and beside.exists() else ""
+        except UnicodeDecodeError as error:
+            raise DgmrError(f"the captions of {self.name} are not UTF-8: {error}; convert their .txt") from error
         return [line.strip() for line in lines.splitlines() if line.strip()]
 
     def read(self) -> Any:
@@ -166,7 +173,7 @@ def _tar_records(path: Path) -> list[Record]:
             members = [member for member in tar if member.isfile()]
     except (tarfile.TarError, OSError) as error:
         raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
-    beside = {m.name: (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
+    beside = {str(Path(m.name)): (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
     return [
         Record(
             f"{path}:{m.name}", path, m.offset_data, m.size, *(beside.get(str(Path(m.name).with_suffix(end))) for end in (".cls", ".txt"))

@@ -52,14 +52,14 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
         DgmrError: it cannot be written; the ones before it stay.
     """
     folder = directory / checkpoint.tag
-    with _writing(folder):
+    with writing(folder):
         # DeepSpeed's own barriers are inside: a process that fails leaves, and the launcher ends the others.
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
         if average:
             save_file(average, folder / AVERAGE)
         distributed.barrier()
     files = _checksums(folder)
-    with _writing(folder):
+    with writing(folder):
         if distributed.get_rank() == 0:
             write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": files}))
         distributed.barrier()
@@ -72,7 +72,7 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
     damaged: list[str] = []
-    seals = _from_first(lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True))
+    seals = from_first(lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True))
     for name, found in seals:
         if found and _checksums(directory / name, found.files) == found.files:
             return found, damaged
@@ -104,7 +104,7 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
     if checkpoint.processes == distributed.get_world_size() or checkpoint.zero_stage == 0:
         yield checkpoint.tag, False
         return
-    name: str = _from_first(lambda: f"universal-{checkpoint.tag}-{os.getpid()}")  # an earlier attempt may still be writing its own
+    name: str = from_first(lambda: f"universal-{checkpoint.tag}-{os.getpid()}")  # an earlier attempt may still be writing its own
     converted = directory / name
 
     def convert() -> str | None:
@@ -113,7 +113,7 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
         done = subprocess.run(program, capture_output=True, text=True)
         return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
 
-    if problem := _from_first(convert):
+    if problem := from_first(convert):
         raise DgmrError(
             f"the checkpoint {directory / checkpoint.tag} of {checkpoint.processes} processes cannot be converted for "
             f"{distributed.get_world_size()}: {problem}; go on with {checkpoint.processes} processes"
@@ -126,7 +126,7 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
 
 
 @contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
@@ -136,7 +136,7 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _from_first(compute: Callable[[], T]) -> T:
+def from_first(compute: Callable[[], T]) -> T:
     """What the first process computes, in all of them: on a network disk, listings may differ from one machine to the next."""
     value: list[Any] = [compute() if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(value)
@@ -147,7 +147,7 @@ def _checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
     """SHA-256 of the files below ``folder`` but the seal, or of ``names``; the processes share the work."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     if names is None:
-        names = _from_first(lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+        names = from_first(lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
     mine = [name for name in sorted(names)[rank::world] if name != SEAL]
     return all_of({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})
 

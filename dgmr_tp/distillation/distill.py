@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, stream_batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
@@ -47,7 +48,7 @@ def distill(
         device, precision = device_here(), torch.bfloat16 if settings.bf16 else torch.float32
         forward = [flops(model.encoder.module, model.image_size) for model in (student, teacher)]
         tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
-        probe = torch.zeros(1, 3, student.image_size, student.image_size)
+        probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
         answers, release = _teacher(FeatureTap(teacher.encoder, settings.loss), probe, settings, directory)
 
         def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
@@ -62,7 +63,8 @@ def distill(
         score = None
         if settings.held_out:
             kept, images = _held_out(images, settings)
-            held_out = HeldOut(kept, teacher.preprocess, partial(embed, answers), settings.micro_batch_of(distributed.get_world_size()))
+            micro = settings.micro_batch_of(distributed.get_world_size())
+            held_out = HeldOut(kept, teacher.preprocess, partial(embed, answers), teacher.image_size, micro)
             score = lambda engine: held_out.cosine(partial(embed, engine))  # noqa: E731
 
         def place(done: Checkpoint) -> str:
@@ -81,6 +83,7 @@ def distill(
             score,
         )
         step, broken = train(task, settings, directory, stop)
+        broken |= checkpoints.all_of(kept.broken) if settings.held_out else {}
         release()
     if distributed.get_rank():
         return None

@@ -102,10 +102,13 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: s
 
 
 def freeze_what_outputs_do_not_need(module: nn.Module, probe: Tensor) -> None:
-    """What no output of ``module(probe)``, a dictionary of tensors, depends on gets no gradient; left trainable it would be decayed."""
+    """What no output of ``module(probe)``, a dictionary of tensors, depends on gets no gradient; left trainable it would be decayed.
+
+    With a probe on the meta device nothing is computed; not every text tower can do without values.
+    """
     parameters = list(module.requires_grad_(True).parameters())
-    shapes = meta_copy(module).float()
-    total = sum(output.sum() for output in shapes(probe.to("meta")).values())
+    shapes = meta_copy(module).float() if probe.is_meta else module
+    total = sum(output.sum() for output in shapes(probe).values())
     gradients = torch.autograd.grad(total, list(shapes.parameters()), allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -163,7 +163,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     step = settings.steps
     if average and rank == 0:
         trained = {name: value.cpu() for name, value in average.values.items()}
-    elif best.step:
+    elif best.step >= 0:
         step, trained = best.step, best.weights() if rank == 0 else {}
     engine.destroy()
     if rank == 0:
@@ -191,6 +191,22 @@ def _steps(
     precision = torch.bfloat16 if settings.bf16 else torch.float32
     speed = Speed(settings.batch_size, task.flops, world * peak_flops(device, precision) if task.flops else 0.0)
     broken, shards = dict(done.broken), {}
+
+    def judged(step: int) -> dict[str, float]:
+        if task.score is None or (step % settings.evaluate_every and step < settings.steps):
+            return {}
+        engine.eval()
+        score = task.score(engine)
+        engine.train()
+        best.keep(score, step, whole_parameters(engine.module))
+        return {"score": score}
+
+    def draw(step: int, curves: dict[str, float]) -> None:
+        if curves:
+            engine.monitor.write_events([(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()])
+
+    if done.step == 0:
+        draw(0, judged(0))
     with contextlib.closing(loader), Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
             _seed(device, settings.seed, step, rank)
@@ -225,13 +241,7 @@ def _steps(
             reached = speed.step()
             if meter:
                 meter.step(step, f"loss {total:.4f} {in_words(reached)}")
-            curves: dict[str, float] = {}
-            if task.score and (step % settings.evaluate_every == 0 or step == settings.steps):
-                engine.eval()
-                curves["score"] = task.score(engine)
-                engine.train()
-                if not average:
-                    best.keep(curves["score"], step, whole_parameters(engine.module))
+            curves = judged(step)
             if step % settings.log_every == 0 or step == settings.steps:
                 curves |= {
                     "loss": total,
@@ -241,8 +251,7 @@ def _steps(
                 }
                 if (norm := engine.get_global_grad_norm()) is not None:
                     curves["gradient_norm"] = float(norm)
-            if curves:
-                engine.monitor.write_events([(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()])
+            draw(step, curves)
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
                 shard = min(checkpoints.all_of(shards).values())
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)

@@ -96,7 +96,7 @@ class DistillSettings(Settings):
     """What the recipe's ``distill`` section says; see :class:`dgmr_tp.recipe.Distill` for the defaults."""
 
     section = "distill"
-    what = "distil"
+    what = "distillation"
     needs_less_memory = (
         "set distill.recompute: true or a smaller distill.micro_batch and run again to go on, or a higher distill.zero_stage with "
         "offload (--redo distill)"
@@ -123,8 +123,8 @@ class TextSettings(Settings):
     """What the recipe's ``tune_text`` section says; see :class:`dgmr_tp.recipe.TuneText` for the defaults."""
 
     section = "tune_text"
-    what = "tune the text tower"
-    needs_less_memory = "start more processes or set tune_text.zero_stage: 2, and run again (--redo tune_text)"
+    what = "text tuning"
+    needs_less_memory = "start more processes, or set tune_text.bf16: true, and run again (--redo tune_text)"
 
     first_caption: bool
 

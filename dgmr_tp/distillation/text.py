@@ -6,6 +6,7 @@ computed by open_clip.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Generator
@@ -19,13 +20,14 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.embeddings import embedded_share
-from dgmr_tp.distillation.checkpoints import Checkpoint
+from dgmr_tp.data.images import Images
+from dgmr_tp.distillation.checkpoints import Checkpoint, from_first
 from dgmr_tp.distillation.data import Sample, places
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
 from dgmr_tp.distillation.settings import TextSettings
 from dgmr_tp.encoders import OpenedModel
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.extras import require
 from dgmr_tp.progress import shown
 from dgmr_tp.pruning import Tower
@@ -56,8 +58,8 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
         raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
     with training(directory, settings) as stop:
         rank, world = distributed.get_rank(), distributed.get_world_size()
-        known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings)
-        broken = {pairs.images.records[i].name: "cannot be read" for i in known.broken}
+        known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings, stop)
+        broken = {pairs.images.records[i].name: _why(pairs.images, i) for i in known.broken}
         check_broken(broken, len(pairs), settings)
         tower, device = TextTower(model.module), device_here()
         loss = require("open_clip", "encoders").loss.ClipLoss(gather_with_grad=True, cache_labels=True, rank=rank, world_size=world)
@@ -74,10 +76,15 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
             lambda parts: parts["contrastive"],
             len(known.readable),
         )
-        train(task, settings, directory, stop)
-        tower.give_back()
+        try:
+            train(task, settings, directory, stop)
+        finally:
+            tower.give_back()
     model.module.to("cpu", torch.float32).requires_grad_(True).eval()
-    return None if rank else {**asdict(settings), "processes": world, "images": len(pairs), "broken_images": broken}
+    if rank:
+        return None
+    counts = {"processes": world, "images": len(pairs), "without_caption": pairs.without}
+    return {**asdict(settings), **counts, "broken_images": broken}
 
 
 def has_text_tower(model: OpenedModel) -> bool:
@@ -94,16 +101,21 @@ class TextTower(nn.Module):
         clip._modules["visual"] = None
         self.scalars = [name for name, parameter in clip.named_parameters() if parameter.ndim == 0]
         self.clip = clip
+        self.most = max(MOST_SCALE, float(clip.logit_scale.detach()))
         self._reshape_scalars((1,))  # DeepSpeed cannot send a number, only a vector of one
 
     def forward(self, texts: Tensor) -> dict[str, Tensor]:
-        scale = self.clip.logit_scale.clamp(max=MOST_SCALE).exp()
-        return {"text": self.clip.encode_text(texts, normalize=True), "scale": scale}
+        log = self.clip.logit_scale
+        # Most CLIPs come with the scale at its bound, where a plain clamp would have no gradient.
+        bounded = log + (log.clamp(max=self.most) - log).detach()
+        return {"text": self.clip.encode_text(texts, normalize=True), "scale": bounded.exp()}
 
     def give_back(self) -> None:
         """The CLIP has its vision tower again."""
         [self.clip.visual] = self.vision
         self._reshape_scalars(())
+        with torch.no_grad():
+            self.clip.logit_scale.clamp_(max=self.most)
 
     def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
         for name in self.scalars:
@@ -121,38 +133,62 @@ class Embeddings:
         self.readable, self.broken = np.flatnonzero(found), np.flatnonzero(~found).tolist()
 
     @classmethod
-    def of(cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings) -> Embeddings:
+    def of(cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]) -> Embeddings:
         """Computed, or from an earlier start, then perhaps of another number of processes."""
-        for world in range(1, 1 + len(list(directory.glob("images-*.npy")))):
-            files = [directory / f"images-{rank}-of-{world}.npy" for rank in range(world)]
-            if all(file.exists() for file in files):
-                return cls(files)
+        files = from_first(lambda: _whole_set(directory))
+        return cls(files or cls._compute(model, pairs, directory, settings, stop))
+
+    @staticmethod
+    def _compute(model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
-        vision = Tower(model.encoder).to(device).eval()
+        precision = torch.bfloat16 if settings.bf16 else torch.float32
+        vision = copy.deepcopy(Tower(model.encoder)).to(device, precision).eval()
 
         def embed(images: Tensor) -> Tensor:
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-                return nn.functional.normalize(vision(images).float(), dim=-1)
+            return nn.functional.normalize(vision(images.to(precision)).float(), dim=-1)
 
         with shown() as progress:
-            how = {"device": device, "workers": settings.workers, "title": "embed the images"}
-            silent = {} if rank else {"progress": progress}
-            found, where = embedded_share(embed, model.preprocess, pairs.images, **how, **silent)
-        vision.to("cpu")
+
+            def step(title: str, done: int, total: int) -> None:
+                if rank == 0:
+                    progress(title, done, total)
+                if stop():
+                    raise Preempted("preempted while the images were embedded; run again to begin that anew")
+
+            how: dict[str, Any] = {"device": device, "workers": settings.workers, "title": "embed the images", "progress": step}
+            found, where = embedded_share(embed, model.preprocess, pairs.images, **how)
+        if not found.isfinite().all():
+            raise DgmrError(f"some embeddings of {pairs.images.source} are not finite; check the weights and the preprocessing")
         rows = np.full((len(range(rank, len(pairs), world)), found.shape[1]), np.nan, np.float32)
         rows[where.numpy() // world] = found.cpu().numpy()
-        mine = directory / f"images-{rank}-of-{world}.npy"
+        mine = _parts(directory, world)[rank]
         aside = mine.with_suffix(".partial")
         with aside.open("wb") as stream:
             np.save(stream, rows)
         os.replace(aside, mine)
         distributed.barrier()
-        return cls([directory / f"images-{rank}-of-{world}.npy" for rank in range(world)])
+        return _parts(directory, world)
 
     def __getitem__(self, places: list[int]) -> Tensor:
         """Rows ``[len(places), width]``."""
         return torch.from_numpy(np.stack([self.parts[i % len(self.parts)][i // len(self.parts)] for i in places]))
+
+
+def _parts(directory: Path, world: int) -> list[Path]:
+    return [directory / f"images-{rank}-of-{world}.npy" for rank in range(world)]
+
+
+def _whole_set(directory: Path) -> list[Path]:
+    """The files of a set that is complete, if there is one."""
+    sets = (_parts(directory, world) for world in range(1, 1 + len(list(directory.glob("images-*.npy")))))
+    return next((files for files in sets if all(file.exists() for file in files)), [])
+
+
+def _why(images: Images, index: int) -> str:
+    """Why an image cannot be read: the process that met it may have been another."""
+    images.read(index)
+    return images.broken.get(images.records[index].name, "cannot be read")
 
 
 def _samples(

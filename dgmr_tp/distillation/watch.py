@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
 from dgmr_tp.data.images import Images
+from dgmr_tp.distillation.checkpoints import from_first, writing
 
 WINDOW = 20
 """Steps over which a rate is taken."""
@@ -77,19 +78,24 @@ class HeldOut:
     """Images that are not trained on, and the teacher's embeddings of them: this process's share.
 
     Args:
-        images: all of them are used.
+        images: all of them are used; those that do not decode do not count.
         preprocess: as for evaluation; no crop is random.
         embed: the teacher's embeddings of a batch.
+        image_size: height and width of the images.
         size: images of a batch.
     """
 
-    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], embed: Callable[[Tensor], Tensor], size: int) -> None:
+    def __init__(
+        self, images: Images, preprocess: Callable[[Any], Tensor], embed: Callable[[Tensor], Tensor], image_size: int, size: int
+    ) -> None:
         rank, world = distributed.get_rank(), distributed.get_world_size()
-        pictures = torch.cat(list(images.sample(len(images), 0, preprocess)))
         # All processes take the same number of batches, because parameters may be gathered for each.
-        places = torch.arange(rank, -(-len(pictures) // world) * world, world)
-        self.counted = (places < len(pictures)).double()
-        self.batches = pictures[places % len(pictures)].split(size)
+        count = -(-len(images) // world)
+        pictures, self.counted = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.float64)
+        for row, place in enumerate(range(rank, len(images), world)):
+            if (image := images.read(place)) is not None:
+                pictures[row], self.counted[row] = preprocess(image), 1
+        self.batches = pictures.split(size)
         with torch.no_grad():
             self.wanted = [embed(batch) for batch in self.batches]
 
@@ -97,7 +103,7 @@ class HeldOut:
     def cosine(self, embed: Callable[[Tensor], Tensor]) -> float:
         """Mean cosine of the student's embeddings to the teacher's. Every process has to call it."""
         cosines = torch.cat([F.cosine_similarity(embed(b).float(), w.float()) for b, w in zip(self.batches, self.wanted, strict=True)])
-        both = torch.stack([(cosines.cpu().double() * self.counted).sum(), self.counted.sum()]).to(cosines.device)
+        both = torch.stack([(cosines.cpu().double() * self.counted).sum(), self.counted.sum()]).to(cosines.device, torch.float32)
         distributed.all_reduce(both)
         return float(both[0] / both[1])
 
@@ -107,23 +113,28 @@ class Best:
 
     def __init__(self, directory: Path) -> None:
         self.file = directory / BEST
-        self.score, self.step = -float("inf"), 0
-        if self.file.exists():
+        self.score, self.step = from_first(self._read)
+
+    def _read(self) -> tuple[float, int]:
+        try:
             with safe_open(self.file, "pt") as file:
                 said = file.metadata()
-            self.score, self.step = float(said["score"]), int(said["step"])
+            return float(said["score"]), int(said["step"])
+        except (OSError, SafetensorError):  # not there yet, or damaged
+            return -float("inf"), -1
 
     def keep(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Keep these weights if they are better. Every process has to call it; the first one writes."""
-        if score <= self.score:
+        if not score > self.score:
             return
         self.score, self.step = score, step
         whole = {name: value.cpu().contiguous() for name, value in weights if distributed.get_rank() == 0}
-        if whole:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            aside = self.file.with_suffix(".partial")
-            save_file(whole, aside, {"score": repr(score), "step": str(step)})
-            os.replace(aside, self.file)
+        with writing(self.file):
+            if whole:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                aside = self.file.with_suffix(".partial")
+                save_file(whole, aside, {"score": repr(score), "step": str(step)})
+                os.replace(aside, self.file)
 
     def weights(self) -> dict[str, Tensor]:
         """What was kept."""

@@ -7,6 +7,7 @@ inside it sees without a copy of every family's forward.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -132,4 +133,6 @@ class Moments:
         hh, yh, yy = self.about(mean_h, mean_y)
         offset = mean_y - weight @ mean_h - (0 if bias is None else bias)
         error = yy - 2 * float((weight * yh).sum()) + float(((weight @ hh) * weight).sum()) + float(offset @ offset)
+        if not math.isfinite(error):  # weights that their type cannot hold
+            return math.inf
         return max(0.0, error) / yy if yy > 0 else 0.0

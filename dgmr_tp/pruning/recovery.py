@@ -34,6 +34,8 @@ HELD_OUT = 10
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far from the fit to the dense MLP's answers to the fit to the residual stream: all the way asks for most images."""
+FAINT = 1e-4
+"""Part of the largest gain below which a channel counts as dropped."""
 ELEMENTWISE = 1e-2
 """A block's derivative by its MLP's answer is taken for a gain per channel if no more than this part of it is anything else:
 rounding in bfloat16 is below, a norm above."""
@@ -153,7 +155,8 @@ def _gain(block: Callable[[Tensor], Tensor], consumer: nn.Linear, state: Tensor)
     gain = (derivative * direction).sum(0) / direction.square().sum(0)
     if (derivative - gain * direction).norm() > ELEMENTWISE * derivative.norm():
         return None
-    return gain.where(gain != 0, 1)  # a channel that the block drops may hold anything
+    # A channel that the block all but drops is not asked to make good what it cannot: half precision could not hold its weights.
+    return gain.where(gain.abs() > FAINT * gain.abs().max(), 1)
 
 
 def _site_moments(
