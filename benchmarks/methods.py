@@ -185,14 +185,14 @@ def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Te
     return {"widths": [len(site.kept) for site in plan.sites.values()], "distilled": result}
 
 
-def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], searches: bool, limit: int) -> None:
+def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen: list[str], searches: bool, limit: int) -> None:
     """All cells of one encoder up to the seed ``limit``; ``sizes``: share kept, and how many seeds."""
     dense, sites = embeddings(subject.tower, subject.test), block_sites(subject.tower)
     store.cell(name, "dense", "1", 0, lambda: {"parameters": parameters(subject.tower), **measured(subject, subject.tower, dense, True)})
 
     def everything(size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM) -> None:
         calibration = subject.calibration(seed)
-        for method in methods:
+        for method in (method for method in methods if method in chosen):
 
             def make(method: str = method) -> dict[str, object]:
                 started = time.perf_counter()
@@ -208,7 +208,8 @@ def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], search
             plan = store.rankings[name, seed].plan(subject.tower, **total)
             return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
 
-        store.cell(name, FITTED, size, seed, fitted)
+        if FITTED in chosen:
+            store.cell(name, FITTED, size, seed, fitted)
 
     for size, seeds in sizes.items():
         share = Fraction(size)
@@ -340,6 +341,8 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True, help="the trained CIFAR-10 ViT")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=["cifar", "demo", "swiglu", "swin"])
+    parser.add_argument("--methods", nargs="*", default=[*UNIFORM, FITTED], help="those at equal widths; with --no-searches nothing else")
+    parser.add_argument("--no-searches", action="store_true", help="leave out AMP's searches and the distillations")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -350,10 +353,11 @@ def main() -> None:
         "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
         "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
-    for limit, searching in () if args.tables else ((1, False), (1, True), (3, True)):  # the cheap cells of all encoders first
+    rounds = ((1, False), (1, True), (3, True))  # the cheap cells of all encoders first
+    for limit, searching in () if args.tables else rounds[: 1 if args.no_searches else 3]:
         for name in args.only:
             build, sizes, searches = subjects[name]
-            run(name, build(), store, sizes, searches and searching, limit)
+            run(name, build(), store, sizes, args.methods, searches and searching and not args.no_searches, limit)
     store.tables()
     store.draw()
 

@@ -72,15 +72,15 @@ def distill(
 
         count = len(images) if isinstance(images, Images) else None
         task = Task(
-            tap,
-            probe,
-            lambda done: _loader(images, teacher, settings, done),
-            losses,
-            settings.loss.total,
-            count,
-            place,
-            (4 if settings.recompute else 3) * forward[0] + forward[1],
-            score,
+            module=tap,
+            probe=probe,
+            samples=lambda done: _loader(images, teacher, settings, done),
+            losses=losses,
+            total=settings.loss.total,
+            count=count,
+            place=place,
+            flops=(4 if settings.recompute else 3) * forward[0] + forward[1],
+            score=score,
         )
         step, broken = train(task, settings, directory, stop)
         broken |= checkpoints.all_of(kept.broken) if settings.held_out else {}

@@ -69,12 +69,12 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
             return {"contrastive": loss(sample.images.to(device), found["text"].float(), found["scale"].float())}
 
         task = Task(
-            tower,
-            model.tokenizer(["a photo"]),
-            lambda done: _samples(known, pairs, model.tokenizer, settings, done),
-            losses,
-            lambda parts: parts["contrastive"],
-            len(known.readable),
+            module=tower,
+            probe=model.tokenizer(["a photo"]),
+            samples=lambda done: _samples(known, pairs, model.tokenizer, settings, done),
+            losses=losses,
+            total=lambda parts: parts["contrastive"],
+            count=len(known.readable),
         )
         try:
             train(task, settings, directory, stop)
