@@ -191,7 +191,10 @@ def plan(
 
         if not recipe or not devices:
             raise DgmrError("a recipe and --devices go together, as in: dgmr-tp plan RECIPE --devices 8x48GB")
-        out.print(plan_memory(load_recipe(recipe), devices, rate), markup=False, soft_wrap=True)
+        text, misfit = plan_memory(load_recipe(recipe), devices, rate)
+        out.print(text, markup=False, soft_wrap=True, highlight=False)
+        if misfit:
+            raise DgmrError(misfit)
         return
     from dgmr_tp.decide import SEEING, Rankings, make_plan
     from dgmr_tp.decide import rank as rank_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,14 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 
 
-def plan_memory(recipe: Recipe, devices: str, rate: float | None = None) -> str:
+def plan_memory(recipe: Recipe, devices: str, rate: float | None = None) -> tuple[str, str | None]:
     """What the recipe's distillation needs on ``devices``, such as ``8x48GB``, and how long it takes at ``rate`` images a second.
 
+    Returns:
+        The text, and what to change where it does not fit (None where it does).
+
     Raises:
-        DgmrError: it does not fit, with what would make it fit; or the recipe distils nothing, or its widths are not known before it runs.
+        DgmrError: the recipe distils nothing, or its widths are not known before it runs.
     """
     from dgmr_tp.distillation.memory import Devices, Planner
     from dgmr_tp.distillation.settings import DistillSettings
@@ -112,48 +115,23 @@ def plan_memory(recipe: Recipe, devices: str, rate: float | None = None) -> str:
     if recipe.distill is None:
         raise DgmrError(f"the recipe {recipe.name} has no section distill; only that needs planning")
     settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
-    micro = settings.micro_batch_of(there.count)
     teacher = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-    lines, misfit = [], None
+    texts, misfit = [], None
     for name, size in dry_run(recipe).sizes.items():
         student = teacher.copy()
         resize(student.encoder.module, size.keep)
         planner = Planner(student.encoder, teacher.encoder, settings, teacher.image_size)
-        lines += [
-            f"{name}: student {planner.student / 1e6:,.1f} M parameters, {planner.trained / 1e6:,.1f} M trained, original "
-            f"{planner.teacher / 1e6:,.1f} M, {'bf16' if settings.bf16 else 'float32'}",
-            "zero_stage                 states, GB   MB an image: images   recomputed: images",
-        ]
-        for stage, sharded in ((0, False), (1, False), (2, False), (3, False), (3, True)):
-            if stage == 0 and settings.bf16:
-                continue
-            both = [
-                planner.needs(replace(settings, zero_stage=stage, shard_teacher=sharded, recompute=again, offload="none"), there.count)
-                for again in (False, True)
-            ]
-            shown = "".join(f"{needs.image / 1e6:13.0f}: {needs.most_images(there):6d}" for needs in both)
-            lines.append(f"{f'{stage}, shard_teacher' if sharded else stage!s:<26} {both[0].states / 1e9:10.1f} {shown}")
-        needs = planner.needs(settings, there.count)
-        total = (needs.states + micro * needs.image) / 1e9
-        lines.append(
-            f"the recipe: {micro} images at a time on each of {there.count} devices, about {total:.1f} of {there.memory / 1e9:g} GB"
-        )
-        if micro > needs.most_images(there):
+        texts.append(f"{name}: {planner.table(settings, there)}")
+        if not planner.fits(settings, there) and misfit is None:
             remedy = planner.remedy(settings, there)
-            what = (
-                ", ".join(f"{key}: {str(value).lower()}" for key, value in remedy.items())
-                if remedy
-                else "nothing here; take larger devices"
-            )
-            misfit = misfit or f"{name} needs about {total:.1f} GB on each of {devices}; it would fit with distill {what}"
+            change = "it would fit with distill." + ", ".join(f"{key}: {str(value).lower()}" for key, value in (remedy or {}).items())
+            misfit = f"{name} does not fit into {devices}; {change if remedy else 'no setting changes that: take larger devices'}"
+    if not texts:
+        raise DgmrError("only the run itself finds these widths; plan with a ratio, or with a budget of params or flops")
     if rate:
-        hours = settings.steps * settings.batch_size / rate / 3600
-        lines.append(f"{settings.steps * settings.batch_size:,} images at {rate:g} a second: {hours:,.1f} hours a size")
-    if misfit:
-        raise DgmrError("\n".join([*lines, misfit]))
-    if not recipe.distill or not lines:
-        raise DgmrError("only the run itself finds these widths; plan with a ratio or a budget of params or flops")
-    return "\n".join(lines)
+        images = settings.steps * settings.batch_size
+        texts.append(f"{images:,} images at {rate:g} a second: {images / rate / 3600:,.1f} hours a size")
+    return "\n".join(texts), misfit
 
 
 def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import recipe, redraw, timm_tower
+from conftest import recipe, redraw, run_command, timm_tower, write_recipe
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from test_distillation import settings
@@ -77,14 +77,15 @@ def test_what_saves_memory_saves_memory():
     assert states(world=8) < states(world=4)
 
 
-def test_a_recipe_that_does_not_fit_says_what_would():
+def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     given = recipe()
-    assert "the recipe: 4 images at a time on each of 2 devices" in plan_memory(given, "2x1GB")
-    assert "192 images at 2 a second: 0.0 hours" in plan_memory(given, "2x1GB", rate=2)
-    with pytest.raises(DgmrError, match=r"needs about 0\.0 GB on each of 2x0\.025GB; it would fit with distill micro_batch: \d"):
-        plan_memory(given, "2x0.025GB")
-    with pytest.raises(DgmrError, match="nothing here; take larger devices"):
-        plan_memory(given, "2x0.001GB")
+    text, misfit = plan_memory(given, "2x1GB", rate=2)
+    assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
+    assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
+    assert plan_memory(given, "2x0.025GB")[1] == "mlp_ratio-1 does not fit into 2x0.025GB; it would fit with distill.micro_batch: 2"
+    assert "take larger devices" in plan_memory(given, "2x0.001GB")[1]
+    done = run_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.025GB")
+    assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
     with pytest.raises(DgmrError, match="--devices 8: write how many and how large, such as 8x48GB"):
         plan_memory(given, "8")
     with pytest.raises(DgmrError, match="has no section distill"):

@@ -105,6 +105,25 @@ class Planner:
         states += 4 * trained if settings.ema else 0
         return Needs(states, self.images[settings.recompute])
 
+    def table(self, settings: DistillSettings, devices: Devices) -> str:
+        """States, and images at a time, in every ZeRO stage with and without recomputation; then the settings as they are."""
+        lines = [
+            f"student {self.student / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained, original {self.teacher / 1e6:,.1f} M, "
+            f"{'bf16' if settings.bf16 else 'float32'}",
+            "zero_stage                 states, GB   MB an image: images   recomputed: images",
+        ]
+        for stage, sharded in ((0, False), (1, False), (2, False), (3, False), (3, True)):
+            if stage == 0 and settings.bf16:  # refused by the recipe
+                continue
+            plain = replace(settings, zero_stage=stage, shard_teacher=sharded, offload="none")
+            both = [self.needs(replace(plain, recompute=again), devices.count) for again in (False, True)]
+            shown = "".join(f"{needs.image / 1e6:13.0f}: {needs.most_images(devices):6d}" for needs in both)
+            lines.append(f"{f'{stage}, shard_teacher' if sharded else stage!s:<26} {both[0].states / 1e9:10.1f} {shown}")
+        needs, micro = self.needs(settings, devices.count), settings.micro_batch_of(devices.count)
+        total = (needs.states + micro * needs.image) / 1e9
+        there = f"{devices.count} devices, about {total:.1f} of {devices.memory / 1e9:g} GB"
+        return "\n".join([*lines, f"the recipe: {micro} images at a time on each of {there}"])
+
     def fits(self, settings: DistillSettings, devices: Devices) -> bool:
         """Whether the recipe's batch can be worked on as ``settings`` say."""
         return settings.micro_batch_of(devices.count) <= self.needs(settings, devices.count).most_images(devices)
