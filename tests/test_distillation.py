@@ -269,11 +269,11 @@ def start() -> dict[str, torch.Tensor]:
     return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.encoder.module.state_dict()
 
 
-def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Distance in norm, relative to the way of the training from its start. Not by weight: Adam turns the rounding of a gradient
+def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None) -> float:
+    """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding of a gradient
     near zero into a step of full size."""
     norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
-    return norm(a, b) / norm(a, start())
+    return norm(a, b) / norm(a, begin or start())
 
 
 def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = None) -> dict[str, torch.Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 from dgmr_tp.distillation.losses import Objective
 from dgmr_tp.errors import DgmrError
@@ -52,6 +52,15 @@ class Settings:
     max_broken: float
     """Share of the images that may fail to decode before the run stops."""
     seed: int
+
+    @classmethod
+    def of(cls, section: dict[str, Any], seed: int) -> Self:
+        """From the content of a recipe's section, which also says where it runs and what it reads."""
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in section.items() if key in known}
+        if "loss" in values:
+            values["loss"] = Objective(**values["loss"])
+        return cls(**values, seed=seed)
 
     def micro_batch_of(self, world: int) -> int:
         """Images that one of ``world`` processes works on at a time: the largest divisor of its share up to ``micro_batch``.
@@ -111,12 +120,6 @@ class DistillSettings(Settings):
     shard_teacher: bool
     recompute: bool
 
-    @classmethod
-    def of(cls, section: dict[str, Any], seed: int) -> DistillSettings:
-        """From the content of a recipe's section."""
-        plain = {key: value for key, value in section.items() if key not in ("processes", "hostfile", "loss")}
-        return cls(**plain, loss=Objective(**section["loss"]), seed=seed)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
@@ -127,10 +130,3 @@ class TextSettings(Settings):
     needs_less_memory = "start more processes, or set tune_text.bf16: true, and run again (--redo tune_text)"
 
     first_caption: bool
-
-    @classmethod
-    def of(cls, section: dict[str, Any], seed: int) -> TextSettings:
-        """From the content of a recipe's section."""
-        return cls(
-            **{key: value for key, value in section.items() if key not in ("processes", "hostfile", "captions", "images")}, seed=seed
-        )
