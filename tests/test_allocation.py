@@ -153,7 +153,7 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
 
     def fits(kept):
         cut = {s.name: s.hidden - k for s, k in zip(sites, kept, strict=True)}
-        return all(costs[key].without(cut) <= part * costs[key].total for key, part in budget.items())
+        return all(costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items())  # exactly
 
     def lost(kept):
         return sum(loss[s.name][k] for s, k in zip(sites, kept, strict=True))
