@@ -13,21 +13,17 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import platform
 from pathlib import Path
 
 import torch
-from methods import Subject, cifar, demo, embeddings, measured, on_cifar
+from methods import TESTED, Subject, cifar, demo, distilling, embeddings, measured, on_cifar
 from torch import Tensor
 from train_cifar10_clip import load_split, normalise
 
 from dgmr_tp import prune
 from dgmr_tp.decide import make_plan
-from dgmr_tp.distillation.engine import parameter_groups
-from dgmr_tp.distillation.losses import FeatureTap, Objective
-from dgmr_tp.encoders import as_encoder
 from dgmr_tp.files import write_whole
 
 BATCH = 64
@@ -35,23 +31,12 @@ BATCH = 64
 
 def curve(subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Tensor) -> list[dict[str, float]]:
     """Accuracy and cosine before the training and after each quarter of ``images``."""
-    torch.manual_seed(0)
-    student = copy.deepcopy(student).requires_grad_(True)
-    tap, target, objective = FeatureTap(as_encoder(student)), FeatureTap(as_encoder(subject.tower)), Objective()
-    steps = len(images) // BATCH
-    optimizer = torch.optim.AdamW(parameter_groups(tap, 0.0), lr=base_lr * BATCH / 256, betas=(0.9, 0.95))
-    shape = lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    student, steps = copy.deepcopy(student).requires_grad_(True), len(images) // BATCH
     points = [{"images": 0, **measured(subject, student.eval(), dense)}]
-    for step, batch in enumerate(images[: steps * BATCH].split(BATCH), start=1):
-        with torch.no_grad():
-            wanted = target(batch)
-        objective.total(objective(tap(batch), wanted)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    batches, peak = images[: steps * BATCH].split(BATCH), base_lr * BATCH / 256
+    for step in distilling(subject.tower, student, batches, steps=steps, peak=peak, weight_decay=0.0):
         if step in {steps * quarter // 4 for quarter in (1, 2, 3, 4)}:
-            points.append({"images": step * BATCH, **measured(subject, student.eval(), dense)})
+            points.append({"images": step * BATCH, **measured(subject, student, dense)})
     return points
 
 
@@ -65,10 +50,10 @@ def main() -> None:
         subject, base_lr = (demo(), 4e-3) if name == "demo" else (on_cifar(cifar(args.encoder)), 1e-3)
         calibration, dense = subject.calibration(0), embeddings(subject.tower, subject.test)
         if name == "demo":
-            images = subject.train[2000:]
+            images = subject.train[TESTED:]
         else:
             photographs, _ = load_split(Path(os.environ["CIFAR10_DIR"]), "train")
-            images = normalise(photographs)[2000:]
+            images = normalise(photographs)[TESTED:]
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         width = subject.tower.patch_embed.proj.out_channels if name == "cifar" else subject.tower.conv1.out_channels
         plan = make_plan(subject.tower, "dgmr", calibration, keep=width)

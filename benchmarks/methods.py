@@ -24,7 +24,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -161,25 +161,31 @@ def cell(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor,
     }
 
 
-def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor) -> dict[str, object]:
-    """Recovered, then distilled by the product's loss: AdamW, warm-up, cosine, peak learning rate 2.5e-4, 64 images a step."""
-    torch.manual_seed(0)
-    model = copy.deepcopy(prune(subject.tower, calibration, plan=plan).model).requires_grad_(True)
-    teacher, student, objective = FeatureTap(as_encoder(subject.tower)), FeatureTap(as_encoder(model)), Objective()
-    optimizer = torch.optim.AdamW(parameter_groups(student, 0.05), lr=2.5e-4, betas=(0.9, 0.95))
-    last = STEPS[-1]
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * min(1, step / last)))
-    )
-    pool, result = subject.train[TESTED:], {}
-    for step in range(1, last + 1):
-        images = pool[torch.randint(len(pool), (64,))]
+def distilling(
+    tower: nn.Module, model: nn.Module, batches: Iterable[Tensor], *, steps: int, peak: float, weight_decay: float
+) -> Iterator[int]:
+    """Train ``model`` in place towards ``tower`` by the product's loss, warm-up of 20 steps, cosine; gives each step that is done."""
+    teacher, student, objective = FeatureTap(as_encoder(tower)), FeatureTap(as_encoder(model)), Objective()
+    optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=peak, betas=(0.9, 0.95))
+    shape = lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))  # noqa: E731
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    for step, images in enumerate(batches, start=1):
         with torch.no_grad():
             target = teacher(images)
         objective.total(objective(student(images), target)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        yield step
+
+
+def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor) -> dict[str, object]:
+    """Recovered, then distilled by the product's loss: AdamW, warm-up, cosine, peak learning rate 2.5e-4, 64 images a step."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(prune(subject.tower, calibration, plan=plan).model).requires_grad_(True)
+    pool, result = subject.train[TESTED:], {}
+    batches = (pool[torch.randint(len(pool), (64,))] for _ in range(STEPS[-1]))
+    for step in distilling(subject.tower, model, batches, steps=STEPS[-1], peak=2.5e-4, weight_decay=0.05):
         if step in STEPS:
             result[str(step)] = measured(subject, model.eval(), dense, neighbours=True)
     return {"widths": [len(site.kept) for site in plan.sites.values()], "distilled": result}
@@ -357,7 +363,7 @@ def main() -> None:
     for limit, searching in () if args.tables else rounds[: 1 if args.no_searches else 3]:
         for name in args.only:
             build, sizes, searches = subjects[name]
-            run(name, build(), store, sizes, args.methods, searches and searching and not args.no_searches, limit)
+            run(name, build(), store, sizes, args.methods, searches and searching, limit)
     store.tables()
     store.draw()
 
