@@ -358,60 +358,163 @@ def tune_text(
     _train(directory, "tune_text", size)
 
 
+TextOption = Annotated[
+    str | None,
+    typer.Option(
+        help="For an exported file: the model whose preprocessing and text tower go with it [default: what its export.json says]."
+    ),
+]
+TrustOption = Annotated[bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, wherever they come from.")]
+
+
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model directory, open_clip:NAME, demo, or an exported .onnx or .pt file.")],
+    models: Annotated[list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")],
     dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")] = None,
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
     knn_train: Annotated[Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")] = None,
     knn_test: Annotated[Path | None, typer.Option(help="k-NN: the images that are judged.")] = None,
-    file: Annotated[Path, typer.Option("--out", "-o", help="The JSON file of the figures.")] = Path("result.json"),
+    suite: Annotated[str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo beside the published ones.")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="For a suite: a folder for each of its data sets.")] = None,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="The folder for the figures: a JSON each, and table.csv.")] = Path("results"),
     pretrained: PretrainedOption = None,
-    text: Annotated[str, typer.Option(help="For an exported file: the model whose text tower and preprocessing go with it.")] = "demo",
-    task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval or auto.")] = "auto",
+    text: TextOption = None,
+    task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval, linear_probe or auto.")] = "auto",
     annotations: Annotated[Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")] = None,
+    classnames: Annotated[Path | None, typer.Option(help="Your own class names: JSON, keyed by the data set's name.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="Your own prompts: JSON, keyed by the data set's name.")] = None,
+    save_classifier: Annotated[Path | None, typer.Option(help="Keep the class embeddings in this file.")] = None,
+    load_classifier: Annotated[
+        list[Path] | None, typer.Option(help="Class embeddings instead of the text tower; several are averaged.")
+    ] = None,
+    trust_file: TrustOption = False,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read images for k-NN.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
 ) -> None:
-    """Evaluate a model or an exported file: zero-shot with clip_benchmark's own code, or by k-NN (torchrun shares the images)."""
-    from dgmr_tp.encoders import open_model
-    from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
-    from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
-    from dgmr_tp.pruning import Tower
+    """Evaluate models or exported files with clip_benchmark's own code, or by k-NN; torchrun shares the images."""
+    from dgmr_tp.evaluation.zero_shot import tabulate, task_of
+    from dgmr_tp.served import open_served
 
-    if (dataset is None or root is None) == (knn_train is None or knn_test is None):
-        raise DgmrError("give either --dataset and --root, or --knn-train and --knn-test")
-    speaks = knn_train is None or _join_processes()
-    exported = Path(model).suffix in (".onnx", ".pt")
-    opened = open_model(text if exported else model, pretrained)
-    device = "cpu" if exported else _device()
-    clip = opened.module.to(device)
-    embed: Any = Tower(opened.encoder)
-    if exported:
-        from dgmr_tp.export import open_exported
+    asked = [dataset is not None and root is not None, knn_train is not None and knn_test is not None, suite is not None]
+    if sum(asked) != 1:
+        raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --suite and --data-root")
+    if suite is not None and (suite != "dgmr-zoo" or data_root is None):
+        raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo, and it needs --data-root")
+    speaks = _join_processes()
+    how: dict[str, Any] = {
+        "task": task_of(root) if root and task == "auto" else task,
+        "annotations": annotations,
+        "classnames": classnames,
+        "templates": templates,
+        "workers": workers,
+    }
+    how |= {"save_classifier": save_classifier, "load_classifiers": load_classifier or [], "batch_size": batch_size}
+    files: list[Path] = []
+    rows: dict[str, dict[str, float]] = {}
+    for name in models:
+        served = open_served(name, pretrained, text=text, trusted=trust_file, device=_device())
+        label = _label(name, list(rows))
+        if suite:
+            assert data_root
+            rows[label] = _zoo(served, label, data_root, folder, batch_size, workers, speaks)
+            continue
+        what = f"{dataset.replace('/', '_')}-{how['task']}" if dataset else "knn"
+        files.append(folder / f"{label}-{what}.json")
+        if dataset:
+            rows[label] = _benchmark(served, label, dataset, root, files[-1], **how)
+        else:
+            rows[label] = _knn(served, label, knn_train, knn_test, files[-1], batch_size, workers, speaks)
+    if not speaks:
+        return
+    if suite:
+        from dgmr_tp.evaluation.zoo import FIGURES, PUBLISHED
 
-        embed = open_exported(Path(model))
-        clip = CLIPWithEncoder(clip, embed)
-    if knn_train and knn_test:
-        metrics = _knn(embed, opened, knn_train, knn_test, device, batch_size, workers, speaks)
-        if speaks:
-            write_whole(file, json.dumps(metrics, indent=1) + "\n")
+        published: dict[str, Any] = {f"{name} (published)": dict(zip(FIGURES, row, strict=True)) for name, row in PUBLISHED.items()}
+        _print_metrics({**rows, **published}, percent=True)
+        return
+    tabulate(files, folder / "table.csv")
+    _print_metrics(rows)
+
+
+@app.command("clip_benchmark", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> None:
+    """clip_benchmark's own command line, which then knows --model_type dgmr_tp: --model takes what eval takes, files too.
+
+    --pretrained is a NAME's weights, or for a file the model that goes with it; none: what its export.json says.
+    """
+    from dgmr_tp.evaluation.zero_shot import clip_benchmark as run_command
+    from dgmr_tp.served import ENDINGS, open_served
+
+    def load(model_name: str, pretrained: str, cache_dir: str | None, device: str):  # type: ignore[no-untyped-def]
+        named = None if pretrained == "none" or "--pretrained" not in context.args else pretrained
+        weights = {"text": named} if Path(model_name).suffix in ENDINGS else {"pretrained": named}
+        served = open_served(model_name, trusted=trust_file, device=device, **weights)
+        return served.clip, served.model.preprocess, served.model.tokenizer
+
+    run_command(context.args, load)
+
+
+@app.command()
+def compare(
+    old: Annotated[str, typer.Argument(help="The encoder of your index: a model, an exported file, or its embeddings as .npy.")],
+    new: Annotated[str, typer.Argument(help="The encoder to be served, likewise.")],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for compatibility.json and .html.")],
+    images: Annotated[Path | None, typer.Option(help="Images like those in your index. Not with .npy.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, a line each, to compare zero-shot decisions; or saved embeddings (.pt).")
+    ] = None,
+    count: Annotated[int, typer.Option(min=100, help="How many images.")] = 5000,
+    queries: Annotated[int, typer.Option(min=1, help="How many of them ask; the others are the index.")] = 1000,
+    keep: Annotated[float, typer.Option(help="From this share on the index is kept.")] = 0.98,
+    convenient: Annotated[float, typer.Option(help="From this share on re-embedding may wait.")] = 0.9,
+    old_pretrained: Annotated[str | None, typer.Option(help="Weights of OLD, for a NAME.")] = None,
+    new_pretrained: Annotated[str | None, typer.Option(help="Weights of NEW, for a NAME.")] = None,
+    trust_file: TrustOption = False,
+    seed: SeedOption = 0,
+    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+) -> None:
+    """Must the index be rebuilt? What old and new embeddings of your own images find in each other."""
+    from dgmr_tp.evaluation.compatibility import Limits, compatibility
+    from dgmr_tp.report import in_words, write_html
+
+    limits = Limits(keep, convenient)
+    arrays = [Path(side).suffix == ".npy" for side in (old, new)]
+    if any(arrays) and (not all(arrays) or images or (classes and classes.suffix != ".pt")):
+        raise DgmrError("OLD and NEW are both .npy, without --images, and --classes then are saved embeddings (.pt); or neither is")
+    if not any(arrays) and images is None:
+        raise DgmrError("two encoders are compared on images: give --images FOLDER, with images like those in your index")
+    if all(arrays):
+        from dgmr_tp.evaluation.survey import saved_classifier
+
+        rows = [_array(side) for side in (old, new)]
+        found = compatibility(*rows, classifier=saved_classifier(classes) if classes else None, queries=queries, limits=limits, seed=seed)
     else:
-        assert dataset and root
-        metrics = run_clip_benchmark(
-            clip,
-            opened.preprocess,
-            opened.tokenizer,
-            dataset=dataset,
-            root=root,
-            output=file,
-            name=Path(model).name,
-            task=task,
-            annotations=annotations,
-            batch_size=batch_size,
+        from dgmr_tp.evaluation.survey import Side, survey, text_classifier
+        from dgmr_tp.progress import shown
+        from dgmr_tp.served import open_served
+
+        opened = [
+            open_served(side, pretrained, trusted=trust_file, device=_device())
+            for side, pretrained in ((old, old_pretrained), (new, new_pretrained))
+        ]
+        options = {"count": count, "queries": queries, "limits": limits, "seed": seed, "device": _device(), "workers": workers}
+        with shown() as progress:
+            found = survey(
+                *(Side(side.embed, side.model.preprocess) for side in opened),
+                images,
+                classifier=text_classifier(opened[0].model, classes) if classes else None,
+                progress=progress,
+                **options,
+            )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(out_dir / "compatibility.json", json.dumps(found, indent=1) + "\n")
+    page = write_html({"found": found, "old": _label(old, []), "new": _label(new, [])}, out_dir / "compatibility.html", "compare.html.j2")
+    out.print(in_words(found))
+    for name, way in found["ways"].items():
+        out.print(
+            f"  {name}: overlap {way['overlap@10']:.3f} of 10, {way['overlap@100']:.3f} of 100; first among ten {way['recall@10']:.3f}"
         )
-    for name, value in metrics.items() if speaks else ():
-        out.print(f"{name:<28} {value:.4f}")
+    out.print(f"report: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -421,28 +524,44 @@ def export(
     pretrained: PretrainedOption = None,
     original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
     original_pretrained: Annotated[str | None, typer.Option(help="Its weights, for a NAME.")] = None,
-    formats: Annotated[str, typer.Option(help="Comma-separated: onnx, torchscript.")] = "onnx,torchscript",
+    formats: Annotated[
+        str, typer.Option(help="By commas: onnx, onnx-fp16, onnx-int8, torchscript, pt2, aotinductor.")
+    ] = "onnx,torchscript",
+    outputs: Annotated[str, typer.Option(help="By commas: embedding, patches.")] = "embedding",
+    normalised: Annotated[bool, typer.Option("--normalised", help="Make embeddings of length 1 inside the files.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Export a CLIP's text tower too.")] = False,
+    images: Annotated[str | None, typer.Option(help="Your own images, to prove the files with [default: generated scenes].")] = None,
+    tolerance: Annotated[
+        list[str] | None, typer.Option(help="The relative error that a format may have, such as onnx-int8=0.3; may be repeated.")
+    ] = None,
 ) -> None:
-    """Export the vision tower to ONNX and TorchScript, verified against PyTorch."""
-    from dgmr_tp.encoders import open_model
-    from dgmr_tp.export import export_bundle
-    from dgmr_tp.pruning import Tower
+    """Export the towers; every file is proved against PyTorch in a process of its own, and timed beside the original's."""
+    import tempfile
 
+    from dgmr_tp.encoders import open_model
+    from dgmr_tp.export import export_bundle, failures, parts_of
+
+    named = [name.strip() for name in formats.split(",")]
+    allowed = dict(_tolerance(entry) for entry in tolerance or [])
     opened = open_model(model, pretrained)
-    dense = Tower(open_model(original, original_pretrained).encoder) if original else None
-    bundle = export_bundle(
-        Tower(opened.encoder),
-        out_dir,
-        image_size=opened.image_size,
-        preprocess=opened.preprocess_config,
-        formats=[name.strip() for name in formats.split(",")],
-        original=dense,
-    )
-    for name, entry in bundle["files"].items():
-        latency = ", ".join(f"batch {b}: " + " ".join(f"{k} {v:.1f} ms" for k, v in t.items()) for b, t in entry["latency_ms"].items())
-        out.print(
-            f"{name}: {out_dir / entry['file']} {entry['megabytes']:.1f} MB, error {max(entry['relative_error'].values()):.0e}; {latency}"
-        )
+    shown = _proof_images(opened, images)
+    served = {"outputs": tuple(name.strip() for name in outputs.split(",")), "normalised": normalised}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".original-") as scratch:
+        source = os.path.relpath(model, out_dir) if Path(model).is_dir() else model
+        options: dict[str, Any] = {"model": source, "preprocess": opened.preprocess_config, "formats": named, "tolerance": allowed}
+        if original:
+            dense = open_model(original, original_pretrained)
+            export_bundle(parts_of(dense, shown, **served), Path(scratch), latency_batches=(), **options)
+            options["original"] = Path(scratch)
+        bundle = export_bundle(parts_of(opened, shown, **served, text=text), out_dir, **options)
+    if "torchscript" in named:
+        out.print("torchscript: PyTorch has deprecated it; pt2 comes after it")
+    for tower in bundle["towers"].values():
+        for entry in tower["files"].values():
+            _print_file(out_dir, entry)
+    if failed := failures(bundle):
+        raise DgmrError("; ".join(f"{out_dir / file}: {why}" for file, why in failed.items()))
 
 
 @app.command()
@@ -512,6 +631,44 @@ def _report(this) -> None:  # type: ignore[no-untyped-def]
     print_table(data, out)
     path = write_html(data, this.directory / "report.html")
     out.print(f"report: {path}")
+    if failed := [entry for size in data["sizes"] for entry in size["files"] if not entry["verified"]]:
+        raise DgmrError("; ".join(f"{entry['file']} failed its proof: {entry['verdict']}" for entry in failed))
+
+
+def _tolerance(text: str) -> tuple[str, float]:
+    try:
+        name, value = text.split("=")
+        return name, float(value)
+    except ValueError:
+        raise DgmrError(f"--tolerance {text}: write it as onnx-int8=0.3") from None
+
+
+def _proof_images(opened, images):  # type: ignore[no-untyped-def]
+    """24 images to prove an export with, as the model takes them."""
+    import torch
+
+    if images is not None:
+        from dgmr_tp.data.streams import find_images
+
+        return torch.cat(list(find_images(images).sample(24, 0, opened.preprocess)))
+    from PIL import Image
+
+    from dgmr_tp.data.scenes import Scene
+
+    return torch.stack([opened.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(24)])
+
+
+def _print_file(directory, entry) -> None:  # type: ignore[no-untyped-def]
+    """Two lines at most: what came out, and how fast it is."""
+    out.print(f"{directory / entry['file']}: {entry['verdict']}, {entry['megabytes']:.1f} MB", soft_wrap=True)
+    if entry["verdict"] != "verified":
+        return
+    error = max(value for by_batch in entry["relative_error"].values() for value in by_batch.values())
+    cosine = min(value for by_batch in entry["cosine"].values() for value in by_batch.values())
+    out.print(f"  relative error {error:.0e}, cosine {cosine:.6f}, {entry['peak_memory_mb']:.0f} MB of memory")
+    for batch, times in entry["latency_ms"].items():
+        old = f"original {times['original']['median']:.1f} ms, " if "original" in times else ""
+        out.print(f"  batch {batch}: {old}this {times['pruned']['median']:.1f} ms")
 
 
 def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> None:  # type: ignore[no-untyped-def]
@@ -629,16 +786,80 @@ def _join_processes() -> bool:
     return torch.distributed.get_rank() == 0
 
 
-def _knn(embed, opened, train, test, device, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _array(path: str):  # type: ignore[no-untyped-def]
+    import numpy as np
+    import torch
+
+    try:
+        rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except (OSError, ValueError, TypeError) as error:
+        raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
+    if rows.ndim != 2:
+        raise DgmrError(f"{path} has the shape {list(rows.shape)}; embeddings are rows and columns")
+    return rows
+
+
+def _label(source: str, taken: list[str]) -> str:
+    """A short name for a model, such as distilled-mlp_ratio-1, that no other has."""
+    parts = [part for part in Path(source.replace(":", "-")).parts if part not in (os.sep, "..", ".")]
+    names = ("-".join(parts[-count:]) for count in range(1, len(parts) + 1))
+    return next((name for name in names if name not in taken and name != "model"), f"{'-'.join(parts)}-{len(taken)}")
+
+
+def _benchmark(served, label, dataset, root, file, **how) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
+
+    model = served.model
+    return run_clip_benchmark(served.clip, model.preprocess, model.tokenizer, dataset=dataset, root=root, output=file, name=label, **how)
+
+
+def _knn(served, label, train, test, file, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.knn import knn_accuracy
     from dgmr_tp.progress import shown
 
-    options = {"device": device, "batch_size": batch_size, "workers": workers}
+    options = {"device": served.device, "batch_size": batch_size, "workers": workers}
     with shown() as progress:
         if speaks:
             options["progress"] = progress
-        return knn_accuracy(embed, opened.preprocess, train=Images.find(train), test=Images.find(test), **options)
+        bank, judged = Images.find(train), Images.find(test)
+        metrics = knn_accuracy(served.embed, served.model.preprocess, train=bank, test=judged, **options)
+    if speaks:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        form = {"dataset": str(test), "model": label, "pretrained": "none", "task": "knn", "metrics": metrics, "language": ""}
+        write_whole(file, json.dumps(form, indent=1) + "\n")
+    return metrics
+
+
+def _zoo(served, label, root, folder, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    from dgmr_tp.evaluation.zoo import RETRIEVAL, find_zoo, knn_folders, zoo_figures
+
+    found, (train, test) = find_zoo(root), knn_folders(root)
+    metrics = {}
+    for name, (dataset, place) in found.items():
+        task = "zeroshot_retrieval" if name in RETRIEVAL else "zeroshot_classification"
+        file = folder / f"{label}-{name}-{task}.json"
+        metrics[name] = _benchmark(served, label, dataset, place, file, task=task, batch_size=batch_size, workers=workers)
+    knn = _knn(served, label, train, test, folder / f"{label}-knn.json", batch_size, workers, speaks)
+    return zoo_figures(metrics, knn)
+
+
+def _print_metrics(rows: dict[str, dict[str, float]], percent: bool = False) -> None:
+    """One model: a line per metric; several: a table."""
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    form = lambda value: "–" if value is None else f"{value:.1f}" if percent else f"{value:.4f}"  # noqa: E731
+    if len(rows) == 1:
+        for name, value in next(iter(rows.values())).items():
+            out.print(f"{name:<28} {form(value)}")
+        return
+    wide = len(names) > 4  # more metrics than 80 columns hold: then they are the rows
+    table = Table("metric" if wide else "model", box=None)
+    for name in rows if wide else names:
+        table.add_column(name, justify="right", overflow="fold")
+    for name in names if wide else rows:
+        cells = [rows[model].get(name) for model in rows] if wide else [rows[name].get(metric) for metric in names]
+        table.add_row(name, *map(form, cells))
+    out.print(table)
 
 
 def _images(source, count, seed, opened):  # type: ignore[no-untyped-def]

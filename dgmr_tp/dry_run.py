@@ -93,7 +93,7 @@ def dry_run(recipe: Recipe) -> DryRun:
 
         settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
-    roots = [recipe.images, *(recipe.evaluate.paths.values() if recipe.evaluate else ())]
+    roots = [recipe.images, *(path for reads in (recipe.evaluate, recipe.compare) if reads for path in reads.paths.values())]
     roots += [path for path in (recipe.tune_text.captions, recipe.tune_text.images) if path] if recipe.tune_text else []
     paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:") and not is_url(root)}
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)

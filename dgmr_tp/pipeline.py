@@ -33,7 +33,7 @@ from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.recipe import Dataset, Recipe, Recover, Training, parse_recipe
 
-STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "export")
+STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
 PACKAGES = (
     "dgmr-tp",
     "torch",
@@ -51,6 +51,10 @@ SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103, "pairs": 104}  # 
 JOURNAL = "search.json"
 """What AMP's search decided so far; a step that was interrupted goes on from it."""
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
+ORIGINAL = "original"
+"""In the place of a size: the encoder before pruning."""
+PROOF = 24
+"""Images that an exported file is proved with."""
 TRAININGS = ("distill", "tune_text")
 """Stages that leave checkpoints to go on from."""
 
@@ -152,7 +156,7 @@ class Run:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
         if recipe.evaluate:  # first: a model or data set that cannot be evaluated shows before anything is computed
             section = {**recipe.evaluate.model_dump(), **model}
-            steps.append(Step("evaluate", "original", section, data, self._evaluate_original))
+            steps.append(Step("evaluate", ORIGINAL, section, data, self._evaluate_original))
         ranked: tuple[str, ...] = ()
         if recipe.prune.criterion in SEEING:
             section = {**model, "criterion": recipe.prune.criterion, "calibration": self._calibration, **images}
@@ -188,10 +192,18 @@ class Run:
             for size in last:
                 inputs = (*self.model_keys(size).values(), *data)
                 steps.append(Step("evaluate", size, section, inputs, partial(self._evaluate, size=size)))
-        if recipe.export:
-            section = {**recipe.export.model_dump(), "evaluate": recipe.evaluate.model_dump() if recipe.evaluate else None}
+        if recipe.compare:
+            section = {**recipe.compare.model_dump(exclude={"workers"}), "seed": seed, **model}
+            section["images_files"] = _fingerprint(recipe.compare.images)
             for size in last:
-                steps.append(Step("export", size, section, (last[size], *data), partial(self._export, size=size)))
+                steps.append(Step("compare", size, section, (last[size], *data), partial(self._compare, size=size)))
+        if recipe.export:
+            section = {**recipe.export.model_dump(), **images}
+            steps.append(Step("export", ORIGINAL, {**section, **model}, data, self._export_original))
+            section["evaluate"] = recipe.evaluate.model_dump() if recipe.evaluate else None
+            for size in last:
+                inputs = (last[size], f"export/{ORIGINAL}", *data)
+                steps.append(Step("export", size, section, inputs, partial(self._export, size=size)))
         return steps
 
     def model_keys(self, size: str) -> dict[str, str]:
@@ -381,25 +393,55 @@ class Run:
             figures[label] = self._measure(model, model.module, Tower(model.encoder), folder, label)
         return figures
 
+    def _compare(self, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.evaluation.compatibility import Limits
+        from dgmr_tp.evaluation.survey import Side, survey, text_classifier
+        from dgmr_tp.progress import shown
+
+        section = self.recipe.compare
+        assert section
+        old, new = self.original(), self._final(size)
+        with shown() as progress:
+            return survey(
+                *(Side(Tower(model.encoder).to(self.device).eval(), model.preprocess) for model in (old, new)),
+                self.data_path(section.images),
+                classifier=text_classifier(old, self.data_path(section.classes)) if section.classes else None,
+                count=section.count,
+                queries=section.queries,
+                limits=Limits(section.keep, section.convenient),
+                seed=self.recipe.seed,
+                device=self.device,
+                workers=section.workers,
+                progress=progress,
+            )
+
+    def _export_original(self, folder: Path) -> dict[str, Any]:
+        return self._bundle(self.original(), folder, self.recipe.model.source, latency_batches=())
+
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
-        from dgmr_tp.export import export_bundle, open_exported
+        from dgmr_tp.export import FORMATS, failures, open_exported
 
         assert self.recipe.export
-        model = open_model(str(self.folder(list(self.model_keys(size).values())[-1]) / "model"))
-        original = self.original()
-        figures = export_bundle(
-            Tower(model.encoder),
-            folder,
-            image_size=model.image_size,
-            preprocess=model.preprocess_config,
-            formats=self.recipe.export.formats,
-            original=Tower(original.encoder),
-        )
-        if "onnx" in self.recipe.export.formats and self.recipe.evaluate:
-            exported = open_exported(folder / "model.onnx")
-            figures["onnx_metrics"] = self._measure(model, CLIPWithEncoder(model.module, exported), exported, folder, "onnx")
+        model = self._final(size)
+        figures = self._bundle(model, folder, f"../../{self._last(size)}/model", original=self.folder(f"export/{ORIGINAL}"))
+        figures["metrics"] = {}
+        for name, entry in figures["towers"]["image"]["files"].items() if self.recipe.evaluate else ():
+            # What is PyTorch's own code in another file computes what PyTorch does; other runtimes and precisions are measured.
+            if not FORMATS[name].code and entry["file"] not in failures(figures):
+                exported = open_exported(folder / entry["file"])
+                figures["metrics"][name] = self._measure(model, CLIPWithEncoder(model.module, exported), exported, folder, name)
         return figures
+
+    def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
+        from dgmr_tp.export import export_bundle, parts_of
+
+        section = self.recipe.export
+        assert section
+        images = torch.cat(list(find_images(self._images).sample(PROOF, self.recipe.seed, model.preprocess)))
+        parts = parts_of(model, images, outputs=section.outputs, normalised=section.normalised, text=section.text)
+        options |= {"model": source, "preprocess": model.preprocess_config, "formats": section.formats, "tolerance": section.tolerance}
+        return export_bundle(parts, folder, **options)
 
     def _measure(
         self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str
@@ -411,7 +453,7 @@ class Run:
 
         assert self.recipe.evaluate
         metrics = {}
-        device = self.device if label != "onnx" else "cpu"
+        device = "cpu" if label.startswith("onnx") else self.device
         clip = clip.to(device)
         if asked := self.recipe.evaluate.knn:
             train, test = (Images.find(self.data_path(path)) for path in (asked.train, asked.test))
@@ -439,6 +481,13 @@ class Run:
         tower = model.encoder.module
         return {"parameters": parameters(tower), "flops": flops(tower, model.image_size)}
 
+    def _last(self, size: str) -> str:
+        """The step that makes the last model of a size."""
+        return list(self.model_keys(size).values())[-1]
+
+    def _final(self, size: str) -> OpenedModel:
+        return open_model(str(self.folder(self._last(size)) / "model"))
+
     def _plan(self, size: str) -> Plan:
         return Plan.read(self.folder(f"prune/{size}") / "model" / "plan.json")
 
@@ -450,7 +499,7 @@ class Run:
         packages = {"distill": "deepspeed", "eval": "clip_benchmark", "export": "onnxscript"}
         sections = {
             "distill": recipe.distill or recipe.tune_text,
-            "eval": recipe.evaluate and recipe.evaluate.datasets,
+            "eval": recipe.compare or (recipe.evaluate and recipe.evaluate.datasets),
             "export": recipe.export,
         }
         for extra, section in sections.items():
@@ -461,8 +510,8 @@ class Run:
             for key in ("hostfile", "deepspeed", "captions", "images"):
                 if path := getattr(getattr(recipe, stage), key, None):
                     paths[f"{stage}.{key}"] = path
-        if recipe.evaluate:
-            paths |= recipe.evaluate.paths
+        for reads in (recipe.evaluate, recipe.compare):
+            paths |= reads.paths if reads else {}
         for key, path in paths.items():
             if not path.startswith("scenes:") and not (key == "images" and is_url(path)) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")

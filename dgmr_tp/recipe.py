@@ -247,8 +247,45 @@ class Evaluate(Section):
         return found | ({"evaluate.knn.train": self.knn.train, "evaluate.knn.test": self.knn.test} if self.knn else {})
 
 
+class Compare(Section):
+    """Must the index of old embeddings be rebuilt? See dgmr_tp.evaluation.survey."""
+
+    images: str
+    """Images like those in the index: a folder, a tar, shards."""
+    classes: str | None = None
+    """Class names for zero-shot decisions: a text file, or a folder with ``classnames.txt``."""
+    count: int = Field(5000, ge=100)
+    queries: int = Field(1000, ge=1)
+    keep: float = Field(0.98, ge=0, le=1)
+    convenient: float = Field(0.9, ge=0, le=1)
+    workers: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Compare:
+        if self.convenient > self.keep:
+            raise ValueError(f"convenient = {self.convenient} is above keep = {self.keep}")
+        return self
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """Every path it reads, by its key."""
+        return {"compare.images": self.images} | ({"compare.classes": self.classes} if self.classes else {})
+
+
+FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "torchscript", "pt2", "aotinductor")
+
+
 class Export(Section):
-    formats: list[Literal["onnx", "torchscript"]] = ["onnx", "torchscript"]
+    """The files that are deployed; see dgmr_tp.export.export_bundle."""
+
+    formats: list[Literal[FORMATS]] = ["onnx", "torchscript"]  # type: ignore[valid-type]
+    outputs: list[Literal["embedding", "patches"]] = ["embedding"]
+    normalised: bool = False
+    """Whether the files make embeddings of length 1."""
+    text: bool = False
+    """Whether a CLIP's text tower is exported too."""
+    tolerance: dict[Literal[FORMATS], float] = Field(default_factory=dict)  # type: ignore[valid-type]
+    """By format, the largest relative error of an output that is allowed."""
 
 
 class Recipe(Section):
@@ -265,6 +302,7 @@ class Recipe(Section):
     distill: Distill | None = None
     tune_text: TuneText | None = None
     evaluate: Evaluate | None = None
+    compare: Compare | None = None
     export: Export | None = None
 
     @field_validator("model", mode="before")
@@ -276,6 +314,7 @@ class Recipe(Section):
     def _scenes_are_there(self) -> Recipe:
         roots = [self.images, *(self.evaluate.paths.values() if self.evaluate else ())]
         roots += [self.tune_text.captions] if self.tune_text else []
+        roots += self.compare.paths.values() if self.compare else []
         if not self.scenes and any(root.startswith("scenes:") for root in roots):
             raise ValueError("a path begins with scenes:, but there is no section scenes")
         if self.scenes and not self.scenes.pairs and "scenes:pairs" in roots:
@@ -342,6 +381,7 @@ def _known_keys(where: list[Any]) -> list[str]:
         "distill": Loss if "loss" in where else Distill,
         "tune_text": TuneText,
         "evaluate": Evaluate,
+        "compare": Compare,
         "export": Export,
     }
     if where:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from importlib import resources
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.table import Table
 from dgmr_tp.extras import require
 from dgmr_tp.files import write_whole
 
-LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx")
+LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
 TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
 SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5", "knn@20": "top-1"}
 
@@ -36,7 +35,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
         cut = done.get(f"prune/{size}", {})
         data["original"]["cost"] = cut.get("original", data["original"]["cost"])
         exported = done.get(f"export/{size}", {})
-        measured = {**done.get(f"evaluate/{size}", {}), **({"onnx": exported["onnx_metrics"]} if "onnx_metrics" in exported else {})}
+        measured = {**done.get(f"evaluate/{size}", {}), **exported.get("metrics", {})}
         recovery = {row["site"]: row for row in done.get(f"recover/{size}", {}).get("sites", [])}
         data["sizes"].append(
             {
@@ -53,7 +52,8 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     if f"{stage}/{size}" in done
                 ],
                 "not_zero_shot": [dataset.removeprefix("wds/") for dataset in not_zero_shot] if f"tune_text/{size}" in done else [],
-                "files": exported.get("files", {}),
+                "compatibility": done.get(f"compare/{size}"),
+                "files": _files(exported),
                 "threads": exported.get("threads"),
                 "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
             }
@@ -79,25 +79,71 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     for size in data["sizes"]:
         if size["not_zero_shot"]:
             console.print(f"{size['name']}: {warning(size['not_zero_shot'])}", highlight=False)
-        for name, entry in size["files"].items():
-            for batch, times in entry["latency_ms"].items():
+        if found := size["compatibility"]:
+            console.print(f"{size['name']}, {in_words(found)}", highlight=False)
+        for entry in size["files"]:
+            if not entry["verified"]:
+                console.print(f"{size['name']}, {entry['file']}: {entry['verdict']}", highlight=False)
+            for batch, times in entry["latency"].items():
                 if "original" in times:
+                    before, after = times["original"]["median"], times["pruned"]["median"]
                     console.print(
-                        f"{size['name']}, {name}, batch {batch}: {times['original']:.1f} → {times['pruned']:.1f} ms "
-                        f"({times['original'] / times['pruned']:.2f} ×, {size['threads']} threads)"
+                        f"{size['name']}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
+                        f"({before / after:.2f} ×, {size['threads']} threads)"
                     )
 
 
-def write_html(data: dict[str, Any], path: Path) -> Path:
-    """Write the report; it appears whole or not at all."""
+def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2") -> Path:
+    """Write a page from a template; it appears whole or not at all."""
     jinja2 = require("jinja2", "export")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    loader = jinja2.PackageLoader("dgmr_tp", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        percent=percent, curve=curve, warning=warning, million=lambda n: f"{n / 1e6:.2f} M", giga=lambda n: f"{n / 1e9:.3f} G"
+        percent=percent,
+        curve=curve,
+        warning=warning,
+        million=lambda n: f"{n / 1e6:.2f} M",
+        giga=lambda n: f"{n / 1e9:.3f} G",
+        spread=lambda t: f"{t['median']:.1f} ({t['low']:.1f}–{t['high']:.1f})",
+        basename=lambda name: Path(name).name,
     )
-    template = environment.from_string(resources.files("dgmr_tp").joinpath("report.html.j2").read_text())
-    write_whole(path, template.render(data))
+    write_whole(path, environment.get_template(template).render(data))
     return path
+
+
+def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per exported file, from the figures of an export."""
+    rows = []
+    for tower, entries in exported.get("towers", {}).items():
+        for name, entry in entries["files"].items():
+            rows.append(
+                {
+                    "tower": tower,
+                    "format": name,
+                    "file": entry["file"],
+                    "megabytes": entry["megabytes"],
+                    "verdict": entry["verdict"],
+                    "verified": entry["verdict"] == "verified",
+                    "errors": {output: _extreme(values, max) for output, values in entry.get("relative_error", {}).items()},
+                    "cosines": {output: _extreme(values, min) for output, values in entry.get("cosine", {}).items()},
+                    "memory": entry.get("peak_memory_mb"),
+                    "latency": entry.get("latency_ms", {}),
+                }
+            )
+    return rows
+
+
+def _extreme(by_batch: dict[str, float | None], pick: Callable[[Iterable[float]], float]) -> float | None:
+    """Over the batch sizes; None if one of them gave no number."""
+    values = list(by_batch.values())
+    return None if None in values else pick(value for value in values if value is not None)
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """A compatibility in one line."""
+    agreement = "" if found["agreement"] is None else f", decisions {percent(found['agreement'])} %"
+    recall = percent(found["ways"]["new queries, old index"]["recall@10"])
+    return f"{found['verdict']} (cosine {found['cosine']['mean']:.3f}, neighbours {recall} %{agreement})"
 
 
 def warning(datasets: list[str]) -> str:

@@ -7,13 +7,17 @@ import time
 from collections.abc import Callable, Mapping
 
 
-def median_milliseconds(contestants: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, float]:
-    """Median time of one call of each, in milliseconds, after two calls to warm up."""
+def latencies(contestants: Mapping[str, Callable[[], object]], repeats: int = 15) -> dict[str, dict[str, float]]:
+    """Time of one call of each, in milliseconds, after two calls to warm up: ``median``, and the quartiles ``low`` and ``high``."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 2):
         for name, call in contestants.items():
             start = time.perf_counter()
             call()
             if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+                times[name].append(1000 * (time.perf_counter() - start))
+    found = {}
+    for name, values in times.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        found[name] = {"median": median, "low": low, "high": high}
+    return found

@@ -1,4 +1,4 @@
-"""ONNX: torch's dynamo exporter, dynamic batch, run by onnxruntime."""
+"""ONNX: torch's dynamo exporter, dynamic batch, run by onnxruntime; in half precision and in eight bits too."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.export.parts import Part, Run
 from dgmr_tp.extras import require
 
 OPSET = 20
+LARGE = 1.9e9
+"""Bytes of weights above which they go into a second file: protobuf ends at 2 GB."""
 
 
-def write(module: nn.Module, example: Tensor, path: Path) -> None:
-    """Export ``module`` (``image`` ``[batch, 3, height, width]`` to ``embedding`` ``[batch, dimension]``).
+def write(part: Part, path: Path) -> None:
+    """In float32, opset 20.
 
     The example's batch must be larger than 1: the exporter takes a 1 for a constant.
     """
@@ -27,20 +30,57 @@ def write(module: nn.Module, example: Tensor, path: Path) -> None:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            module, (example,), dynamo=True, opset_version=OPSET, input_names=["image"], dynamic_shapes=({0: batch},), verbose=False
+            part.module,
+            (part.examples[:2],),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[part.input],
+            dynamic_shapes=({0: batch},),
+            verbose=False,
         )
         assert program is not None
         graph = program.model.graph
         values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
         for value in values:
-            if value.name == "embedding":  # what the exporter calls the result of a torch embedding
-                value.name = "embedding_lookup"
-        graph.outputs[0].name = "embedding"
-        program.save(path, external_data=sum(p.numel() * p.element_size() for p in module.parameters()) > 1.9e9)
+            if value.name in part.outputs:  # what the exporter calls the result of a torch embedding
+                value.name = f"{value.name}_lookup"
+        for value, name in zip(graph.outputs, part.outputs, strict=True):
+            value.name = name
+        weights = sum(p.numel() * p.element_size() for p in part.module.parameters())
+        program.save(path, external_data=weights > LARGE)
 
 
-def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The file as a function of a CPU tensor, run by onnxruntime."""
+def to_half(source: Path, path: Path) -> None:
+    """Weights and arithmetic in float16, inputs and outputs in float32.
+
+    Norms stay in float32: they need the range, and onnxruntime 1.31 on a CPU crashes on a fused norm in float16.
+    """
+    onnx = require("onnx", "export")
+    float16 = require("onnxruntime.transformers.float16", "export")
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"]
+    with _quiet("onnxruntime.transformers.float16"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=kept)
+    onnx.save(model, path, save_as_external_data=_bytes(source) > 2 * LARGE, location=f"{path.name}.data")
+
+
+def to_int8(source: Path, path: Path) -> None:
+    """Matrices in int8; activations are quantised as they come (dynamic quantisation)."""
+    quantization = require("onnxruntime.quantization", "export")
+    model = require("onnx", "export").load(source)
+    del model.graph.value_info[:]  # shapes between the nodes, which no longer hold once matrices are transposed
+    with _quiet("root"):
+        quantization.quantize_dynamic(
+            model,
+            path,
+            weight_type=quantization.QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            use_external_data_format=_bytes(source) > LARGE,
+        )
+
+
+def read(path: Path, threads: int | None = None) -> Run:
+    """The file, run by onnxruntime on the CPU."""
     runtime = require("onnxruntime", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
@@ -48,8 +88,25 @@ def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads:
         options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["embedding"], {"image": images.float().numpy()})[0])
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if missing := _missing_data(path):  # the runtime does not say which
+            raise DgmrError(f"its weights are in {', '.join(missing)}, which must lie beside it") from error
+        raise
+    [name] = [value.name for value in session.get_inputs()]
+    return lambda inputs: tuple(torch.from_numpy(found) for found in session.run(None, {name: inputs.numpy()}))
+
+
+def _missing_data(path: Path) -> list[str]:
+    """The files of weights that an ONNX file names and that are not there."""
+    onnx = require("onnx", "export")
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # no ONNX file at all
+        return []
+    named = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    return sorted(name for name in named if not (path.parent / name).exists())
 
 
 def runtime_version() -> str:
@@ -57,8 +114,12 @@ def runtime_version() -> str:
     return require("onnxruntime", "export").__version__
 
 
+def _bytes(source: Path) -> int:
+    return sum(path.stat().st_size for path in source.parent.glob(f"{source.name}*"))
+
+
 @contextlib.contextmanager
-def _quiet(*loggers: str):  # type: ignore[no-untyped-def]
+def _quiet(*loggers: str) -> Iterator[None]:
     before = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)

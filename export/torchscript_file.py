@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dgmr_tp.export.parts import Part, Run, as_tuple
 
 
-def write(module: nn.Module, example: Tensor, path: Path) -> None:
-    """Trace ``module`` (images to embeddings); the batch stays free."""
+def write(part: Part, path: Path) -> None:
+    """Traced; the batch stays free."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(module, (example,), check_trace=False), str(path))
+        torch.jit.save(torch.jit.trace(part.module, (part.examples[:2],), check_trace=False), str(path))
 
 
-def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
-    """The file as a function of a CPU tensor. A TorchScript file is code: open only your own."""
+def read(path: Path, threads: int | None = None) -> Run:
+    """The file on the CPU. A TorchScript file is code: open only your own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = torch.jit.load(str(path), map_location="cpu").eval()
 
-    def run(images: Tensor) -> Tensor:
+    def run(inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return module(images)
+            return as_tuple(module(inputs))
 
     return run

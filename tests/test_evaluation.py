@@ -1,17 +1,26 @@
 """The bridge to clip_benchmark gives clip_benchmark's numbers, and they are right."""
 
+import csv
 import json
+import os
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BIN, run_command
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, evaluate
+from dgmr_tp.evaluation.zoo import CLASSIFICATION, RETRIEVAL, find_zoo, knn_folders, zoo_figures
 from dgmr_tp.pruning.cost import flops, parameters
 
 
@@ -36,8 +45,6 @@ def run(model, clip, root, output, **options):
 
 def test_top1_is_what_a_direct_computation_gives(demo, data, tmp_path):
     drawn = [Scene.draw(7, i) for i in range(120)]
-    from PIL import Image
-
     images = torch.stack([demo.preprocess(Image.fromarray(scene.image())) for scene in drawn])
     with torch.no_grad():
         embedding = F.normalize(demo.module.encode_image(images), dim=-1)
@@ -74,7 +81,110 @@ def test_what_cannot_be_evaluated_is_refused(demo, data, tmp_path):
         evaluate(nn.Linear(2, 2), None, None, dataset="wds/x", root=data, output=tmp_path / "r.json", name="vit")
     with pytest.raises(DgmrError, match="refused"):
         run(demo, demo.module, data / "classes", tmp_path / "r.json", task="juggling")
+    with pytest.raises(DgmrError, match=r"own\.json does not exist"):
+        run(demo, demo.module, data / "classes", tmp_path / "r.json", classnames=tmp_path / "own.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_classifier_stands_in_for_the_text_tower(demo, data, tmp_path):
+    options = {"dataset": "wds/test", "root": data / "classes"}
+    first = run(demo, demo.module, data / "classes", tmp_path / "a.json", save_classifier=tmp_path / "classes.pt")
+    vision = nn.Module()
+    vision.encode_image = demo.module.encode_image
+    how = {"output": tmp_path / "b.json", "name": "vit", "load_classifiers": [tmp_path / "classes.pt"]}
+    assert evaluate(vision, demo.preprocess, None, **options, **how) == first
+    with pytest.raises(DgmrError, match="no text tower"):
+        evaluate(vision, demo.preprocess, None, **options, output=tmp_path / "b.json", name="vit")
+
+
+def test_own_class_names_and_prompts_are_used(demo, data, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps({"test": CLASSNAMES[::-1]}))
+    (tmp_path / "prompts.json").write_text(json.dumps({"test": TEMPLATES[:1]}))
+    own = {"classnames": tmp_path / "names.json", "templates": tmp_path / "prompts.json"}
+    plain = run(demo, demo.module, data / "classes", tmp_path / "r.json")
+    turned = run(demo, demo.module, data / "classes", tmp_path / "r.json", **own)
+    assert turned["acc1"] < 0.1 < 0.9 < plain["acc1"], "every name stands for another class"
+
+
+def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_path):
+    shutil.copytree(data / "classes", tmp_path / "set")
+    scenes.write_classification(tmp_path / "other", 320, seed=9)
+    shutil.move(tmp_path / "other" / "test", tmp_path / "set" / "train")
+    metrics = run(demo, demo.module, tmp_path / "set", tmp_path / "r.json", task="linear_probe")
+    draws = {seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((9, 320), (7, 120))}
+    with torch.no_grad():
+        known, judged = (
+            F.normalize(demo.module.encode_image(torch.stack([demo.preprocess(Image.fromarray(s.image())) for s in drawn])), dim=-1)
+            for drawn in draws.values()
+        )
+    labels, answers = ([scene.label for scene in drawn] for drawn in draws.values())
+    probes = [LogisticRegression(max_iter=1000, C=c).fit(known, labels).score(judged, answers) for c in (1, 10, 100, 1000)]
+    assert any(metrics["lp_acc1_sklearn"] == pytest.approx(score, abs=0.01) for score in probes) and metrics["lp_acc1_sklearn"] > 0.5
+
+
+def test_several_models_in_one_table_and_csv(data, tmp_path):
+    done = run_command("export", "demo", "-o", tmp_path / "files", "--formats", "onnx,torchscript")
+    assert done.returncode == 0, done.stderr
+    where = ["--dataset", "wds/test", "--root", data / "classes", "-o", tmp_path / "out"]
+    done = run_command("eval", "demo", tmp_path / "files" / "model.onnx", *where)
+    assert done.returncode == 0, done.stderr
+    scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", done.stdout, re.M)
+    assert [name for name, _ in scores] == ["demo", "model.onnx"] and scores[0][1] == scores[1][1]
+    with (tmp_path / "out" / "table.csv").open() as stream:
+        rows = {row["model"]: row for row in csv.DictReader(stream)}
+    kept = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
+    assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == kept["acc1"] > 0.9
+    done = run_command("eval", tmp_path / "files" / "model.pt", *where)
+    assert done.returncode == 2 and "model.pt is code" in done.stderr
+    (tmp_path / "files" / "export.json").unlink()
+    done = run_command("eval", tmp_path / "files" / "model.onnx", *where)
+    assert done.returncode == 2 and "name that model with --text" in done.stderr
+
+
+def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path):
+    known = run(demo, demo.module, data / "classes", tmp_path / "a.json")
+    options = ["--dataset", "wds/test", "--dataset_root", data / "classes", "--task", "zeroshot_classification", "--no_amp"]
+    output = ["--num_workers", 0, "--output", tmp_path / "{model}.json"]
+    done = run_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "demo.json").read_text())["metrics"] == known
+    done = run_command("clip_benchmark", "eval", "--model", "nowhere", "--pretrained", "none", *options, *output)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("dgmr-tp: unknown model 'nowhere'")
+
+
+def test_the_zoos_three_figures_are_means(tmp_path):
+    recalls = {f"{side}_retrieval_recall@{k}": k / 10 for side in ("text", "image") for k in (1, 5, 10)}
+    metrics = {name: {"acc1": i / 10} for i, name in enumerate(CLASSIFICATION)} | dict.fromkeys(RETRIEVAL, recalls)
+    figures = zoo_figures(metrics, {"knn@10": 0.5, "knn@20": 0.75})
+    assert figures == pytest.approx({"zero-shot": 25.0, "retrieval": 100 * 1.6 / 3, "k-NN": 75.0})
+    (tmp_path / "imagenet1k").mkdir()
+    with pytest.raises(
+        DgmrError, match="lacks imagenet-a, imagenet-r, imagenetv2, imagenet_sketch, objectnet, flickr30k, mscoco_captions;"
+    ):
+        find_zoo(tmp_path)
+    with pytest.raises(DgmrError, match="needs the folders train and test"):
+        knn_folders(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_zoo_in_two_processes_gives_one_processes_numbers(data, tmp_path):
+    root = tmp_path / "zoo"
+    for name in (*CLASSIFICATION, *RETRIEVAL):
+        shutil.copytree(data / ("classes" if name in CLASSIFICATION else "captions"), root / name)
+    scenes.write_classification(tmp_path / "train", 800, seed=11)
+    shutil.move(tmp_path / "train" / "test", root / "imagenet1k" / "train")
+    options = ["eval", "demo", "--suite", "dgmr-zoo", "--data-root", str(root)]
+    one = run_command(*options, "-o", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    assert re.search(r"demo +9\d\.\d +\d+\.\d +\d+\.\d", one.stdout) and "EVA-CLIP-E, DGMR 1.24 B" in one.stdout
+    program = [str(BIN / "torchrun"), "--nproc_per_node", "2", str(BIN / "dgmr-tp"), *options, "-o", str(tmp_path / "two")]
+    two = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert two.returncode == 0, two.stderr[-3000:]
+    tables = [[line for line in done.stdout.splitlines() if "s left" not in line] for done in (one, two)]
+    assert tables[0] == tables[1]
+    for path in (tmp_path / "one").glob("*.json"):
+        assert json.loads((tmp_path / "two" / path.name).read_text())["metrics"] == json.loads(path.read_text())["metrics"]
+    assert len(list((tmp_path / "two").iterdir())) == 9
 
 
 def test_flops_and_parameters_follow_the_arithmetic(tower):

@@ -2,61 +2,216 @@
 
 import hashlib
 import json
+import os
+import re
+from dataclasses import replace
 
-import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import pictures, redraw, timm_tower
+import torch.nn.functional as F
+from conftest import pictures, redraw, run_command, timm_tower
+from torch import nn
 
-from dgmr_tp import MLPPruner
+from dgmr_tp import MLPPruner, open_model
+from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export import export_bundle, onnx_file, open_exported
+from dgmr_tp.export import FORMATS, Part, export_bundle, failures, open_exported, parts_of, text_part, vision_part
+
+FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
 
-def bundle(tower, directory, **options):
-    return export_bundle(tower, directory, image_size=32, preprocess={"mean": [0.5] * 3}, latency_batches=(2,), **options)
+def bundle(part, directory, **options):
+    return export_bundle([part], directory, model="somewhere", preprocess={"mean": [0.5] * 3}, **{"latency_batches": (), **options})
 
 
-def test_both_files_compute_what_the_model_computes_at_any_batch(tower, tmp_path):
-    original, pruner = redraw(timm_tower()), MLPPruner(tower, mlp_ratio=1)
+def part(tower, **options):
+    return vision_part(as_encoder(tower), pictures(5), **options)
+
+
+def worst(found, expected):
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def names(directory):
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A pruned tower, its files in a folder, and what was said of them."""
+    tower, folder = redraw(timm_tower()), tmp_path_factory.mktemp("files")
+    bundle(part(tower, outputs=("embedding", "patches")), folder / "original", formats=["onnx"])
+    pruner = MLPPruner(tower, mlp_ratio=1)
     pruner.apply(pruner.plan())
-    report = bundle(tower, tmp_path, original=original)
-    for name in ("model.onnx", "model.pt"):
-        run = open_exported(tmp_path / name)
-        for batch in (1, 2, 7):
-            images = pictures(batch, seed=batch)
-            with torch.no_grad():
-                expected = tower(images)
-            assert torch.allclose(run(images), expected, rtol=1e-4, atol=1e-5)
-            assert not torch.allclose(run(images + 0.1), expected, rtol=1e-4, atol=1e-5)
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    assert [(i.name, i.shape) for i in session.get_inputs()] == [("image", ["batch", 3, 32, 32])]
-    assert [o.name for o in session.get_outputs()] == ["embedding"]
-    assert session.run(None, {"image": np.zeros((1, 3, 32, 32), np.float32)})[0].shape == (1, report["output"]["shape"][1])
-    on_disk = json.loads((tmp_path / "export.json").read_text())
-    assert on_disk["files"]["onnx"]["sha256"]["model.onnx"] == hashlib.sha256((tmp_path / "model.onnx").read_bytes()).hexdigest()
-    assert on_disk["files"]["torchscript"]["latency_ms"]["2"].keys() == {"original", "pruned"}
-    assert onnx.load(tmp_path / "model.onnx").opset_import[0].version == on_disk["opset"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["export.json", "model.onnx", "model.pt"]
+    options = {"original": folder / "original", "latency_batches": (2,)}
+    report = bundle(part(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
+    assert not failures(report)
+    return tower, folder / "pruned", report
 
 
-def test_a_file_that_computes_something_else_is_named_failed(tower, tmp_path, monkeypatch):
-    other = redraw(timm_tower(), seed=5)
-    write = onnx_file.write
-    monkeypatch.setattr(onnx_file, "write", lambda module, example, path: write(other, example, path))
-    tower = redraw(timm_tower())
-    with pytest.raises(DgmrError, match=r"model\.onnx\.failed.*differs"):
-        bundle(tower, tmp_path, formats=["onnx"])
-    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx.failed"]
+def computes_the_same(tower, path, tolerance):
+    run = open_exported(path, trusted=True)
+    for batch in (1, 2, 7):
+        images = pictures(batch, seed=batch)
+        with torch.no_grad():
+            expected = tower(images)
+        assert worst(run(images), expected) <= min(tolerance, worst(run(-images), expected) / 2)
 
 
-def test_unknown_formats_and_damaged_files_are_refused(tower, tmp_path):
+@pytest.mark.parametrize("form", FAST)
+def test_every_format_computes_what_the_model_computes_at_any_batch(served, form):
+    tower, folder, report = served
+    entry = report["towers"]["image"]["files"][form]
+    computes_the_same(tower, folder / entry["file"], FORMATS[form].tolerance)
+    assert 0 < max(entry["relative_error"]["embedding"].values()) <= FORMATS[form].tolerance
+    assert 0.97 < min(entry["cosine"]["patches"].values()) <= 1.000001
+    assert entry["sha256"] == {entry["file"]: hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()}
+    assert entry["latency_ms"]["2"].keys() == ({"original", "pruned"} if form == "onnx" else {"pruned"})
+    assert entry["latency_ms"]["2"]["pruned"]["low"] <= entry["latency_ms"]["2"]["pruned"]["median"] and entry["peak_memory_mb"] > 0
+    assert names(folder) == ["export.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx", "model.pt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pt2", "aotinductor"])
+def test_programs_compute_what_the_model_computes_at_any_batch(tower, form, tmp_path):
+    report = bundle(part(tower), tmp_path, formats=[form])
+    assert not failures(report)
+    computes_the_same(tower, tmp_path / report["towers"]["image"]["files"][form]["file"], 1e-4)
+
+
+def test_a_runtime_opens_the_files_as_export_json_says(served):
+    tower, folder, report = served
+    described, images = report["towers"]["image"], pictures(3, seed=9)
+    encoder = as_encoder(tower)
+    with torch.no_grad():
+        embedding, state = tower(images), encoder.stem(images)
+        for block in encoder.blocks():
+            state = block(state)
+        patches = encoder.features(encoder.norm(state))[1]
+    for file, tolerance in (("model.onnx", 1e-4), ("model.fp16.onnx", 1e-2)):  # default settings, in which half precision crashed once
+        session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
+        assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [("image", ["batch", 3, 32, 32], "tensor(float)")]
+        assert [(o.name, o.type) for o in session.get_outputs()] == [("embedding", "tensor(float)"), ("patches", "tensor(float)")]
+        found = [torch.from_numpy(rows) for rows in session.run(["embedding", "patches"], {"image": images.numpy()})]
+        assert [["batch", *rows.shape[1:]] for rows in found] == [output["shape"] for output in described["outputs"]]
+        assert worst(found[0], embedding) < tolerance and worst(found[1].flatten(1), patches.flatten(1)) < tolerance
+        assert worst(found[1].flip(1).flatten(1), patches.flatten(1)) > tolerance
+    assert json.loads((folder / "export.json").read_text()) == report
+    assert onnx.load(folder / "model.onnx").opset_import[0].version == report["opset"]
+    sizes = [(folder / file).stat().st_size for file in ("model.onnx", "model.fp16.onnx")]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_embeddings_of_length_one(served, tmp_path):
+    tower = served[0]
+    report = bundle(part(tower, normalised=True), tmp_path, formats=["onnx"])
+    with torch.no_grad():
+        embedding = tower(pictures(3))
+    found = open_exported(tmp_path / "model.onnx")(pictures(3))
+    assert torch.allclose(found, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(found, embedding, atol=1e-2)
+    assert report["towers"]["image"]["normalised"]
+    with pytest.raises(DgmrError, match="unknown output 'logits'; known: embedding, patches"):
+        part(tower, outputs=("logits",))
+
+
+def test_a_text_tower(tmp_path):
+    demo = open_model("demo")
+    texts = demo.tokenizer(["a red circle", "two blue squares", "nothing"])
+    report = bundle(text_part(demo.module, texts[:2]), tmp_path, formats=["onnx"])
+    assert not failures(report)
+    with torch.no_grad():
+        expected = demo.module.eval().encode_text(texts)
+    assert worst(open_exported(tmp_path / "text.onnx")(texts), expected) < 1e-4 < worst(expected.flip(0), expected)
+    assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
+    vit = replace(demo, module=timm_tower(), tower="", tokenizer=None)
+    with pytest.raises(DgmrError, match="no text tower"):
+        parts_of(vit, pictures(2), text=True)
+
+
+def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(tmp_path, monkeypatch):
+    other, write = part(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
+    tower = part(redraw(timm_tower()))
+    with monkeypatch.context() as patched:
+        patched.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda part, path: write(other, path)))
+        report = bundle(tower, tmp_path, formats=["torchscript", "onnx"])
+    assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
+    assert names(tmp_path) == ["export.json", "model.onnx", "model.pt.failed"], "the other format goes on"
+    assert not failures(bundle(tower, tmp_path, formats=["torchscript"]))
+    assert names(tmp_path) == ["export.json", "model.onnx", "model.pt"]
+
+
+def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
+    """The runtime of the proving process dies of the signal that onnxruntime died of on half-precision norms."""
+    (tmp_path / "crash").mkdir()
+    program = "import os, onnxruntime\nonnxruntime.InferenceSession = lambda *args, **options: os.kill(os.getpid(), 11)\n"
+    (tmp_path / "crash" / "sitecustomize.py").write_text(program)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'crash'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    report = bundle(part(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
+    assert failures(report) == {"model.onnx": "the runtime crashed (SIGSEGV)"}
+    assert names(tmp_path / "out") == ["export.json", "model.onnx.failed"]
+
+
+class Wilful(nn.Module):
+    """Looks at its values, which a graph cannot."""
+
+    def forward(self, images):
+        return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
+
+
+def test_what_cannot_be_written_is_said_and_the_rest_goes_on(tmp_path):
+    report = bundle(Part("image", Wilful(), torch.rand(4, 3, 4, 4), "image"), tmp_path, formats=["onnx", "torchscript"])
+    assert failures(report)["model.onnx"].startswith("cannot be written: ")
+    assert names(tmp_path) == ["export.json", "model.pt"]
+
+
+def test_outputs_that_are_not_finite_fail(tmp_path):
+    class Divides(nn.Module):
+        def forward(self, images):
+            return images.flatten(1) / images.flatten(1).sum(1, keepdim=True).clamp(max=0)
+
+    report = bundle(Part("image", Divides(), torch.rand(4, 3, 4, 4), "image"), tmp_path, formats=["onnx"])
+    assert "not finite" in failures(report)["model.onnx"]
+    assert "NaN" not in (tmp_path / "export.json").read_text()
+
+
+def test_code_is_opened_only_when_it_is_trusted(served):
+    path = served[1] / "model.pt"
+    for trusted in (False, "0" * 64):
+        with pytest.raises(DgmrError, match=r"model\.pt is code.*--trust-file"):
+            open_exported(path, trusted=trusted)
+    for trusted in (True, hashlib.sha256(path.read_bytes()).hexdigest()):
+        assert open_exported(path, trusted=trusted)(pictures(1)).shape[0] == 1
+
+
+def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
     with pytest.raises(DgmrError, match="unknown export format 'tflite'"):
-        bundle(tower, tmp_path, formats=["tflite"])
-    (tmp_path / "a.onnx").write_bytes(b"nothing")
-    with pytest.raises(DgmrError, match=r"cannot open .*a\.onnx"):
-        open_exported(tmp_path / "a.onnx")
+        bundle(part(served[0]), tmp_path, formats=["tflite"])
+    model = onnx.load(served[1] / "model.onnx")
+    model.opset_import[0].version = 99
+    onnx.save(model, tmp_path / "opset.onnx")
+    model.opset_import[0].version = 20
+    onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="split.data", size_threshold=0)
+    (tmp_path / "split.data").unlink()
+    (tmp_path / "damaged.onnx").write_bytes((served[1] / "model.onnx").read_bytes()[:9000])
+    (tmp_path / "damaged.pt").write_bytes(b"nothing")
+    (tmp_path / "damaged.pt2").write_bytes(b"nothing")
+    for name, why in (("opset.onnx", "opset"), ("split.onnx", "split.data"), ("damaged.onnx", ""), ("damaged.pt", ""), ("damaged.pt2", "")):
+        with pytest.raises(DgmrError, match=rf"^cannot open .*{name}: .*{why}") as caught:
+            open_exported(tmp_path / name, trusted=True)
+        assert "\n" not in str(caught.value)
     with pytest.raises(DgmrError, match="ends in"):
         open_exported(tmp_path / "a.tflite")
+    with pytest.raises(DgmrError, match="does not exist"):
+        open_exported(tmp_path / "a.onnx")
+
+
+def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path):
+    done = run_command("export", "demo", "-o", tmp_path, "--formats", "onnx,onnx-int8", "--tolerance", "onnx-int8=1e-6")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'model.onnx'}: verified" in done.stdout and "batch 8: this" in done.stdout
+    assert done.stderr.count("\n") == 1 and "model.int8.onnx: its embedding at batch" in done.stderr
+    assert names(tmp_path) == ["export.json", "model.int8.onnx.failed", "model.onnx"]
+    done = run_command("export", "demo", "-o", "/proc/nowhere")
+    assert done.returncode == 2 and done.stderr.startswith("dgmr-tp: ") and done.stderr.count("\n") == 1

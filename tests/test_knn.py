@@ -1,6 +1,5 @@
 """k-NN accuracy: scikit-learn's votes, whatever the blocks and the number of processes."""
 
-import json
 import os
 import subprocess
 
@@ -103,7 +102,7 @@ def test_two_processes_give_one_processes_numbers(folders, tmp_path):
     for i, record in enumerate(r for r in Images.find(folders / "test").records if r.class_name() in known):
         (tmp_path / "test" / record.class_name()).mkdir(parents=True, exist_ok=True)
         record.read().save(tmp_path / "test" / record.class_name() / f"{i}.png")
-    one = run_command("eval", *options, "-o", tmp_path / "one.json")
+    one = run_command("eval", *options, "-o", tmp_path / "one")
     assert one.returncode == 0 and "knn@20" in one.stdout, one.stderr
     program = [
         str(BIN / "torchrun"),
@@ -113,13 +112,13 @@ def test_two_processes_give_one_processes_numbers(folders, tmp_path):
         "eval",
         *map(str, options),
         "-o",
-        str(tmp_path / "two.json"),
+        str(tmp_path / "two"),
     ]
     two = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
     assert two.returncode == 0 and two.stdout.count("knn@20 ") == 1, two.stderr[-3000:]
-    assert json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "two.json").read_text())
+    assert (tmp_path / "one" / "demo-knn.json").read_text() == (tmp_path / "two" / "demo-knn.json").read_text()
 
 
 def test_the_command_wants_one_kind_of_evaluation():
     done = run_command("eval", "demo", "--knn-train", "x")
-    assert done.returncode == 2 and "either --dataset and --root, or --knn-train and --knn-test" in done.stderr
+    assert done.returncode == 2 and "--dataset and --root, or --knn-train and --knn-test" in done.stderr

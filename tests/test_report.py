@@ -29,9 +29,18 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
     page = directory / "report.html"
     shown = browse(page, "--dump-dom").stdout
     text = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", shown, flags=re.S))
-    for heading in ("Neurons kept", "Distillation", "Exported files", "mlp_ratio 1, distilled", "scenes top-1", "captions image→text R@5"):
+    for heading in (
+        "Neurons kept",
+        "Distillation",
+        "Exported files",
+        "Your index of old embeddings",
+        "verified",
+        "mlp_ratio 1, distilled",
+        "scenes top-1",
+        "captions image→text R@5",
+    ):
         assert heading in text, heading
-    assert "<polyline" in shown
+    assert "<polyline" in shown and shown.count("data:image/jpeg;base64") == 8
     table = re.search(r"^original +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
     assert f"{table[1]} M" in text and table[3] in text
     assert not re.search(r"https?://(?!www\.w3\.org)", page.read_text()), "the report must work without network"

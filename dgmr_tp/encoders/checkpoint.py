@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 
 Weights = Literal["memory", "disk", "none"]
 """Where the weights of an opened model are: in memory; on the disk, memory-mapped; or nowhere, for its shapes alone."""
@@ -112,8 +112,3 @@ def _take_width(layer: nn.Module, weight: Tensor) -> None:
         layer.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]
     if getattr(layer, "bias", None) is not None:
         layer.bias = nn.Parameter(layer.bias.new_empty(weight.shape[0]))
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, for a sentence of our own."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dgmr_tp.encoders.checkpoint import first_line
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.extras import require
 
 HUB = "hf-hub:"

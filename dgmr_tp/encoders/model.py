@@ -21,9 +21,9 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import Weights, first_line
+from dgmr_tp.encoders.checkpoint import Weights
 from dgmr_tp.encoders.hub import HUB, local_folder
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.extras import require
 from dgmr_tp.pruning import Encoder, Plan, find_sites
 

@@ -14,12 +14,12 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors
+from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
 from dgmr_tp.encoders.widths import ratio_for
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import find_sites
 

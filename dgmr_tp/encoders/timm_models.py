@@ -12,11 +12,11 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
-from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.widths import said
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 
 WEIGHTS = "model.safetensors"
 

@@ -14,10 +14,10 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import Weights, empty, first_line, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.pruning.pruner import resize
 

@@ -1,0 +1,121 @@
+"""Must an index of old embeddings be rebuilt? Old and new embeddings of the same images, compared by what a search returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.extras import require
+
+PERCENTILES = (1, 5, 25, 50, 75)
+NEAR, FAR = 10, 100
+WORST = 8
+FEWEST = 100
+"""Images that a comparison needs."""
+WAYS = {"new queries, old index": ("new", "old"), "old queries, new index": ("old", "new"), "new queries, new index": ("new", "new")}
+VERDICTS = ("keep the index", "re-embed when convenient", "re-embed before you deploy")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From which score on an index is kept, or may wait; between 0 and 1."""
+
+    keep: float = 0.98
+    convenient: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.convenient <= self.keep <= 1:
+            raise DgmrError(f"the limits must rise from convenient to keep, between 0 and 1: {self.convenient}, {self.keep}")
+
+    def place(self, score: float) -> int:
+        """Of the verdict, in :data:`VERDICTS`."""
+        return 0 if score >= self.keep else 1 if score >= self.convenient else 2
+
+
+def compatibility(
+    old: Tensor, new: Tensor, *, classifier: Tensor | None = None, queries: int = 1000, limits: Limits | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Compare two encoders by their embeddings of the same images.
+
+    A random part of the images are queries, the others are the index; what old queries find in the old index is what users get today.
+    The neighbour search is faiss's exact one by cosine.
+
+    Args:
+        old, new: ``[n, width]``, row by row of the same images, n ≥ 100.
+        classifier: class embeddings of the *old* text tower, ``[width, classes]``: zero-shot decisions are compared too.
+        queries: how many images ask, at most half of them.
+        limits: of the verdict.
+        seed: draws the queries.
+
+    Returns:
+        ``images``, ``queries``; ``cosine`` between old and new: ``mean`` and percentiles; ``worst``: rows of the lowest cosines;
+        ``ways``: for new queries in the old index, old ones in the new, and new ones in the new (after re-embedding everything):
+        ``overlap@10`` and ``overlap@100`` with today's neighbours, and ``recall@10``, how often today's first neighbour is among ten;
+        ``agreement`` of the zero-shot decisions, None without a classifier; ``score``, the lowest of the agreement and the recalls of
+        the two mixed ways, ``limits``, and the ``verdict`` with its
+        ``place`` among the three.
+
+    Raises:
+        DgmrError: widths or numbers of images differ, too few images, or embeddings that are not finite.
+    """
+    limits = limits or Limits()
+    if old.shape != new.shape:
+        raise DgmrError(f"old embeddings are {list(old.shape)}, new ones {list(new.shape)}: these cannot share an index; re-embed")
+    if len(old) < FEWEST:
+        raise DgmrError(f"{len(old)} images; a comparison needs at least {FEWEST}")
+    if not bool(old.isfinite().all() and new.isfinite().all()):
+        raise DgmrError("there are embeddings that are not finite")
+    rows = {"old": F.normalize(old.float(), dim=-1), "new": F.normalize(new.float(), dim=-1)}
+    cosines = (rows["old"] * rows["new"]).sum(-1)
+    order = np.random.default_rng(seed).permutation(len(old))
+    asked, indexed = np.split(order, [min(queries, len(old) // 2)])
+    found = {
+        (asking, answering): _search(rows[answering][indexed], rows[asking][asked])
+        for asking, answering in [("old", "old"), *WAYS.values()]
+    }
+    today = found["old", "old"]
+    ways = {
+        name: {
+            f"overlap@{NEAR}": _overlap(today[:, :NEAR], found[way][:, :NEAR]),
+            f"overlap@{FAR}": _overlap(today, found[way]),
+            f"recall@{NEAR}": float((found[way][:, :NEAR] == today[:, :1]).any(1).mean()),
+        }
+        for name, way in WAYS.items()
+    }
+    agreement = None
+    if classifier is not None:
+        decided = {name: (embeddings @ classifier.to(embeddings)).argmax(1) for name, embeddings in rows.items()}
+        agreement = float((decided["old"] == decided["new"]).float().mean())
+    mixed = [ways[name][f"recall@{NEAR}"] for name in WAYS if name != "new queries, new index"]
+    score = min(mixed if agreement is None else [*mixed, agreement])
+    values = cosines.numpy()
+    return {
+        "images": len(old),
+        "queries": len(asked),
+        "cosine": {"mean": float(values.mean()), **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}},
+        "worst": [{"row": int(row), "cosine": float(cosines[row])} for row in cosines.argsort()[:WORST]],
+        "ways": ways,
+        "agreement": agreement,
+        "score": score,
+        "limits": {"keep": limits.keep, "convenient": limits.convenient},
+        "place": limits.place(score),
+        "verdict": VERDICTS[limits.place(score)],
+    }
+
+
+def _search(index: Tensor, queries: Tensor) -> np.ndarray:
+    """The rows of ``index`` nearest to every query, ``[m, 100]`` (all of them, if there are fewer)."""
+    faiss = require("faiss", "eval")
+    flat = faiss.IndexFlatIP(index.shape[1])
+    flat.add(np.ascontiguousarray(index.numpy()))
+    return flat.search(np.ascontiguousarray(queries.numpy()), min(FAR, len(index)))[1]
+
+
+def _overlap(before: np.ndarray, after: np.ndarray) -> float:
+    """The mean share of the first that are among the second, per row."""
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(before.tolist(), after.tolist(), strict=True)]))

@@ -1,0 +1,160 @@
+"""The verdict on an index of old embeddings, against a search written out and against what labels say."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_command
+
+from dgmr_tp import DgmrError, open_model, prune
+from dgmr_tp.cli import compare
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.evaluation.compatibility import VERDICTS, Limits, compatibility
+from dgmr_tp.evaluation.survey import Side, survey, text_classifier
+from dgmr_tp.pruning import Tower
+
+
+def drawn(rows=400, width=24, noise=0.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    old = torch.randn(rows, width, generator=generator)
+    return old, old + noise * torch.randn(rows, width, generator=generator)
+
+
+def naive(old, new, asked, indexed, count):
+    """Shares of today's neighbours, by sorting all cosines in float64."""
+    unit = {name: rows.double() / rows.double().norm(dim=1, keepdim=True) for name, rows in (("old", old), ("new", new))}
+    order = lambda asking, answering: (unit[asking][asked] @ unit[answering][indexed].T).argsort(dim=1, descending=True)  # noqa: E731
+    today = order("old", "old")[:, :count]
+    shares = {}
+    for way in (("new", "old"), ("old", "new"), ("new", "new")):
+        found = order(*way)[:, :count]
+        both = (today[:, :, None] == found[:, None, :]).any(-1)
+        shares[way] = (float(both.double().mean()), float(both[:, 0].double().mean()))
+    return shares
+
+
+def test_overlaps_are_those_of_a_search_written_out():
+    old, new = drawn(noise=0.4)
+    found = compatibility(old, new, queries=150, seed=3)
+    order = np.random.default_rng(3).permutation(400)
+    for count in (10, 100):
+        shares = naive(old, new, order[:150], order[150:], count)
+        for way, (overlap, first) in zip(found["ways"].values(), shares.values(), strict=True):
+            assert way[f"overlap@{count}"] == pytest.approx(overlap, abs=1e-9)
+            assert count == 100 or way["recall@10"] == pytest.approx(first, abs=1e-9)
+    assert 0.2 < found["ways"]["new queries, old index"]["overlap@10"] < 0.9
+    cosines = F.cosine_similarity(old, new).numpy()
+    assert found["cosine"]["mean"] == pytest.approx(cosines.mean(), abs=1e-6)
+    assert found["cosine"]["p5"] == pytest.approx(np.percentile(cosines, 5), abs=1e-6)
+    assert [worst["row"] for worst in found["worst"]] == np.argsort(cosines)[:8].tolist()
+    assert found["images"] == 400 and found["queries"] == 150
+
+
+def test_decisions_are_compared_by_the_old_classifier():
+    old, new = drawn(noise=0.5)
+    classifier = torch.randn(24, 7, generator=torch.Generator().manual_seed(1))
+    found = compatibility(old, new, classifier=classifier)
+    same = ((old @ classifier).argmax(1) == (new @ classifier).argmax(1)).float().mean()
+    assert found["agreement"] == pytest.approx(float(same)) and 0.3 < found["agreement"] < 0.99
+    assert found["score"] == min(found["agreement"], *(found["ways"][way]["recall@10"] for way in list(found["ways"])[:2]))
+    assert compatibility(old, new)["agreement"] is None
+
+
+def test_the_verdict_follows_the_limits():
+    old, _ = drawn()
+    assert compatibility(old, old)["verdict"] == "keep the index" and compatibility(old, old)["score"] == 1
+    assert compatibility(old, drawn(seed=5)[0])["verdict"] == "re-embed before you deploy"
+    score = compatibility(old, drawn(noise=0.5)[1])["score"]
+    assert 0 < score < 1
+    for limits, verdict in (((score, 0), 0), ((1, score), 1), ((1, 1), 2)):
+        assert compatibility(old, drawn(noise=0.5)[1], limits=Limits(*limits))["verdict"] == VERDICTS[verdict]
+    with pytest.raises(DgmrError, match="must rise"):
+        Limits(0.8, 0.9)
+
+
+def test_a_turned_space_breaks_an_index_that_re_embedding_would_mend():
+    old, _ = drawn()
+    turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2))).Q
+    found = compatibility(old, old @ turn)
+    assert found["verdict"] == "re-embed before you deploy"
+    assert found["ways"]["new queries, new index"]["recall@10"] == 1 and found["ways"]["new queries, old index"]["recall@10"] < 0.5
+
+
+def test_what_cannot_be_compared_is_refused():
+    old, new = drawn()
+    for before, after, why in (
+        (old, new[:, :8], "cannot share an index"),
+        (old[:50], new[:50], "at least 100"),
+        (old, new / 0, "not finite"),
+    ):
+        with pytest.raises(DgmrError, match=why):
+            compatibility(before, after)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own") / "images"
+    scenes.write_classification(root, 700, seed=31)
+    return root
+
+
+def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
+    """Right by the labels: how many of the first ten in the old index are of the query's class."""
+    old = open_model("demo")
+    calibration = torch.stack([old.preprocess(record.read()) for record in Images.find(pictures).records[:256]])
+    good = prune(old, list(calibration.split(64)), criterion="output", keep_ratio=0.8).model
+    bad = prune(old, criterion="random", mlp_ratio=0.25).model
+    classifier = text_classifier(old, pictures)
+    side = lambda model: Side(Tower(model.encoder).eval(), model.preprocess)  # noqa: E731
+    found = {name: survey(side(old), side(new), pictures, classifier=classifier) for name, new in (("good", good), ("bad", bad))}
+    assert (found["good"]["verdict"], found["bad"]["verdict"]) == ("keep the index", "re-embed before you deploy")
+    images = torch.stack([old.preprocess(record.read()) for record in Images.find(pictures).records])
+    labels = torch.tensor([int(record.class_name()) for record in Images.find(pictures).records])
+    with torch.no_grad():
+        rows = {name: F.normalize(Tower(model.encoder)(images), dim=-1) for name, model in (("old", old), ("good", good), ("bad", bad))}
+    precision = {}
+    for name, queries in rows.items():
+        near = (queries[:300] @ rows["old"][300:].T).topk(10).indices + 300
+        precision[name] = float((labels[near] == labels[:300, None]).float().mean())
+    assert precision["good"] > precision["old"] - 0.01 and precision["bad"] < precision["old"] - 0.2
+    worst = found["bad"]["worst"][0]
+    assert worst["thumbnail"].startswith("data:image/jpeg;base64,") and worst["name"].endswith(".png")
+    assert worst["cosine"] == pytest.approx(float((rows["old"] * rows["bad"]).sum(1).min()), abs=1e-4)
+
+
+def test_classes_are_read_from_a_file_a_folder_or_saved_embeddings(pictures, tmp_path):
+    demo = open_model("demo")
+    whole = text_classifier(demo, pictures)
+    assert whole.shape[1] == 64
+    (tmp_path / "names.txt").write_text("red circle\n\nblue square\n")
+    assert text_classifier(demo, tmp_path / "names.txt").shape == (whole.shape[0], 2)
+    torch.save(whole, tmp_path / "classes.pt")
+    assert torch.equal(text_classifier(demo, tmp_path / "classes.pt"), whole)
+    (tmp_path / "one.txt").write_text("red circle\n")
+    (tmp_path / "broken.pt").write_bytes(b"no")
+    for name, why in (("one.txt", "names 1 classes"), ("none.txt", "cannot read the class names"), ("broken.pt", "cannot read the class")):
+        with pytest.raises(DgmrError, match=why):
+            text_classifier(demo, tmp_path / name)
+
+
+def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
+    old, new = drawn(noise=0.05)
+    np.save(tmp_path / "old.npy", old.numpy())
+    np.save(tmp_path / "new.npy", new.numpy())
+    np.save(tmp_path / "flat.npy", new.numpy().ravel())
+    done = run_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
+    assert done.returncode == 0 and done.stdout.startswith("keep the index (cosine 0.99"), done.stderr
+    assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compatibility(old, new)
+    assert "Keep the index" in (tmp_path / "out" / "compatibility.html").read_text()
+    for arguments, why in (
+        (("old.npy", "flat.npy"), "rows and columns"),
+        (("old.npy", "nowhere.npy"), "cannot read the embeddings"),
+        (("old.npy", "demo"), "both .npy"),
+        (("demo", "demo"), "give --images"),
+    ):
+        with pytest.raises(DgmrError, match=why):
+            compare(*(str(tmp_path / name) if "." in name else name for name in arguments), out_dir=tmp_path / "no")
+    assert not (tmp_path / "no").exists()
