@@ -530,6 +530,7 @@ def export(
     outputs: Annotated[str, typer.Option(help="By commas: embedding, patches.")] = "embedding",
     normalised: Annotated[bool, typer.Option("--normalised", help="Make embeddings of length 1 inside the files.")] = False,
     text: Annotated[bool, typer.Option("--text", help="Export a CLIP's text tower too.")] = False,
+    layout: Annotated[str, typer.Option(help="Names and side files: plain, huggingface, immich.")] = "plain",
     images: Annotated[str | None, typer.Option(help="Your own images, to prove the files with [default: generated scenes].")] = None,
     tolerance: Annotated[
         list[str] | None, typer.Option(help="The relative error that a format may have, such as onnx-int8=0.3; may be repeated.")
@@ -539,22 +540,23 @@ def export(
     import tempfile
 
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.export import export_bundle, failures, parts_of
+    from dgmr_tp.export.bundle import failures
+    from dgmr_tp.export.layouts import export_model
 
     named = [name.strip() for name in formats.split(",")]
     allowed = dict(_tolerance(entry) for entry in tolerance or [])
     opened = open_model(model, pretrained)
     shown = _proof_images(opened, images)
-    served = {"outputs": tuple(name.strip() for name in outputs.split(",")), "normalised": normalised}
+    options: dict[str, Any] = {"outputs": tuple(name.strip() for name in outputs.split(",")), "normalised": normalised}
+    options |= {"layout": layout, "formats": named, "tolerance": allowed}
     out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".original-") as scratch:
-        source = os.path.relpath(model, out_dir) if Path(model).is_dir() else model
-        options: dict[str, Any] = {"model": source, "preprocess": opened.preprocess_config, "formats": named, "tolerance": allowed}
+        before = None
         if original:
-            dense = open_model(original, original_pretrained)
-            export_bundle(parts_of(dense, shown, **served), Path(scratch), latency_batches=(), **options)
-            options["original"] = Path(scratch)
-        bundle = export_bundle(parts_of(opened, shown, **served, text=text), out_dir, **options)
+            before = Path(scratch)
+            export_model(open_model(original, original_pretrained), shown, before, source=original, latency_batches=(), **options)
+        source = os.path.relpath(model, out_dir) if Path(model).is_dir() else model
+        bundle = export_model(opened, shown, out_dir, source=source, text=text, original=before, **options)
     if "torchscript" in named:
         out.print("torchscript: PyTorch has deprecated it; pt2 comes after it")
     for tower in bundle["towers"].values():

@@ -420,7 +420,8 @@ class Run:
 
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
-        from dgmr_tp.export import FORMATS, failures, open_exported
+        from dgmr_tp.export.bundle import failures
+        from dgmr_tp.export.formats import FORMATS, open_exported
 
         assert self.recipe.export
         model = self._final(size)
@@ -434,14 +435,12 @@ class Run:
         return figures
 
     def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
-        from dgmr_tp.export import export_bundle, parts_of
+        from dgmr_tp.export.layouts import export_model
 
         section = self.recipe.export
         assert section
         images = torch.cat(list(find_images(self._images).sample(PROOF, self.recipe.seed, model.preprocess)))
-        parts = parts_of(model, images, outputs=section.outputs, normalised=section.normalised, text=section.text)
-        options |= {"model": source, "preprocess": model.preprocess_config, "formats": section.formats, "tolerance": section.tolerance}
-        return export_bundle(parts, folder, **options)
+        return export_model(model, images, folder, source=source, **section.model_dump(), **options)
 
     def _measure(
         self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str

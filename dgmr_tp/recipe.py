@@ -276,7 +276,7 @@ FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "torchscript", "pt2", "aotinductor"
 
 
 class Export(Section):
-    """The files that are deployed; see dgmr_tp.export.export_bundle."""
+    """The files that are deployed; see dgmr_tp.export.bundle.export_bundle."""
 
     formats: list[Literal[FORMATS]] = ["onnx", "torchscript"]  # type: ignore[valid-type]
     outputs: list[Literal["embedding", "patches"]] = ["embedding"]
@@ -284,6 +284,8 @@ class Export(Section):
     """Whether the files make embeddings of length 1."""
     text: bool = False
     """Whether a CLIP's text tower is exported too."""
+    layout: Literal["plain", "huggingface", "immich"] = "plain"
+    """Names, folders and side files; see dgmr_tp.export.layouts."""
     tolerance: dict[Literal[FORMATS], float] = Field(default_factory=dict)  # type: ignore[valid-type]
     """By format, the largest relative error of an output that is allowed."""
 

@@ -51,7 +51,7 @@ def open_served(
         model = open_model(source, pretrained)
         return Served(path.name, model, model.module.to(device).eval(), Tower(model.encoder), device)
     from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
-    from dgmr_tp.export import open_exported
+    from dgmr_tp.export.formats import open_exported
 
     embed = open_exported(path, trusted=trusted or _in_manifest(path))
     model = open_model(text or _origin(path), pretrained)

@@ -126,7 +126,7 @@ def _written(name: str, part: Part, path: Path) -> dict[str, Any] | None:
             with tempfile.TemporaryDirectory(dir=path.parent) as beside:
                 onnx_file.write(part, Path(beside) / "model.onnx")
                 kind.convert(Path(beside) / "model.onnx", path)
-    except OSError:
+    except (OSError, DgmrError):  # no space, or a package that is not installed
         raise
     except Exception as error:  # an exporter's own: the other formats go on
         for left in path.parent.glob(f"{path.name}*"):

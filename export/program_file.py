@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.parts import Part, Run, as_tuple
 
 
@@ -27,7 +26,7 @@ def write(part: Part, path: Path) -> None:
 def compile_(part: Part, path: Path) -> None:
     """A package of machine code for this kind of CPU, dynamic batch."""
     if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
-        raise DgmrError("AOTInductor needs a C++ compiler, and there is none; install g++")
+        raise RuntimeError("AOTInductor needs a C++ compiler, and there is none; install g++")
     with _quiet():
         torch._inductor.aoti_compile_and_package(_program(part), package_path=str(path))
 

@@ -85,7 +85,7 @@ SMALL = {
     "distill": {"processes": 2, "steps": 24, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
     "evaluate": {"datasets": [{"dataset": "wds/scenes", "root": "scenes:classes"}, {"dataset": "wds/captions", "root": "scenes:captions"}]},
     "compare": {"images": "scenes:images", "classes": "scenes:classes"},
-    "export": {"formats": ["onnx", "torchscript"]},
+    "export": {"formats": ["onnx"]},
 }
 BIN = Path(sys.executable).parent
 BEFORE_DISTILLATION = ("scenes", "prune", "recover")

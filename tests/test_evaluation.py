@@ -1,6 +1,7 @@
 """The bridge to clip_benchmark gives clip_benchmark's numbers, and they are right."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -16,12 +17,15 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from dgmr_tp import DgmrError, open_model
+from dgmr_tp import DgmrError, cli, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
-from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, evaluate
+from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, clip_benchmark, evaluate
 from dgmr_tp.evaluation.zoo import CLASSIFICATION, RETRIEVAL, find_zoo, knn_folders, zoo_figures
+from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.towers import parts_of
 from dgmr_tp.pruning.cost import flops, parameters
+from dgmr_tp.served import open_served
 
 
 @pytest.fixture(scope="module")
@@ -122,23 +126,32 @@ def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_pat
     assert any(metrics["lp_acc1_sklearn"] == pytest.approx(score, abs=0.01) for score in probes) and metrics["lp_acc1_sklearn"] > 0.5
 
 
-def test_several_models_in_one_table_and_csv(data, tmp_path):
-    done = run_command("export", "demo", "-o", tmp_path / "files", "--formats", "onnx,torchscript")
-    assert done.returncode == 0, done.stderr
-    where = ["--dataset", "wds/test", "--root", data / "classes", "-o", tmp_path / "out"]
-    done = run_command("eval", "demo", tmp_path / "files" / "model.onnx", *where)
-    assert done.returncode == 0, done.stderr
-    scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", done.stdout, re.M)
+def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
+    images = torch.stack([demo.preprocess(Image.fromarray(Scene.draw(7, i).image())) for i in range(3)])
+    options = {"model": "demo", "preprocess": demo.preprocess_config, "formats": ["onnx", "torchscript"], "latency_batches": ()}
+    assert not failures(export_bundle(parts_of(demo, images), tmp_path, **options))
+    where = {"dataset": "wds/test", "root": data / "classes", "folder": tmp_path / "out"}
+    cli.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
+    scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", capsys.readouterr().out, re.M)
     assert [name for name, _ in scores] == ["demo", "model.onnx"] and scores[0][1] == scores[1][1]
     with (tmp_path / "out" / "table.csv").open() as stream:
         rows = {row["model"]: row for row in csv.DictReader(stream)}
     kept = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
     assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == kept["acc1"] > 0.9
-    done = run_command("eval", tmp_path / "files" / "model.pt", *where)
-    assert done.returncode == 2 and "model.pt is code" in done.stderr
-    (tmp_path / "files" / "export.json").unlink()
-    done = run_command("eval", tmp_path / "files" / "model.onnx", *where)
-    assert done.returncode == 2 and "name that model with --text" in done.stderr
+    with pytest.raises(DgmrError, match=r"model\.pt is code"):
+        cli.evaluate([str(tmp_path / "model.pt")], **where)
+    cli.evaluate([str(tmp_path / "model.pt")], trust_file=True, **where)
+    assert re.search(rf"acc1 +{scores[0][1]}", capsys.readouterr().out)
+    digest = hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest()
+    towers = {"image": {"files": {"torchscript": {"sha256": {"model.pt": digest}}}}}
+    (tmp_path / "manifest.json").write_text(json.dumps({"figures": {"towers": towers}}))
+    assert open_served(str(tmp_path / "model.pt")).embed(images).shape == (3, 128), "the run that made it knows it"
+    (tmp_path / "model.pt").write_bytes(b"something else")
+    with pytest.raises(DgmrError, match=r"model\.pt is code"):
+        open_served(str(tmp_path / "model.pt"))
+    (tmp_path / "export.json").unlink()
+    with pytest.raises(DgmrError, match="name that model with --text"):
+        open_served(str(tmp_path / "model.onnx"))
 
 
 def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path):
@@ -148,8 +161,11 @@ def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path)
     done = run_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "demo.json").read_text())["metrics"] == known
-    done = run_command("clip_benchmark", "eval", "--model", "nowhere", "--pretrained", "none", *options, *output)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("dgmr-tp: unknown model 'nowhere'")
+    assert "Models: [('demo', 'none')]" in done.stdout, "every other argument is clip_benchmark's"
+    with pytest.raises(DgmrError, match="unknown model 'nowhere'"):
+        clip_benchmark(
+            ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options), *map(str, output)], lambda **_: open_model("nowhere")
+        )
 
 
 def test_the_zoos_three_figures_are_means(tmp_path):

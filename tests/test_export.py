@@ -4,20 +4,31 @@ import hashlib
 import json
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import pictures, redraw, run_command, timm_tower
+from PIL import Image
+from tokenizers import Tokenizer
 from torch import nn
 
-from dgmr_tp import MLPPruner, open_model
+from dgmr_tp import MLPPruner, cli, open_model
+from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export import FORMATS, Part, export_bundle, failures, open_exported, parts_of, text_part, vision_part
+from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.formats import FORMATS, open_exported
+from dgmr_tp.export.layouts import export_model
+from dgmr_tp.export.parts import Part
+from dgmr_tp.export.towers import parts_of, text_part, vision_part
 
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
@@ -207,11 +218,90 @@ def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
         open_exported(tmp_path / "a.onnx")
 
 
-def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path):
-    done = run_command("export", "demo", "-o", tmp_path, "--formats", "onnx,onnx-int8", "--tolerance", "onnx-int8=1e-6")
-    assert done.returncode == 2
-    assert f"{tmp_path / 'model.onnx'}: verified" in done.stdout and "batch 8: this" in done.stdout
-    assert done.stderr.count("\n") == 1 and "model.int8.onnx: its embedding at batch" in done.stderr
+def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    demo = open_model("demo")
+    picture = Image.fromarray(Scene.draw(0, 1).image()).resize((90, 71))
+    images = torch.stack([demo.preprocess(picture), demo.preprocess(picture.rotate(90))])
+    options = {"source": "demo", "layout": "huggingface", "text": True, "formats": ["onnx"], "latency_batches": ()}
+    assert not failures(export_model(demo, images, tmp_path, **options))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+    assert (pixels[0] - images[0]).abs().max() < 0.05 < (pixels[0] - images[1]).abs().max()
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "vision_model.onnx"))
+    [found] = session.run(["image_embeds"], {"pixel_values": images.numpy()})
+    with torch.no_grad():
+        assert worst(torch.from_numpy(found), demo.module.eval().encode_image(images)) < 1e-4
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
+    assert session.run(["text_embeds"], {"input_ids": demo.tokenizer(["a", "b"]).numpy()})[0].shape == (2, 128)
+    with pytest.raises(DgmrError, match="unknown layout 'core'"):
+        export_model(demo, images, tmp_path, **{**options, "layout": "core"})
+
+
+def test_immichs_layout_answers_as_its_service_asks(tmp_path):
+    """Names, types and the tokenizer's settings as immich_ml/models/clip uses them."""
+    demo = open_model("demo")
+    images = torch.stack([demo.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(3)])
+    options = {"source": "demo", "layout": "immich", "formats": ["onnx"], "latency_batches": ()}
+    assert not failures(export_model(demo, images, tmp_path, text=True, **options))
+    config = json.loads((tmp_path / "visual" / "preprocess_cfg.json").read_text())
+    assert {"size", "mean", "std", "interpolation"} <= config.keys() and config["size"] == 64
+    visual = onnxruntime.InferenceSession(str(tmp_path / "visual" / "model.onnx"))
+    [found] = visual.run(None, {"image": images[:1].numpy()})
+    length = json.loads((tmp_path / "config.json").read_text())["text_cfg"]["context_length"]
+    tokenizer = Tokenizer.from_file(str(tmp_path / "textual" / "tokenizer.json"))
+    pad = json.loads((tmp_path / "textual" / "tokenizer_config.json").read_text())["pad_token"]
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
+    tokenizer.enable_truncation(max_length=length)
+    text = "A photo of two blue squares & it's fine"
+    textual = onnxruntime.InferenceSession(str(tmp_path / "textual" / "model.onnx"))
+    [words] = textual.run(None, {"text": np.array([tokenizer.encode(text).ids], dtype=np.int32)})
+    with torch.no_grad():
+        expected = (
+            demo.module.eval().encode_image(images[:1], normalize=True),
+            demo.module.encode_text(demo.tokenizer([text]), normalize=True),
+        )
+    assert np.abs(found - expected[0].numpy()).max() < 1e-4 and np.abs(words - expected[1].numpy()).max() < 1e-4
+    assert [o.name for o in (*visual.get_outputs(), *textual.get_outputs())] == ["image_embedding", "text_embedding"]
+    with pytest.raises(DgmrError, match="leave out the patches"):
+        export_model(demo, images, tmp_path, outputs=("embedding", "patches"), **options)
+
+
+@pytest.mark.slow
+def test_the_search_example_finds_what_is_asked_for(tmp_path):
+    demo = open_model("demo")
+    (tmp_path / "images").mkdir()
+    scenes = [Scene.draw(5, i) for i in range(60)]
+    for i, scene in enumerate(scenes):
+        Image.fromarray(scene.image()).save(tmp_path / "images" / f"{i}.png")
+    images = torch.stack([demo.preprocess(Image.fromarray(scene.image())) for scene in scenes[:4]])
+    model = os.path.relpath(Path(__file__).parent.parent / "dgmr_tp" / "data" / "demo_clip", tmp_path / "files")
+    options = {"formats": ["onnx"], "latency_batches": (), "normalised": True, "text": True}
+    assert not failures(export_model(demo, images, tmp_path / "files", source=model, **options))
+    script = Path(__file__).parent.parent / "examples" / "search" / "search.py"
+    search = lambda *words: subprocess.run(  # noqa: E731
+        [sys.executable, str(script), "files", *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert search("index", "images").returncode == 0
+    label = scenes[7].label
+    done = search("ask", "images", f"a photo of a {CLASSNAMES[label]}")
+    assert done.returncode == 0, done.stderr
+    first = int(re.search(r"images/(\d+)\.png", done.stdout)[1])
+    assert scenes[first].label == label
+    assert search("ask", "images").returncode == 1
+
+
+def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsys):
+    options = {"formats": "onnx,onnx-int8", "tolerance": ["onnx-int8=1e-6"]}
+    with pytest.raises(DgmrError, match=r"model\.int8\.onnx: its embedding at batch"):
+        cli.export("demo", tmp_path, **options)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'model.onnx'}: verified" in printed and "batch 8: this" in printed
     assert names(tmp_path) == ["export.json", "model.int8.onnx.failed", "model.onnx"]
+    with pytest.raises(DgmrError, match="write it as onnx-int8"):
+        cli.export("demo", tmp_path, tolerance=["onnx"])
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence():
     done = run_command("export", "demo", "-o", "/proc/nowhere")
     assert done.returncode == 2 and done.stderr.startswith("dgmr-tp: ") and done.stderr.count("\n") == 1

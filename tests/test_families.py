@@ -17,7 +17,9 @@ from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
 from dgmr_tp.decide import make_plan
-from dgmr_tp.export import export_bundle, failures, open_exported, vision_part
+from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.formats import open_exported
+from dgmr_tp.export.towers import vision_part
 from dgmr_tp.pruning import Tower, find_sites, last_state
 from dgmr_tp.pruning.plan import Plan, SitePlan
 

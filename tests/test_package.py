@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-def test_import_loads_torch_torch_pruning_and_scipy_only():
+def test_import_loads_nothing_heavy_and_the_pruner_torch_torch_pruning_and_scipy_only():
+    program = "import dgmr_tp, sys; print([m for m in ('torch', 'scipy', 'pydantic') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     heavy = [
         "open_clip",
         "timm",
@@ -26,7 +28,7 @@ def test_import_loads_torch_torch_pruning_and_scipy_only():
         "PIL",
     ]
     before = "import sys, torch, torch_pruning, scipy.linalg; before = set(sys.modules)\n"
-    program = before + f"import dgmr_tp; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    program = before + f"import dgmr_tp; dgmr_tp.MLPPruner; print([m for m in {heavy} if m in sys.modules and m not in before])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -43,7 +45,7 @@ def test_the_wheel_holds_all_rooms_as_real_files(wheel):
     for name in (
         "dgmr_tp/export/bundle.py",
         "dgmr_tp/recipes/quickstart.yaml",
-        "dgmr_tp/report.html.j2",
+        "dgmr_tp/templates/report.html.j2",
         "dgmr_tp/data/demo_clip/open_clip_model.safetensors",
         "dgmr_tp/data/demo_clip/README.md",
         "dgmr_tp/py.typed",

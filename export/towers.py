@@ -1,0 +1,88 @@
+"""The towers of a model as parts that can be served."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.export.parts import Part
+from dgmr_tp.pruning import Encoder
+from dgmr_tp.pruning.encoder import last_state
+
+OUTPUTS = ("embedding", "patches")
+TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print of an old newspaper, out of focus")
+"""What a text tower's files are proved with."""
+
+
+def parts_of(
+    model: OpenedModel, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False, text: bool = False
+) -> list[Part]:
+    """The vision tower and, if asked for, the text tower of a model; see :func:`vision_part`.
+
+    Raises:
+        DgmrError: an unknown output; or the model has no text tower.
+    """
+    parts = [vision_part(model.encoder, images, outputs=outputs, normalised=normalised)]
+    if text:
+        if model.tokenizer is None or not hasattr(model.module, "encode_text"):
+            raise DgmrError(f"{model.name} has no text tower to export; it takes a CLIP of open_clip's")
+        parts.append(text_part(model.module, model.tokenizer(list(TEXTS)), normalised=normalised))
+    return parts
+
+
+def vision_part(encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False) -> Part:
+    """A vision tower: images ``[batch, 3, size, size]`` to ``embedding`` ``[batch, width]`` and ``patches`` ``[batch, patches, width]``.
+
+    Args:
+        encoder: the tower's walk; it is copied.
+        images: preprocessed, ``[n, 3, size, size]``, n ≥ 2.
+        outputs: which of the two; patch tokens are those behind the final norm.
+        normalised: the embedding's length is made 1 inside the file.
+
+    Raises:
+        DgmrError: an unknown output, or none.
+    """
+    if not outputs or (unknown := [name for name in outputs if name not in OUTPUTS]):
+        raise DgmrError(f"unknown output {unknown[0] if outputs else 'none'!r}; known: {', '.join(OUTPUTS)}")
+    return Part("image", _ready(_Vision(encoder, tuple(outputs), normalised)), images, "image", tuple(outputs), normalised)
+
+
+def text_part(clip: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:
+    """A CLIP's text tower: ``text``, tokens ``[batch, length]``, to ``embedding`` ``[batch, width]``; ``clip`` has ``encode_text``."""
+    return Part("text", _ready(_Text(clip, normalised)), tokens, "text", normalised=normalised, file="text")
+
+
+class _Vision(nn.Module):
+    def __init__(self, encoder: Encoder, outputs: tuple[str, ...], normalised: bool) -> None:
+        super().__init__()
+        self.module, self.encoder = encoder.module, encoder
+        self.outputs, self.normalised = outputs, normalised
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        state = last_state(self.encoder, images)
+        found = []
+        for name in self.outputs:
+            if name == "patches":
+                found.append(self.encoder.features(self.encoder.norm(state))[1])
+            else:
+                embedding = self.encoder.embed(state)
+                found.append(F.normalize(embedding, dim=-1) if self.normalised else embedding)
+        return found[0] if len(found) == 1 else tuple(found)
+
+
+class _Text(nn.Module):
+    def __init__(self, clip: nn.Module, normalised: bool) -> None:
+        super().__init__()
+        self.clip, self.normalised = clip, normalised
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.clip.encode_text(tokens, normalize=self.normalised)
+
+
+def _ready(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
