@@ -400,9 +400,11 @@ def evaluate(
         raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --suite and --data-root")
     if suite is not None and (suite != "dgmr-zoo" or data_root is None):
         raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo, and it needs --data-root")
+    if save_classifier and len(models) > 1:
+        raise DgmrError(f"--save-classifier {save_classifier} keeps one text tower's classes; give one model")
     speaks = _join_processes()
     how: dict[str, Any] = {
-        "task": task_of(root) if root and task == "auto" else task,
+        "task": task_of(dataset, root) if dataset and root and task == "auto" else task,
         "annotations": annotations,
         "classnames": classnames,
         "templates": templates,
@@ -416,7 +418,8 @@ def evaluate(
         label = _label(name, list(rows))
         if suite:
             assert data_root
-            rows[label] = _zoo(served, label, data_root, folder, batch_size, workers, speaks)
+            rows[label], written = _zoo(served, label, data_root, folder, batch_size, workers, speaks)
+            files += written
             continue
         what = f"{dataset.replace('/', '_')}-{how['task']}" if dataset else "knn"
         files.append(folder / f"{label}-{what}.json")
@@ -426,13 +429,13 @@ def evaluate(
             rows[label] = _knn(served, label, knn_train, knn_test, files[-1], batch_size, workers, speaks)
     if not speaks:
         return
+    tabulate(files, folder / "table.csv")
     if suite:
         from dgmr_tp.evaluation.zoo import FIGURES, PUBLISHED
 
         published: dict[str, Any] = {f"{name} (published)": dict(zip(FIGURES, row, strict=True)) for name, row in PUBLISHED.items()}
         _print_metrics({**rows, **published}, percent=True)
         return
-    tabulate(files, folder / "table.csv")
     _print_metrics(rows)
 
 
@@ -443,11 +446,12 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
     --pretrained is a NAME's weights, or for a file the model that goes with it; none: what its export.json says.
     """
     from dgmr_tp.evaluation.zero_shot import clip_benchmark as run_command
-    from dgmr_tp.served import ENDINGS, open_served
+    from dgmr_tp.served import is_file, open_served
 
     def load(model_name: str, pretrained: str, cache_dir: str | None, device: str):  # type: ignore[no-untyped-def]
-        named = None if pretrained == "none" or "--pretrained" not in context.args else pretrained
-        weights = {"text": named} if Path(model_name).suffix in ENDINGS else {"pretrained": named}
+        given = any(argument.startswith("--pretrained") for argument in context.args)
+        named = pretrained if given and pretrained != "none" else None
+        weights = {"text": named} if is_file(model_name) else {"pretrained": pretrained if given else None}
         served = open_served(model_name, trusted=trust_file, device=device, **weights)
         return served.clip, served.model.preprocess, served.model.tokenizer
 
@@ -469,14 +473,18 @@ def compare(
     convenient: Annotated[float, typer.Option(help="From this share on re-embedding may wait.")] = 0.9,
     old_pretrained: Annotated[str | None, typer.Option(help="Weights of OLD, for a NAME.")] = None,
     new_pretrained: Annotated[str | None, typer.Option(help="Weights of NEW, for a NAME.")] = None,
+    text: TextOption = None,
     trust_file: TrustOption = False,
     seed: SeedOption = 0,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
 ) -> None:
     """Must the index be rebuilt? What old and new embeddings of your own images find in each other."""
     from dgmr_tp.evaluation.compatibility import Limits, compatibility
+    from dgmr_tp.extras import require_installed
     from dgmr_tp.report import in_words, write_html
 
+    for package, extra in (("faiss", "eval"), ("jinja2", "export")):  # said before anything is embedded
+        require_installed(package, extra)
     limits = Limits(keep, convenient)
     arrays = [Path(side).suffix == ".npy" for side in (old, new)]
     if any(arrays) and (not all(arrays) or images or (classes and classes.suffix != ".pt")):
@@ -494,7 +502,7 @@ def compare(
         from dgmr_tp.served import open_served
 
         opened = [
-            open_served(side, pretrained, trusted=trust_file, device=_device())
+            open_served(side, pretrained, text=text, trusted=trust_file, device=_device())
             for side, pretrained in ((old, old_pretrained), (new, new_pretrained))
         ]
         options = {"count": count, "queries": queries, "limits": limits, "seed": seed, "device": _device(), "workers": workers}
@@ -553,9 +561,13 @@ def export(
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".original-") as scratch:
         before = None
         if original:
-            before = Path(scratch)
-            export_model(open_model(original, original_pretrained), shown, before, source=original, latency_batches=(), **options)
-        source = os.path.relpath(model, out_dir) if Path(model).is_dir() else model
+            before, dense = Path(scratch), open_model(original, original_pretrained)
+            if dense.image_size != opened.image_size:
+                raise DgmrError(
+                    f"{original} takes images of {dense.image_size} pixels, {model} of {opened.image_size}; name its own original"
+                )
+            export_model(dense, shown, before, source=original, latency_batches=(), **options)
+        source = os.path.relpath(opened.source, out_dir) if opened.source else model
         bundle = export_model(opened, shown, out_dir, source=source, text=text, original=before, **options)
     if "torchscript" in named:
         out.print("torchscript: PyTorch has deprecated it; pt2 comes after it")
@@ -794,7 +806,7 @@ def _array(path: str):  # type: ignore[no-untyped-def]
 
     try:
         rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
     if rows.ndim != 2:
         raise DgmrError(f"{path} has the shape {list(rows.shape)}; embeddings are rows and columns")
@@ -803,7 +815,8 @@ def _array(path: str):  # type: ignore[no-untyped-def]
 
 def _label(source: str, taken: list[str]) -> str:
     """A short name for a model, such as distilled-mlp_ratio-1, that no other has."""
-    parts = [part for part in Path(source.replace(":", "-")).parts if part not in (os.sep, "..", ".")]
+    path = Path(source).resolve() if Path(source).exists() else Path(source.replace(":", "-"))
+    parts = [part for part in path.parts if part != os.sep]
     names = ("-".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next((name for name in names if name not in taken and name != "model"), f"{'-'.join(parts)}-{len(taken)}")
 
@@ -833,17 +846,18 @@ def _knn(served, label, train, test, file, batch_size, workers, speaks) -> dict[
     return metrics
 
 
-def _zoo(served, label, root, folder, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict[str, float], list[Path]]:  # type: ignore[no-untyped-def]
     from dgmr_tp.evaluation.zoo import RETRIEVAL, find_zoo, knn_folders, zoo_figures
 
     found, (train, test) = find_zoo(root), knn_folders(root)
-    metrics = {}
+    metrics, files = {}, []
     for name, (dataset, place) in found.items():
         task = "zeroshot_retrieval" if name in RETRIEVAL else "zeroshot_classification"
-        file = folder / f"{label}-{name}-{task}.json"
-        metrics[name] = _benchmark(served, label, dataset, place, file, task=task, batch_size=batch_size, workers=workers)
-    knn = _knn(served, label, train, test, folder / f"{label}-knn.json", batch_size, workers, speaks)
-    return zoo_figures(metrics, knn)
+        files.append(folder / f"{label}-{name}-{task}.json")
+        metrics[name] = _benchmark(served, label, dataset, place, files[-1], task=task, batch_size=batch_size, workers=workers)
+    files.append(folder / f"{label}-knn.json")
+    knn = _knn(served, label, train, test, files[-1], batch_size, workers, speaks)
+    return zoo_figures(metrics, knn), files
 
 
 def _print_metrics(rows: dict[str, dict[str, float]], percent: bool = False) -> None:

@@ -194,7 +194,7 @@ class Run:
                 steps.append(Step("evaluate", size, section, inputs, partial(self._evaluate, size=size)))
         if recipe.compare:
             section = {**recipe.compare.model_dump(exclude={"workers"}), "seed": seed, **model}
-            section["images_files"] = _fingerprint(recipe.compare.images)
+            section |= {f"{key}_files": _fingerprint(path) for key, path in recipe.compare.paths.items()}
             for size in last:
                 steps.append(Step("compare", size, section, (last[size], *data), partial(self._compare, size=size)))
         if recipe.export:
@@ -416,7 +416,9 @@ class Run:
             )
 
     def _export_original(self, folder: Path) -> dict[str, Any]:
-        return self._bundle(self.original(), folder, self.recipe.model.source, latency_batches=())
+        model = self.original()
+        source = os.path.relpath(model.source, self.folder(f"export/{ORIGINAL}")) if model.source else self.recipe.model.source
+        return self._bundle(model, folder, source, latency_batches=())
 
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
@@ -453,7 +455,7 @@ class Run:
         assert self.recipe.evaluate
         metrics = {}
         device = "cpu" if label.startswith("onnx") else self.device
-        clip = clip.to(device)
+        clip = clip.to(device).eval()
         if asked := self.recipe.evaluate.knn:
             train, test = (Images.find(self.data_path(path)) for path in (asked.train, asked.test))
             options = {"batch_size": self.recipe.evaluate.batch_size, "workers": asked.workers}
@@ -495,15 +497,14 @@ class Run:
     def _check_what_later_stages_need(self) -> None:
         """What is missing for the last stage is said before the first."""
         recipe = self.recipe
-        packages = {"distill": "deepspeed", "eval": "clip_benchmark", "export": "onnxscript"}
-        sections = {
-            "distill": recipe.distill or recipe.tune_text,
-            "eval": recipe.compare or (recipe.evaluate and recipe.evaluate.datasets),
-            "export": recipe.export,
+        needed = {
+            "distill": ["deepspeed"] if recipe.distill or recipe.tune_text else [],
+            "eval": (["clip_benchmark"] if recipe.evaluate and recipe.evaluate.datasets else []) + (["faiss"] if recipe.compare else []),
+            "export": ["onnxscript", "onnxruntime"] if recipe.export else [],
         }
-        for extra, section in sections.items():
-            if section:
-                require_installed(packages[extra], extra)
+        for extra, packages in needed.items():
+            for package in packages:
+                require_installed(package, extra)
         paths = {"images": recipe.images}
         for stage in TRAININGS:
             for key in ("hostfile", "deepspeed", "captions", "images"):
@@ -516,6 +517,14 @@ class Run:
                 raise DgmrError(f"{key}: {path} does not exist")
         if recipe.distill and recipe.distill.held_out and is_url(recipe.images):
             raise DgmrError(f"distill.held_out = {recipe.distill.held_out}: shards behind a URL cannot be divided; set it to 0")
+        speaking = {
+            "export.text": recipe.export and recipe.export.text,
+            "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
+        }
+        for key in (key for key, asked in speaking.items() if asked):
+            shapes = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
+            if not hasattr(shapes.module, "encode_text"):
+                raise DgmrError(f"{key}: {recipe.model.source} has no text tower; leave that key out")
         if recipe.tune_text:
             from dgmr_tp.data.captions import Captioned
             from dgmr_tp.distillation.text import has_text_tower

@@ -278,7 +278,7 @@ FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "torchscript", "pt2", "aotinductor"
 class Export(Section):
     """The files that are deployed; see dgmr_tp.export.bundle.export_bundle."""
 
-    formats: list[Literal[FORMATS]] = ["onnx", "torchscript"]  # type: ignore[valid-type]
+    formats: list[Literal[FORMATS]] = Field(["onnx", "torchscript"], min_length=1)  # type: ignore[valid-type]
     outputs: list[Literal["embedding", "patches"]] = ["embedding"]
     normalised: bool = False
     """Whether the files make embeddings of length 1."""
@@ -288,6 +288,14 @@ class Export(Section):
     """Names, folders and side files; see dgmr_tp.export.layouts."""
     tolerance: dict[Literal[FORMATS], float] = Field(default_factory=dict)  # type: ignore[valid-type]
     """By format, the largest relative error of an output that is allowed."""
+
+    @model_validator(mode="after")
+    def _embedding(self) -> Export:
+        if "embedding" not in self.outputs:
+            raise ValueError("outputs must hold embedding; patches come beside it")
+        if self.layout == "immich" and "patches" in self.outputs:
+            raise ValueError("layout: immich takes embeddings and nothing else; leave out the patches")
+        return self
 
 
 class Recipe(Section):

@@ -80,7 +80,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
         if size["not_zero_shot"]:
             console.print(f"{size['name']}: {warning(size['not_zero_shot'])}", highlight=False)
         if found := size["compatibility"]:
-            console.print(f"{size['name']}, {in_words(found)}", highlight=False)
+            console.print(f"{size['name']}, {in_words(found)}", highlight=False, soft_wrap=True)
         for entry in size["files"]:
             if not entry["verified"]:
                 console.print(f"{size['name']}, {entry['file']}: {entry['verdict']}", highlight=False)
@@ -143,7 +143,7 @@ def in_words(found: dict[str, Any]) -> str:
     """A compatibility in one line."""
     agreement = "" if found["agreement"] is None else f", decisions {percent(found['agreement'])} %"
     recall = percent(found["ways"]["new queries, old index"]["recall@10"])
-    return f"{found['verdict']} (cosine {found['cosine']['mean']:.3f}, neighbours {recall} %{agreement})"
+    return f"{found['verdict']}: neighbours {recall} %{agreement}"
 
 
 def warning(datasets: list[str]) -> str:

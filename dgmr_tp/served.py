@@ -11,68 +11,61 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.export.formats import SUFFIXES, open_exported
 from dgmr_tp.pruning import Tower
-
-ENDINGS = (".onnx", ".pt", ".pt2")
 
 
 @dataclass(frozen=True)
 class Served:
     """An image encoder that answers, and what belongs to it."""
 
-    name: str
     model: OpenedModel
-    """Preprocessing, tokenizer and text tower."""
+    """Preprocessing, tokenizer and text tower, on ``device``."""
     clip: nn.Module
     """With ``encode_image`` and, if there is a text tower, ``encode_text``."""
     embed: Callable[[Tensor], Tensor]
+    """Images to embeddings, both on ``device``."""
     device: str
-    """Where images must be: exported files run on the CPU."""
+
+
+def is_file(source: str) -> bool:
+    """Whether ``source`` names an exported file, not a model."""
+    return Path(source).suffix in SUFFIXES
 
 
 def open_served(
     source: str, pretrained: str | None = None, *, text: str | None = None, trusted: bool = False, device: str = "cpu"
 ) -> Served:
-    """Open a model, or an exported file.
+    """Open a model, or an exported file (which runs on the CPU, wherever the images are).
 
     Args:
         source: what :func:`dgmr_tp.open_model` takes, or a ``.onnx``, ``.pt`` or ``.pt2``.
-        pretrained: the weights of a NAME.
-        text: for a file: the model whose preprocessing and text tower go with it; by default the one that the ``export.json`` beside
-            it names.
-        trusted: open files of code wherever they come from; otherwise only those of a run directory whose manifest has their SHA-256.
-        device: where a model runs.
+        pretrained: the weights, if ``source`` is ``open_clip:NAME`` or ``timm:NAME``; or of the NAME that goes with a file.
+        text: for a file: the model whose preprocessing and text tower go with it; by default the one that its ``export.json`` names.
+        trusted: open files of code.
+        device: where models run and images are.
 
     Raises:
         DgmrError: as :func:`dgmr_tp.open_model`; or a file of code that is not trusted, or whose model is not known.
     """
-    path = Path(source)
-    if path.suffix not in ENDINGS:
-        model = open_model(source, pretrained)
-        return Served(path.name, model, model.module.to(device).eval(), Tower(model.encoder), device)
     from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
-    from dgmr_tp.export.formats import open_exported
 
-    embed = open_exported(path, trusted=trusted or _in_manifest(path))
-    model = open_model(text or _origin(path), pretrained)
-    return Served(path.name, model, CLIPWithEncoder(model.module.eval(), embed), embed, "cpu")
+    exported = open_exported(Path(source), trusted=trusted) if is_file(source) else None
+    name = (text or _origin(Path(source))) if exported else source
+    model = open_model(name, pretrained if name.startswith(("open_clip:", "timm:")) else None)
+    model.module.to(device).eval()
+    if exported is None and hasattr(model.module, "encode_image"):
+        return Served(model, model.module, Tower(model.encoder), device)
+    embed = exported or Tower(model.encoder)
+    return Served(model, CLIPWithEncoder(model.module, embed), embed, device)
 
 
 def _origin(path: Path) -> str:
-    """The model that a file was exported from, by the ``export.json`` beside it."""
-    beside = path.parent / "export.json"
-    try:
-        named = json.loads(beside.read_text())["model"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DgmrError(f"{path}: no {beside.name} beside it says which model it came from; name that model with --text") from error
-    return str(path.parent / named) if (path.parent / named).is_dir() else named
-
-
-def _in_manifest(path: Path) -> str | bool:
-    """The SHA-256 that the run directory around a file has for it."""
-    try:
-        figures = json.loads((path.parent / "manifest.json").read_text())["figures"]
-        known = [entry["sha256"].get(path.name) for tower in figures["towers"].values() for entry in tower["files"].values()]
-    except (OSError, ValueError, KeyError):
-        return False
-    return next((digest for digest in known if digest), False)
+    """The model that a file was exported from, by the ``export.json`` of its bundle: beside it, or above it in some layouts."""
+    for folder in (path.parent, path.parent.parent):
+        try:
+            named = json.loads((folder / "export.json").read_text())["model"]
+        except (OSError, ValueError, KeyError):
+            continue
+        return str(folder / named) if (folder / named).is_dir() else named
+    raise DgmrError(f"{path}: no export.json beside it says which model it came from; name that model with --text")

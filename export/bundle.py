@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.export import onnx_file
@@ -36,7 +37,7 @@ def export_bundle(
 
     Args:
         parts: the towers, and real inputs for the proof.
-        directory: where to; made if it is not there.
+        directory: where to; made if it is not there. What an earlier export wrote there is taken away.
         model: where the towers come from, for who opens the files later; a path is taken from ``directory``.
         preprocess: what the images went through (size, mean, std, interpolation, resize_mode); copied into the JSON.
         formats: which of ``FORMATS``.
@@ -52,45 +53,29 @@ def export_bundle(
         not there because it could not be written.
 
     Raises:
-        DgmrError: unknown format.
+        DgmrError: unknown format, or the folder holds another program's ``export.json``.
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
         raise DgmrError(f"unknown export format {unknown[0]!r}; known: {', '.join(FORMATS)}")
     directory.mkdir(parents=True, exist_ok=True)
+    _clear(directory)
     allowed = {name: kind.tolerance for name, kind in FORMATS.items()} | dict(tolerance or {})
-    towers: dict[str, dict[str, Any]] = {}
-    for part in parts:
-        expected = part.expected()
-        outputs = [
-            {"name": name, "shape": ["batch", *rows.shape[1:]], "dtype": "float32"}
-            for name, rows in zip(part.outputs, expected, strict=True)
-        ]
-        towers[part.tower] = {
-            "input": {"name": part.input, "shape": ["batch", *part.examples.shape[1:]], "dtype": str(part.examples.dtype)[6:]},
-            "outputs": outputs,
-            "normalised": part.normalised,
-            "files": {},
-        }
-        for name in formats:
-            with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as scratch:
-                path = Path(scratch, f"{part.file}{FORMATS[name].ending}")
-                before = original / path.relative_to(scratch) if original else None
-                options = {"original": before if before and before.exists() else None, "latency_batches": latency_batches}
-                entry = _written(name, part, path) or prove(name, path, part, expected, tolerance=allowed[name], **options)
-                files = {str(file.relative_to(scratch)): file for file in sorted(Path(scratch).rglob("*")) if file.is_file()}
-                towers[part.tower]["files"][name] = {
-                    "file": str(path.relative_to(scratch)),
-                    "sha256": {file: sha256(aside) for file, aside in files.items()},
-                    "megabytes": sum(aside.stat().st_size for aside in files.values()) / 1e6,
-                    **entry,
-                }
-                final = directory / path.relative_to(scratch)
-                for stale in (final, final.with_name(f"{final.name}.data")):
-                    stale.unlink(missing_ok=True)
-                    stale.with_name(f"{stale.name}.failed").unlink(missing_ok=True)
-                final.parent.mkdir(parents=True, exist_ok=True)
-                for file, aside in files.items():
-                    os.replace(aside, directory / (file if entry["verdict"] == VERIFIED else f"{file}.failed"))
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as scratch:
+        towers = {}
+        for part in parts:
+            expected = part.expected()
+            towers[part.tower] = {
+                "input": {"name": part.input, "shape": ["batch", *part.examples.shape[1:]], "dtype": str(part.examples.dtype)[6:]},
+                "outputs": [
+                    {"name": name, "shape": ["batch", *rows.shape[1:]], "dtype": "float32"}
+                    for name, rows in zip(part.outputs, expected, strict=True)
+                ],
+                "normalised": part.normalised,
+                "files": {
+                    name: _file(name, part, expected, directory, Path(scratch), original, allowed[name], latency_batches)
+                    for name in formats
+                },
+            }
     runtime = {"onnxruntime": onnx_file.runtime_version()} if any(name.startswith("onnx") for name in formats) else {}
     result = {
         "format": 2,
@@ -115,17 +100,69 @@ def failures(bundle: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _written(name: str, part: Part, path: Path) -> dict[str, Any] | None:
-    """Write the file; what there is to say if that is not possible."""
+def _clear(directory: Path) -> None:
+    """Take away what an earlier export wrote here, so that its files are never taken for this one's."""
+    manifest = directory / MANIFEST
+    if not manifest.exists():
+        return
+    try:
+        towers = json.loads(manifest.read_text())["towers"]
+        listed = [file for tower in towers.values() for entry in tower["files"].values() for file in entry["sha256"]]
+    except (ValueError, KeyError) as error:
+        raise DgmrError(f"{manifest} is of another program or version; export into another folder") from error
+    for file in listed:
+        (directory / file).unlink(missing_ok=True)
+        (directory / f"{file}.failed").unlink(missing_ok=True)
+    manifest.unlink()
+
+
+def _file(
+    name: str,
+    part: Part,
+    expected: Sequence[Tensor],
+    directory: Path,
+    scratch: Path,
+    original: Path | None,
+    tolerance: float,
+    latency_batches: Sequence[int],
+) -> dict[str, Any]:
+    """Write one file in ``scratch``, prove it, give it its name in ``directory``, and say how it did."""
+    folder = scratch / f"{part.tower} {name}"
+    path = folder / f"{part.file}{FORMATS[name].ending}"
+    before = original / path.relative_to(folder) if original else None
+    entry = _written(name, part, path, scratch / f"{part.tower}.onnx") or prove(
+        name,
+        path,
+        part,
+        expected,
+        tolerance=tolerance,
+        original=before if before and before.exists() else None,
+        latency_batches=latency_batches,
+    )
+    written = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    described = {
+        "file": str(path.relative_to(folder)),
+        "sha256": {file: sha256(aside) for file, aside in written.items()},
+        "megabytes": sum(aside.stat().st_size for aside in written.values()) / 1e6,
+        **entry,
+    }
+    (directory / part.file).parent.mkdir(parents=True, exist_ok=True)
+    for file, aside in written.items():
+        os.replace(aside, directory / (file if entry["verdict"] == VERIFIED else f"{file}.failed"))
+    return described
+
+
+def _written(name: str, part: Part, path: Path, source: Path) -> dict[str, Any] | None:
+    """Write the file; what there is to say if that is not possible. ``source`` is the ONNX file that others are converted from."""
     kind = FORMATS[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if kind.write:
             kind.write(part, path)
         if kind.convert:
-            with tempfile.TemporaryDirectory(dir=path.parent) as beside:
-                onnx_file.write(part, Path(beside) / "model.onnx")
-                kind.convert(Path(beside) / "model.onnx", path)
+            if not source.exists():
+                onnx_file.write(part, source)
+            kind.convert(source, path)
     except (OSError, DgmrError):  # no space, or a package that is not installed
         raise
     except Exception as error:  # an exporter's own: the other formats go on

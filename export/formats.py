@@ -11,7 +11,6 @@ from torch import Tensor
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.export import onnx_file, program_file, torchscript_file
 from dgmr_tp.export.parts import Part, Run
-from dgmr_tp.files import sha256
 
 
 @dataclass(frozen=True)
@@ -38,16 +37,16 @@ FORMATS = {
 SUFFIXES = (".onnx", ".pt", ".pt2")
 
 
-def open_exported(path: Path, *, trusted: bool | str = False, threads: int | None = None) -> Callable[[Tensor], Tensor]:
+def open_exported(path: Path, *, trusted: bool = False, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """An exported file as a function from images (or tokens) to embeddings, its first output.
 
     Args:
         path: its ending says what it is; ``.fp16.onnx`` and ``.int8.onnx`` are ONNX files, ``.aoti.pt2`` is a compiled package.
-        trusted: every kind but ONNX is code. True: you know where it comes from; a SHA-256: it must be that file.
+        trusted: every kind but ONNX is code, which opening it runs; True: you know where it comes from.
         threads: of onnxruntime; by default one per core.
 
     Raises:
-        DgmrError: unknown ending, a file of code that is not trusted, or it cannot be read.
+        DgmrError: unknown ending, a file of code that is not trusted, or it cannot be read; later, inputs that it does not take.
     """
     matching = [kind for kind in FORMATS.values() if path.name.endswith(kind.ending)]
     if not matching:
@@ -55,10 +54,17 @@ def open_exported(path: Path, *, trusted: bool | str = False, threads: int | Non
     kind = max(matching, key=lambda kind: len(kind.ending))
     if not path.is_file():
         raise DgmrError(f"{path} does not exist")
-    if kind.code and trusted is not True and (trusted is False or trusted != sha256(path)):
+    if kind.code and not trusted:
         raise DgmrError(f"{path} is code, and opening it runs it; if you know where it comes from, say --trust-file")
     try:
         run = kind.read(path, threads)
     except Exception as error:  # each runtime has errors of its own
         raise DgmrError(f"cannot open {path}: {first_line(error)}") from error
-    return lambda inputs: run(inputs.cpu())[0].to(inputs.device)
+
+    def embed(inputs: Tensor) -> Tensor:
+        try:
+            return run(inputs.cpu())[0].to(inputs.device)
+        except Exception as error:
+            raise DgmrError(f"{path} does not take inputs of shape {list(inputs.shape)}: {first_line(error)}") from error
+
+    return embed

@@ -56,10 +56,14 @@ def export_model(
         outputs, normalised, text: see :func:`~dgmr_tp.export.towers.parts_of`.
         options: of :func:`~dgmr_tp.export.bundle.export_bundle`, which says what is returned and raised.
     """
+    processor = getattr(model.preprocess, "processor", None)
+    described = image_processor(model.preprocess_config, model.image_size) if layout == "huggingface" and processor is None else None
     parts = lay_out(layout, parts_of(model, images, outputs=outputs, normalised=normalised or layout == "immich", text=text))
     result = export_bundle(parts, directory, model=source, preprocess=model.preprocess_config, **options)
-    if layout == "huggingface":
-        _write(directory / "preprocessor_config.json", image_processor(model.preprocess_config, model.image_size))
+    if described is not None:
+        _write(directory / "preprocessor_config.json", described)
+    elif layout == "huggingface":
+        processor.save_pretrained(str(directory))
     if layout == "immich":
         _write(directory / "visual" / "preprocess_cfg.json", {**model.preprocess_config, "size": model.image_size})
         _write(directory / "config.json", model.config)
@@ -94,9 +98,18 @@ def lay_out(layout: str, parts: Sequence[Part]) -> list[Part]:
 
 
 def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
-    """The ``preprocessor_config.json`` of transformers' CLIPImageProcessor that does what ``preprocess`` says."""
-    squash = preprocess.get("resize_mode", preprocess.get("crop_mode")) == "squash"
-    edge = math.floor(size / preprocess.get("crop_pct", 1.0))
+    """The ``preprocessor_config.json`` of transformers' CLIPImageProcessor that does what ``preprocess`` says.
+
+    Raises:
+        DgmrError: that processor cannot do it.
+    """
+    mode, crop = preprocess.get("resize_mode", preprocess.get("crop_mode", "center")), preprocess.get("crop_pct") or 1.0
+    squash = mode == "squash"
+    if mode not in ("shortest", "center", "squash") or (squash and crop != 1.0):
+        raise DgmrError(f"transformers' CLIPImageProcessor cannot resize by {mode!r} with crop_pct {crop}; use the layout plain")
+    if preprocess.get("interpolation", "bicubic") not in RESAMPLE:
+        raise DgmrError(f"transformers' CLIPImageProcessor has no interpolation {preprocess['interpolation']!r}; use the layout plain")
+    edge = math.floor(size / crop)
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,

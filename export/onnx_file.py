@@ -60,7 +60,7 @@ def to_half(source: Path, path: Path) -> None:
     kept = [*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"]
     with _quiet("onnxruntime.transformers.float16"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = float16.convert_float_to_float16(onnx.load(source), keep_io_types=True, op_block_list=kept)
+        model = float16.convert_float_to_float16(str(source), keep_io_types=True, op_block_list=kept)
     onnx.save(model, path, save_as_external_data=_bytes(source) > 2 * LARGE, location=f"{path.name}.data")
 
 

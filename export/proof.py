@@ -28,6 +28,8 @@ from dgmr_tp.export.parts import Part
 
 BATCHES = (1, 3, 8)
 VERIFIED = "verified"
+HANGING = 6 * 3600
+"""Seconds after which a runtime is given up."""
 
 
 def prove(
@@ -51,7 +53,7 @@ def prove(
 
     Returns:
         ``verdict`` (``verified`` or what was wrong) and, as far as the process came: per output and batch size the largest
-        ``relative_error`` and the lowest ``cosine`` of an example (of ``patches``: of a patch); ``peak_memory_mb``, what the process
+        ``relative_error`` of an example and the lowest ``cosine`` (of ``patches``: of a patch); ``peak_memory_mb``, what the process
         took beyond what it held before it opened the file; ``latency_ms`` per batch size and contestant.
     """
     with tempfile.TemporaryDirectory(prefix="dgmr-proof-") as scratch:
@@ -67,7 +69,11 @@ def prove(
             "tolerance": tolerance,
         }
         (Path(scratch) / "request.json").write_text(json.dumps(request))
-        done = subprocess.run([sys.executable, "-m", "dgmr_tp.export.proof", scratch], capture_output=True, text=True)
+        command = [sys.executable, "-m", "dgmr_tp.export.proof", scratch]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING)
+        except subprocess.TimeoutExpired:
+            return {"verdict": f"the runtime did not end within {HANGING // 3600} hours"}
         answer = Path(scratch) / "answer.json"
         found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
     if done.returncode < 0:
@@ -111,6 +117,8 @@ def _compare(found: Tensor, expected: Tensor) -> tuple[float | None, float | Non
     if found.shape != expected.shape or not bool(found.isfinite().all()):
         return None, None
     error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    if not bool(error.isfinite().all()):
+        return None, None
     return float(error.max()), float(F.cosine_similarity(found, expected, dim=-1).min())
 
 

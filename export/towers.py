@@ -31,7 +31,9 @@ def parts_of(
     if text:
         if model.tokenizer is None or not hasattr(model.module, "encode_text"):
             raise DgmrError(f"{model.name} has no text tower to export; it takes a CLIP of open_clip's")
-        parts.append(text_part(model.module, model.tokenizer(list(TEXTS)), normalised=normalised))
+        clip = copy.copy(model.module)
+        clip._modules = {name: child for name, child in clip._modules.items() if name != model.tower}  # its files hold what they need
+        parts.append(text_part(clip, model.tokenizer(list(TEXTS)), normalised=normalised))
     return parts
 
 
@@ -41,15 +43,18 @@ def vision_part(encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("
     Args:
         encoder: the tower's walk; it is copied.
         images: preprocessed, ``[n, 3, size, size]``, n ≥ 2.
-        outputs: which of the two; patch tokens are those behind the final norm.
+        outputs: the embedding, alone or with the patch tokens, which are those behind the final norm.
         normalised: the embedding's length is made 1 inside the file.
 
     Raises:
-        DgmrError: an unknown output, or none.
+        DgmrError: an unknown output, or no embedding.
     """
-    if not outputs or (unknown := [name for name in outputs if name not in OUTPUTS]):
-        raise DgmrError(f"unknown output {unknown[0] if outputs else 'none'!r}; known: {', '.join(OUTPUTS)}")
-    return Part("image", _ready(_Vision(encoder, tuple(outputs), normalised)), images, "image", tuple(outputs), normalised)
+    if unknown := [name for name in outputs if name not in OUTPUTS]:
+        raise DgmrError(f"unknown output {unknown[0]!r}; known: {', '.join(OUTPUTS)}")
+    if "embedding" not in outputs:
+        raise DgmrError("the outputs must hold the embedding; patches come beside it")
+    ordered = tuple(name for name in OUTPUTS if name in outputs)
+    return Part("image", _ready(_Vision(encoder, ordered, normalised)), images, "image", ordered, normalised)
 
 
 def text_part(clip: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:

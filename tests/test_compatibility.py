@@ -37,9 +37,9 @@ def naive(old, new, asked, indexed, count):
 
 
 def test_overlaps_are_those_of_a_search_written_out():
-    old, new = drawn(noise=0.4)
+    old, new = drawn(rows=700, noise=0.4)
     found = compatibility(old, new, queries=150, seed=3)
-    order = np.random.default_rng(3).permutation(400)
+    order = np.random.default_rng(3).permutation(700)
     for count in (10, 100):
         shares = naive(old, new, order[:150], order[150:], count)
         for way, (overlap, first) in zip(found["ways"].values(), shares.values(), strict=True):
@@ -50,7 +50,9 @@ def test_overlaps_are_those_of_a_search_written_out():
     assert found["cosine"]["mean"] == pytest.approx(cosines.mean(), abs=1e-6)
     assert found["cosine"]["p5"] == pytest.approx(np.percentile(cosines, 5), abs=1e-6)
     assert [worst["row"] for worst in found["worst"]] == np.argsort(cosines)[:8].tolist()
-    assert found["images"] == 400 and found["queries"] == 150
+    assert found["images"] == 700 and found["queries"] == 150
+    few = compatibility(old[:200], new[:200])
+    assert few["ways"]["new queries, old index"]["overlap@100"] is None, "all of an index of 100 are among its first 100"
 
 
 def test_decisions_are_compared_by_the_old_classifier():
@@ -145,13 +147,15 @@ def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
     np.save(tmp_path / "old.npy", old.numpy())
     np.save(tmp_path / "new.npy", new.numpy())
     np.save(tmp_path / "flat.npy", new.numpy().ravel())
+    (tmp_path / "empty.npy").touch()
     done = run_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
-    assert done.returncode == 0 and done.stdout.startswith("keep the index (cosine 0.99"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("keep the index: neighbours 100.0 %\n"), done.stderr
     assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compatibility(old, new)
     assert "Keep the index" in (tmp_path / "out" / "compatibility.html").read_text()
     for arguments, why in (
         (("old.npy", "flat.npy"), "rows and columns"),
         (("old.npy", "nowhere.npy"), "cannot read the embeddings"),
+        (("old.npy", "empty.npy"), "cannot read the embeddings"),
         (("old.npy", "demo"), "both .npy"),
         (("demo", "demo"), "give --images"),
     ):

@@ -26,9 +26,10 @@ from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.formats import FORMATS, open_exported
-from dgmr_tp.export.layouts import export_model
+from dgmr_tp.export.layouts import export_model, image_processor
 from dgmr_tp.export.parts import Part
-from dgmr_tp.export.towers import parts_of, text_part, vision_part
+from dgmr_tp.export.proof import VERIFIED, _compare, _judge
+from dgmr_tp.export.towers import parts_of, vision_part
 
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
@@ -125,17 +126,23 @@ def test_embeddings_of_length_one(served, tmp_path):
     assert report["towers"]["image"]["normalised"]
     with pytest.raises(DgmrError, match="unknown output 'logits'; known: embedding, patches"):
         part(tower, outputs=("logits",))
+    with pytest.raises(DgmrError, match="must hold the embedding"):
+        part(tower, outputs=("patches",))
 
 
 def test_a_text_tower(tmp_path):
     demo = open_model("demo")
     texts = demo.tokenizer(["a red circle", "two blue squares", "nothing"])
-    report = bundle(text_part(demo.module, texts[:2]), tmp_path, formats=["onnx"])
+    _, part = parts_of(demo, torch.rand(2, 3, 64, 64), text=True)
+    report = bundle(part, tmp_path, formats=["onnx", "torchscript"])
     assert not failures(report)
     with torch.no_grad():
         expected = demo.module.eval().encode_text(texts)
     assert worst(open_exported(tmp_path / "text.onnx")(texts), expected) < 1e-4 < worst(expected.flip(0), expected)
     assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
+    opened = torch.jit.load(str(tmp_path / "text.pt"))
+    assert not any("visual" in name for name, _ in opened.named_parameters()), "the vision tower is not in the text tower's file"
+    assert hasattr(demo.module, "visual")
     vit = replace(demo, module=timm_tower(), tower="", tokenizer=None)
     with pytest.raises(DgmrError, match="no text tower"):
         parts_of(vit, pictures(2), text=True)
@@ -150,7 +157,10 @@ def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(t
     assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
     assert names(tmp_path) == ["export.json", "model.onnx", "model.pt.failed"], "the other format goes on"
     assert not failures(bundle(tower, tmp_path, formats=["torchscript"]))
-    assert names(tmp_path) == ["export.json", "model.onnx", "model.pt"]
+    assert names(tmp_path) == ["export.json", "model.pt"], "what export.json no longer tells of is gone"
+    (tmp_path / "export.json").write_text("{}")
+    with pytest.raises(DgmrError, match="of another program or version"):
+        bundle(tower, tmp_path, formats=["torchscript"])
 
 
 def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
@@ -177,6 +187,13 @@ def test_what_cannot_be_written_is_said_and_the_rest_goes_on(tmp_path):
     assert names(tmp_path) == ["export.json", "model.pt"]
 
 
+def test_errors_that_are_no_numbers_are_no_proof():
+    ones = torch.ones(2, 4)
+    assert _compare(ones * torch.nan, ones) == _compare(ones[:, :3], ones) == _compare(ones, ones * 0) == (None, None)
+    assert _compare(ones * 1.5, ones)[0] == pytest.approx(0.5)
+    assert "not finite" in _judge({"embedding": {1: 0.0, 3: None}}, 1e-4) and _judge({"embedding": {1: 0.0, 3: 1e-5}}, 1e-4) == VERIFIED
+
+
 def test_outputs_that_are_not_finite_fail(tmp_path):
     class Divides(nn.Module):
         def forward(self, images):
@@ -189,11 +206,11 @@ def test_outputs_that_are_not_finite_fail(tmp_path):
 
 def test_code_is_opened_only_when_it_is_trusted(served):
     path = served[1] / "model.pt"
-    for trusted in (False, "0" * 64):
-        with pytest.raises(DgmrError, match=r"model\.pt is code.*--trust-file"):
-            open_exported(path, trusted=trusted)
-    for trusted in (True, hashlib.sha256(path.read_bytes()).hexdigest()):
-        assert open_exported(path, trusted=trusted)(pictures(1)).shape[0] == 1
+    with pytest.raises(DgmrError, match=r"model\.pt is code.*--trust-file"):
+        open_exported(path)
+    assert open_exported(path, trusted=True)(pictures(1)).shape[0] == 1
+    with pytest.raises(DgmrError, match=r"model\.pt does not take inputs of shape \[1, 3, 16, 16\]"):
+        open_exported(path, trusted=True)(pictures(1, size=16))
 
 
 def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
@@ -234,6 +251,8 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
         assert worst(torch.from_numpy(found), demo.module.eval().encode_image(images)) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
     assert session.run(["text_embeds"], {"input_ids": demo.tokenizer(["a", "b"]).numpy()})[0].shape == (2, 128)
+    with pytest.raises(DgmrError, match="cannot resize by 'longest'"):
+        image_processor({**demo.preprocess_config, "resize_mode": "longest"}, 64)
     with pytest.raises(DgmrError, match="unknown layout 'core'"):
         export_model(demo, images, tmp_path, **{**options, "layout": "core"})
 

@@ -14,6 +14,8 @@ from dgmr_tp.extras import require
 
 PERCENTILES = (1, 5, 25, 50, 75)
 NEAR, FAR = 10, 100
+MANY = 500
+"""Images of an index from which on its first 100 mean something."""
 WORST = 8
 FEWEST = 100
 """Images that a comparison needs."""
@@ -55,19 +57,20 @@ def compatibility(
     Returns:
         ``images``, ``queries``; ``cosine`` between old and new: ``mean`` and percentiles; ``worst``: rows of the lowest cosines;
         ``ways``: for new queries in the old index, old ones in the new, and new ones in the new (after re-embedding everything):
-        ``overlap@10`` and ``overlap@100`` with today's neighbours, and ``recall@10``, how often today's first neighbour is among ten;
-        ``agreement`` of the zero-shot decisions, None without a classifier; ``score``, the lowest of the agreement and the recalls of
-        the two mixed ways, ``limits``, and the ``verdict`` with its
-        ``place`` among the three.
+        ``overlap@10`` and ``overlap@100`` with today's neighbours (the second None in an index of less than 500), and ``recall@10``, how
+        often today's first neighbour is among ten; ``agreement`` of the zero-shot decisions, None without a classifier; ``score``, the
+        lowest of the agreement and the recalls of the two mixed ways, ``limits``, and the ``verdict`` with its ``place`` among the three.
 
     Raises:
-        DgmrError: widths or numbers of images differ, too few images, or embeddings that are not finite.
+        DgmrError: widths or numbers of images differ, too few images, embeddings that are not finite, or a classifier of another width.
     """
     limits = limits or Limits()
     if old.shape != new.shape:
         raise DgmrError(f"old embeddings are {list(old.shape)}, new ones {list(new.shape)}: these cannot share an index; re-embed")
     if len(old) < FEWEST:
         raise DgmrError(f"{len(old)} images; a comparison needs at least {FEWEST}")
+    if classifier is not None and classifier.shape[0] != old.shape[1]:
+        raise DgmrError(f"class embeddings are {list(classifier.shape)}; they must be [{old.shape[1]}, classes] for these encoders")
     if not bool(old.isfinite().all() and new.isfinite().all()):
         raise DgmrError("there are embeddings that are not finite")
     rows = {"old": F.normalize(old.float(), dim=-1), "new": F.normalize(new.float(), dim=-1)}
@@ -79,10 +82,10 @@ def compatibility(
         for asking, answering in [("old", "old"), *WAYS.values()]
     }
     today = found["old", "old"]
-    ways = {
+    ways: dict[str, dict[str, Any]] = {
         name: {
             f"overlap@{NEAR}": _overlap(today[:, :NEAR], found[way][:, :NEAR]),
-            f"overlap@{FAR}": _overlap(today, found[way]),
+            f"overlap@{FAR}": _overlap(today, found[way]) if len(indexed) >= MANY else None,
             f"recall@{NEAR}": float((found[way][:, :NEAR] == today[:, :1]).any(1).mean()),
         }
         for name, way in WAYS.items()

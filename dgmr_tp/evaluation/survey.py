@@ -102,6 +102,7 @@ def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
         raise DgmrError(f"{names} names {len(lines)} classes; decisions need at least two, one a line")
     metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
     device = next(model.module.parameters()).device.type
+    model.module.eval()  # text towers with dropout
     prompts_or_one = templates or ["a photo of a {c}."]
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         return metric.zero_shot_classifier(model.module, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()

@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -99,21 +100,25 @@ def evaluate(
         The metrics of the JSON file, such as ``acc1`` or ``text_retrieval_recall@5``, as fractions.
 
     Raises:
-        DgmrError: the model has no text tower and needs one, or the data set cannot be read.
+        DgmrError: the model has no text tower and needs one, the data set cannot be read, or a linear probe on several GPUs.
     """
     cli = require("clip_benchmark.cli", "eval")
     root = Path(root)
     if not root.is_dir():
         raise DgmrError(f"the data set folder {root} does not exist")
-    task = task_of(root) if task == "auto" else task
+    task = task_of(dataset, root) if task == "auto" else task
     if (tokenizer is None or not hasattr(model, "encode_text")) and task != "linear_probe" and not load_classifiers:
         raise DgmrError(f"{name} has no text tower; zero-shot evaluation needs a CLIP")
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist")
     rank = distributed.get_rank() if distributed.is_initialized() else 0
+    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
+    if task == "linear_probe" and device.type == "cuda" and distributed.is_initialized():
+        raise DgmrError("clip_benchmark's linear probe takes one process; start it without torchrun")
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{rank}.partial")
+    features = output.with_name(f".{output.name}.features")  # clip_benchmark would take those of another model by the same name
     options: dict[str, Any] = {
         "--model_type": MODEL_TYPE,
         "--model": name,
@@ -127,17 +132,17 @@ def evaluate(
         "--save_clf": save_classifier,
         "--batch_size": batch_size,
         "--num_workers": workers,
+        "--feature_root": features,
         "--output": str(aside).replace("{", "{{").replace("}", "}}"),
     }
     arguments = [part for key, value in options.items() if value is not None for part in (key, str(value))]
     arguments += ["--no_amp", "--quiet", "--recall_k", *RECALLS]
     arguments += ["--load_clfs", *map(str, load_classifiers)] if load_classifiers else []
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
     if distributed.is_initialized():
         model = Shared(model)
     with (
-        registered(lambda **_: (model, preprocess, tokenizer)),
         patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
+        registered(lambda **_: (model, preprocess, tokenizer)),
         contextlib.nullcontext(io.StringIO()) if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()) as noise,
     ):
         try:
@@ -146,6 +151,7 @@ def evaluate(
             raise DgmrError(f"clip_benchmark refused its arguments: {' '.join(noise.getvalue().splitlines()[-1:])}") from error
         except Exception as error:  # whatever a data set or a loader inside clip_benchmark raises
             raise DgmrError(f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}") from error
+    shutil.rmtree(features, ignore_errors=True)
     metrics = json.loads(aside.read_text())["metrics"]
     if rank == 0:
         os.replace(aside, output)
@@ -154,8 +160,10 @@ def evaluate(
     return metrics
 
 
-def task_of(root: Path) -> str:
-    """What a webdataset folder is for, by its ``dataset_type.txt``."""
+def task_of(dataset: str, root: Path) -> str:
+    """What a data set is for: a webdataset folder's ``dataset_type.txt`` says it, of the others clip_benchmark knows it."""
+    if not dataset.startswith("wds/"):
+        return require("clip_benchmark.datasets.builder", "eval").get_dataset_default_task(dataset)
     kind = root / "dataset_type.txt"
     return "zeroshot_retrieval" if kind.exists() and kind.read_text().strip() == "retrieval" else "zeroshot_classification"
 
