@@ -359,8 +359,8 @@ def main() -> None:
         "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
         "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
-    rounds = ((1, False), (1, True), (3, True))  # the cheap cells of all encoders first
-    for limit, searching in () if args.tables else rounds[: 1 if args.no_searches else 3]:
+    rounds = ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))  # the cheap cells of all encoders first
+    for limit, searching in () if args.tables else rounds:
         for name in args.only:
             build, sizes, searches = subjects[name]
             run(name, build(), store, sizes, args.methods, searches and searching, limit)

@@ -481,7 +481,7 @@ def compare(
     """Must the index be rebuilt? What old and new embeddings of your own images find in each other."""
     from dgmr_tp.evaluation.compatibility import Limits, compatibility
     from dgmr_tp.extras import require_installed
-    from dgmr_tp.report import in_words, write_html
+    from dgmr_tp.report import in_words, percent, write_html
 
     for package, extra in (("faiss", "eval"), ("jinja2", "export")):  # said before anything is embedded
         require_installed(package, extra)
@@ -518,10 +518,10 @@ def compare(
     write_whole(out_dir / "compatibility.json", json.dumps(found, indent=1) + "\n")
     page = write_html({"found": found, "old": _label(old, []), "new": _label(new, [])}, out_dir / "compatibility.html", "compare.html.j2")
     out.print(in_words(found))
+    table = Table("", "same of 10", "same of 100", "first among ten", box=None)
     for name, way in found["ways"].items():
-        out.print(
-            f"  {name}: overlap {way['overlap@10']:.3f} of 10, {way['overlap@100']:.3f} of 100; first among ten {way['recall@10']:.3f}"
-        )
+        table.add_row(name, *map(percent, way.values()))
+    out.print(table)
     out.print(f"report: {page}", soft_wrap=True)
 
 

@@ -235,6 +235,7 @@ def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
         open_exported(tmp_path / "a.onnx")
 
 
+@pytest.mark.slow
 def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     demo = open_model("demo")
@@ -257,6 +258,7 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
         export_model(demo, images, tmp_path, **{**options, "layout": "core"})
 
 
+@pytest.mark.slow
 def test_immichs_layout_answers_as_its_service_asks(tmp_path):
     """Names, types and the tokenizer's settings as immich_ml/models/clip uses them."""
     demo = open_model("demo")
