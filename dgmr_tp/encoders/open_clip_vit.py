@@ -30,7 +30,9 @@ class OpenCLIPViT:
         return state[:, 0], state[:, 1:]
 
     def norm(self, state: Tensor) -> Tensor:
-        return self.module.ln_post(state)
+        # CoCa pools first: its norm is for what comes out of the pooling, not for tokens.
+        pooled_first = self.module.attn_pool is not None and self.module.attn_pool_contrastive is None
+        return state if pooled_first else self.module.ln_post(state)
 
     def embed(self, state: Tensor) -> Tensor:
         pooled, _ = self.module._pool(state)
