@@ -805,7 +805,7 @@ def _array(path: str):  # type: ignore[no-untyped-def]
     import torch
 
     try:
-        rows = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        rows = torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
     if rows.ndim != 2:

@@ -121,7 +121,7 @@ def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
     for name, queries in rows.items():
         near = (queries[:200] @ rows["old"][200:].T).topk(10).indices + 200
         precision[name] = float((labels[near] == labels[:200, None]).float().mean())
-    assert precision["good"] > precision["old"] - 0.01 and precision["bad"] < precision["old"] - 0.2
+    assert precision["good"] > precision["old"] - 0.01 and precision["bad"] < precision["old"] / 2
     worst = found["bad"]["worst"][0]
     assert worst["thumbnail"].startswith("data:image/jpeg;base64,") and worst["name"].endswith(".png")
     assert worst["cosine"] == pytest.approx(float((rows["old"] * rows["bad"]).sum(1).min()), abs=1e-4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,8 @@ NEAR, FAR = 10, 100
 MANY = 500
 """Images of an index from which on its first 100 mean something."""
 WORST = 8
+CHUNK = 65536
+"""Embeddings that are worked on at a time."""
 FEWEST = 100
 """Images that a comparison needs."""
 WAYS = {"new queries, old index": ("new", "old"), "old queries, new index": ("old", "new"), "new queries, new index": ("new", "new")}
@@ -48,8 +51,8 @@ def compatibility(
     The neighbour search is faiss's exact one by cosine.
 
     Args:
-        old, new: ``[n, width]``, row by row of the same images, n ≥ 100.
-        classifier: class embeddings of the *old* text tower, ``[width, classes]``: zero-shot decisions are compared too.
+        old, new: ``[n, width]`` of any float type, row by row of the same images, n ≥ 100.
+        classifier: class embeddings of the *old* text tower, float32 ``[width, classes]``: zero-shot decisions are compared too.
         queries: how many images ask, at most half of them.
         limits: of the verdict.
         seed: draws the queries.
@@ -71,16 +74,22 @@ def compatibility(
         raise DgmrError(f"{len(old)} images; a comparison needs at least {FEWEST}")
     if classifier is not None and classifier.shape[0] != old.shape[1]:
         raise DgmrError(f"class embeddings are {list(classifier.shape)}; they must be [{old.shape[1]}, classes] for these encoders")
-    if not bool(old.isfinite().all() and new.isfinite().all()):
-        raise DgmrError("there are embeddings that are not finite")
-    rows = {"old": F.normalize(old.float(), dim=-1), "new": F.normalize(new.float(), dim=-1)}
-    cosines = (rows["old"] * rows["new"]).sum(-1)
+    cosines, alike = [], []
+    for before, after in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
+        before, after = before.float(), after.float()
+        if not bool(before.isfinite().all() and after.isfinite().all()):
+            raise DgmrError("there are embeddings that are not finite")
+        cosines.append(F.cosine_similarity(before, after))
+        if classifier is not None:
+            alike.append((before @ classifier).argmax(1) == (after @ classifier).argmax(1))
     order = np.random.default_rng(seed).permutation(len(old))
     asked, indexed = np.split(order, [min(queries, len(old) // 2)])
-    found = {
-        (asking, answering): _search(rows[answering][indexed], rows[asking][asked])
-        for asking, answering in [("old", "old"), *WAYS.values()]
-    }
+    rows = {"old": old, "new": new}
+    found = {}
+    for answering in rows:
+        index = _index(rows[answering], indexed)
+        for asking in rows:
+            found[asking, answering] = index.search(_unit(rows[asking], asked), min(FAR, len(indexed)))[1]
     today = found["old", "old"]
     ways: dict[str, dict[str, Any]] = {
         name: {
@@ -90,18 +99,15 @@ def compatibility(
         }
         for name, way in WAYS.items()
     }
-    agreement = None
-    if classifier is not None:
-        decided = {name: (embeddings @ classifier.to(embeddings)).argmax(1) for name, embeddings in rows.items()}
-        agreement = float((decided["old"] == decided["new"]).float().mean())
+    agreement = None if classifier is None else float(torch.cat(alike).float().mean())
     mixed = [ways[name][f"recall@{NEAR}"] for name in WAYS if name != "new queries, new index"]
     score = min(mixed if agreement is None else [*mixed, agreement])
-    values = cosines.numpy()
+    values = torch.cat(cosines).numpy()
     return {
         "images": len(old),
         "queries": len(asked),
         "cosine": {"mean": float(values.mean()), **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}},
-        "worst": [{"row": int(row), "cosine": float(cosines[row])} for row in cosines.argsort()[:WORST]],
+        "worst": [{"row": int(row), "cosine": float(values[row])} for row in values.argsort()[:WORST]],
         "ways": ways,
         "agreement": agreement,
         "score": score,
@@ -111,12 +117,16 @@ def compatibility(
     }
 
 
-def _search(index: Tensor, queries: Tensor) -> np.ndarray:
-    """The rows of ``index`` nearest to every query, ``[m, 100]`` (all of them, if there are fewer)."""
-    faiss = require("faiss", "eval")
-    flat = faiss.IndexFlatIP(index.shape[1])
-    flat.add(np.ascontiguousarray(index.numpy()))
-    return flat.search(np.ascontiguousarray(queries.numpy()), min(FAR, len(index)))[1]
+def _index(rows: Tensor, indexed: np.ndarray) -> Any:
+    """faiss's exact index of the cosines with ``rows[indexed]``, filled by chunks: a million embeddings are held once, not thrice."""
+    flat = require("faiss", "eval").IndexFlatIP(rows.shape[1])
+    for start in range(0, len(indexed), CHUNK):
+        flat.add(_unit(rows, indexed[start : start + CHUNK]))
+    return flat
+
+
+def _unit(rows: Tensor, places: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(F.normalize(rows[places].float(), dim=-1).numpy())
 
 
 def _overlap(before: np.ndarray, after: np.ndarray) -> float:

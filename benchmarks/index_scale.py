@@ -1,0 +1,59 @@
+"""Time and memory of a comparison of a million old and new embeddings on a CPU.
+
+    python benchmarks/index_scale.py --out benchmarks/results/index_scale.json
+
+Random clusters of 768 dimensions, 1,000 queries, 1,000 classes; memory: the process's peak less what it held with both arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import faiss
+import torch
+
+from dgmr_tp.evaluation.compatibility import compatibility
+from dgmr_tp.files import write_whole
+
+ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
+
+
+def held(field: str) -> float:
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    centres = torch.randn(CLASSES, WIDTH)
+    old = centres[torch.randint(CLASSES, (ROWS,))].add_(torch.randn(ROWS, WIDTH).mul_(0.5))
+    new = torch.randn(ROWS, WIDTH).mul_(0.05).add_(old)
+    before, started = held("VmRSS"), time.perf_counter()
+    found = compatibility(old, new, classifier=centres.T.contiguous())
+    seconds = time.perf_counter() - started
+    kept = {
+        "rows": ROWS,
+        "width": WIDTH,
+        "seconds": seconds,
+        "gigabytes": held("VmHWM") - before,
+        "arrays_gigabytes": 2 * old.numel() * 4 / 1e9,
+        "verdict": found["verdict"],
+        "threads": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "faiss": faiss.__version__,
+    }
+    write_whole(args.out, json.dumps(kept, indent=1) + "\n")
+    print(json.dumps(kept, indent=1))
+
+
+if __name__ == "__main__":
+    main()
