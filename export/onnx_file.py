@@ -51,16 +51,21 @@ def write(part: Part, path: Path) -> None:
 
 
 def to_half(source: Path, path: Path) -> None:
-    """Weights and arithmetic in float16, inputs and outputs in float32.
+    """Weights and matrix products in float16, inputs and outputs in float32.
 
-    Norms stay in float32: they need the range, and onnxruntime 1.31 on a CPU crashes on a fused norm in float16.
+    Norms and GELUs stay in float32: norms need the range, and onnxruntime 1.31 on a CPU, at its default settings, crashes on some graphs
+    in which they are float16.
     """
     onnx = require("onnx", "export")
     float16 = require("onnxruntime.transformers.float16", "export")
-    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization"]
+    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "Gelu"]
     with _quiet("onnxruntime.transformers.float16"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = float16.convert_float_to_float16(str(source), keep_io_types=True, op_block_list=kept)
+    # A value that goes to two of these is cast twice, by nodes of one name, which no runtime takes.
+    nodes = list({node.name if node.op_type == "Cast" else i: node for i, node in enumerate(model.graph.node)}.values())
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     onnx.save(model, path, save_as_external_data=_bytes(source) > 2 * LARGE, location=f"{path.name}.data")
 
 
