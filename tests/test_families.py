@@ -229,7 +229,7 @@ def test_the_plain_library_opens_what_its_config_can_say(model, directory, tmp_p
 def test_exported_files_compute_the_same(model, tmp_path):
     pruned, _, _ = prune(model, keep=uneven(block_sites(model)))
     part = vision_part(pruned.encoder, IMAGES, outputs=("embedding", "patches"))
-    report = export_bundle([part], tmp_path, model="", preprocess={}, formats=["onnx", "torchscript"], latency_batches=())
+    report = export_bundle([part], tmp_path, model="", preprocess={}, formats=["onnx", "onnx-fp16", "torchscript"], latency_batches=())
     assert not failures(report)
     for file in ("model.onnx", "model.pt"):
         run = open_exported(tmp_path / file, trusted=True)
