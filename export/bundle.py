@@ -111,6 +111,9 @@ def _clear(directory: Path) -> None:
     except (ValueError, KeyError) as error:
         raise DgmrError(f"{manifest} is of another program or version; export into another folder") from error
     for file in listed:
+        if not (directory / file).resolve().is_relative_to(directory.resolve()):
+            raise DgmrError(f"{manifest} names {file}, which is not below its folder; export into another folder")
+    for file in listed:
         (directory / file).unlink(missing_ok=True)
         (directory / f"{file}.failed").unlink(missing_ok=True)
     manifest.unlink()

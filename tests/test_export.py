@@ -161,6 +161,11 @@ def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(t
     (tmp_path / "export.json").write_text("{}")
     with pytest.raises(DgmrError, match="of another program or version"):
         bundle(tower, tmp_path, formats=["torchscript"])
+    (tmp_path.parent / "mine").touch()
+    (tmp_path / "export.json").write_text('{"towers": {"image": {"files": {"onnx": {"sha256": {"../mine": ""}}}}}}')
+    with pytest.raises(DgmrError, match="not below its folder"):
+        bundle(tower, tmp_path, formats=["torchscript"])
+    assert (tmp_path.parent / "mine").exists()
 
 
 def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
