@@ -658,18 +658,20 @@ def _tolerance(text: str) -> tuple[str, float]:
 
 
 def _proof_images(opened, images):  # type: ignore[no-untyped-def]
-    """24 images to prove an export with, as the model takes them."""
+    """Images to prove an export with, as the model takes them."""
     import torch
+
+    from dgmr_tp.export.proof import EXAMPLES
 
     if images is not None:
         from dgmr_tp.data.streams import find_images
 
-        return torch.cat(list(find_images(images).sample(24, 0, opened.preprocess)))
+        return torch.cat(list(find_images(images).sample(EXAMPLES, 0, opened.preprocess)))
     from PIL import Image
 
     from dgmr_tp.data.scenes import Scene
 
-    return torch.stack([opened.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(24)])
+    return torch.stack([opened.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(EXAMPLES)])
 
 
 def _print_file(directory, entry) -> None:  # type: ignore[no-untyped-def]

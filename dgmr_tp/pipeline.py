@@ -53,8 +53,6 @@ JOURNAL = "search.json"
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
 ORIGINAL = "original"
 """In the place of a size: the encoder before pruning."""
-PROOF = 24
-"""Images that an exported file is proved with."""
 TRAININGS = ("distill", "tune_text")
 """Stages that leave checkpoints to go on from."""
 
@@ -438,10 +436,11 @@ class Run:
 
     def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
         from dgmr_tp.export.layouts import export_model
+        from dgmr_tp.export.proof import EXAMPLES
 
         section = self.recipe.export
         assert section
-        images = torch.cat(list(find_images(self._images).sample(PROOF, self.recipe.seed, model.preprocess)))
+        images = torch.cat(list(find_images(self._images).sample(EXAMPLES, self.recipe.seed, model.preprocess)))
         return export_model(model, images, folder, source=source, **section.model_dump(), **options)
 
     def _measure(
@@ -521,10 +520,10 @@ class Run:
             "export.text": recipe.export and recipe.export.text,
             "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
         }
-        for key in (key for key, asked in speaking.items() if asked):
+        if keys := [key for key, asked in speaking.items() if asked]:
             shapes = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
             if not hasattr(shapes.module, "encode_text"):
-                raise DgmrError(f"{key}: {recipe.model.source} has no text tower; leave that key out")
+                raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower; leave that key out")
         if recipe.tune_text:
             from dgmr_tp.data.captions import Captioned
             from dgmr_tp.distillation.text import has_text_tower

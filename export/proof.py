@@ -27,6 +27,8 @@ from dgmr_tp.export.latency import latencies
 from dgmr_tp.export.parts import Part
 
 BATCHES = (1, 3, 8)
+EXAMPLES = 24
+"""Images that a file is proved with."""
 VERIFIED = "verified"
 HANGING = 6 * 3600
 """Seconds after which a runtime is given up."""

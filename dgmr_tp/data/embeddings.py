@@ -51,6 +51,19 @@ def embedded_share(
     return torch.cat(found), torch.cat(places)
 
 
+def from_all(part: Tensor) -> Tensor:
+    """The rows of all processes, one after the other."""
+    if not distributed.is_initialized():
+        return part
+    sizes = [torch.zeros((), dtype=torch.long, device=part.device) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(sizes, torch.tensor(len(part), device=part.device))
+    longest = int(max(sizes))
+    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(gathered, padded)
+    return torch.cat([rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)])
+
+
 class _Share(Dataset):
     def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], chosen: range) -> None:
         self.images, self.preprocess, self.chosen = images, preprocess, chosen

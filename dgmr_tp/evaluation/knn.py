@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from dgmr_tp.data.embeddings import embedded_share
+from dgmr_tp.data.embeddings import embedded_share, from_all
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.neighbours import nearest, vote
@@ -51,7 +51,7 @@ def knn_accuracy(
     names = sorted({*known, *asked})
     number = {name: i for i, name in enumerate(names)}
     how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    bank, places = (_from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how))
+    bank, places = (from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how))
     classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
     if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
         raise DgmrError(f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes")
@@ -75,16 +75,3 @@ def _class_of(images: Images, index: int) -> str:
             f"{images.records[index].name} has no class: k-NN needs a folder for every class, or tars with .cls beside the images"
         )
     return name
-
-
-def _from_all(part: Tensor) -> Tensor:
-    """The rows of all processes, one after the other."""
-    if not distributed.is_initialized():
-        return part
-    sizes = [torch.zeros((), dtype=torch.long, device=part.device) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, torch.tensor(len(part), device=part.device))
-    longest = int(max(sizes))
-    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(gathered, padded)
-    return torch.cat([rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)])

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, distributed, nn
 
+from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import linear_probe
 from dgmr_tp.extras import require
@@ -43,24 +44,16 @@ class CLIPWithEncoder(nn.Module):
         return self.clip.encode_text(text)  # type: ignore[operator]
 
 
-class Shared(nn.Module):
-    """A CLIP whose images are embedded by all processes of a launcher, each its part of every batch."""
+def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same function, of whose every batch each process of a launcher embeds its part."""
 
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        return self.clip.encode_text(text)  # type: ignore[operator]
-
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode(images: Tensor) -> Tensor:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         share = -(-len(images) // world)
-        padded = torch.cat([images, images[:1].expand(share * world - len(images), *images.shape[1:])])
-        mine = self.clip.encode_image(padded[rank * share :][:share]).contiguous()  # type: ignore[operator]
-        found = [torch.empty_like(mine) for _ in range(world)]
-        distributed.all_gather(found, mine)
-        return torch.cat(found)[: len(images)]
+        padded = torch.cat([images, images[:1].expand(share * world - len(images), *images.shape[1:])])  # an empty part suits no runtime
+        return from_all(encode_image(padded[rank * share :][:share]))[: len(images)]
+
+    return encode
 
 
 def evaluate(
@@ -139,7 +132,7 @@ def evaluate(
     arguments += ["--no_amp", "--quiet", "--recall_k", *RECALLS]
     arguments += ["--load_clfs", *map(str, load_classifiers)] if load_classifiers else []
     if distributed.is_initialized():
-        model = Shared(model)
+        model = CLIPWithEncoder(model, shared(model.encode_image))
     with (
         patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
         registered(lambda **_: (model, preprocess, tokenizer)),
