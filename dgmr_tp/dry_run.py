@@ -15,7 +15,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.recipe import Distill, Recipe
+from dgmr_tp.recipe import PROMISES, Distill, Recipe
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     before = (parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size))
     sizes = {}
     for name, amount in recipe.prune.sizes.items():
-        if "threshold" in amount or "latency" in amount.get("budget", {}):
+        if {"threshold", *PROMISES} & amount.keys() or "latency" in amount.get("budget", {}):
             continue  # only the run itself finds these widths
         pruner = MLPPruner(tower, sites=sites, image_size=opened.image_size, **amount)  # type: ignore[arg-type]
         assert pruner.keep is not None

@@ -31,7 +31,7 @@ from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import Dataset, Recipe, Recover, Training, parse_recipe
+from dgmr_tp.recipe import PROMISES, Dataset, Recipe, Recover, Training, parse_recipe
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
 PACKAGES = (
@@ -167,6 +167,9 @@ class Run:
                 section |= {"search": recipe.prune.search.model_dump(), **images}
             elif recipe.prune.criterion in DIFFERENTIATING:
                 section |= {"calibration": self._calibration, **images}
+            elif promised(amount):
+                assert recipe.recover
+                section |= {"held_out": recipe.prune.held_out, "damping": recipe.recover.damping, **images}
             inputs = data if recipe.prune.criterion in DIFFERENTIATING else ranked
             steps.append(Step("prune", size, section, inputs, partial(self._prune, size=size, amount=amount)))
             last[size] = f"prune/{size}"
@@ -316,6 +319,8 @@ class Run:
             if "threshold" in amount:
                 plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
                 found["image_forwards"] = image_blocks / len(model.encoder.blocks())
+            elif promised(amount):
+                plan, found["promise"] = self._keep_promise(model, amount, progress)
             elif self.recipe.prune.criterion in SEEING:
                 plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
             else:
@@ -342,6 +347,25 @@ class Run:
             progress=progress,
             **options,
         )
+
+    def _keep_promise(self, model: OpenedModel, amount: dict[str, Any], progress: Progress) -> tuple[Plan, dict[str, Any]]:
+        """The widths, and how they were found; the recovery stage then makes the very encoder that was judged."""
+        from dgmr_tp.promise import prune_to_promise
+
+        section = self.recipe.recover
+        assert section
+        kept = prune_to_promise(
+            model,
+            self.data_path(self.recipe.images),
+            calibration=section.images,
+            held_out=self.recipe.prune.held_out,
+            damping=section.damping,
+            seed=self.recipe.seed,
+            rankings=Rankings.read(self.folder("rank/all") / "rankings.safetensors"),
+            progress=progress,
+            **amount,
+        )
+        return kept.pruned.plan, {**kept.judged._asdict(), "trials": [trial._asdict() for trial in kept.trials]}
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.progress import shown
@@ -516,6 +540,8 @@ class Run:
                 raise DgmrError(f"{key}: {path} does not exist")
         if recipe.distill and recipe.distill.held_out and is_url(recipe.images):
             raise DgmrError(f"distill.held_out = {recipe.distill.held_out}: shards behind a URL cannot be divided; set it to 0")
+        if is_url(recipe.images) and any(map(promised, recipe.prune.sizes.values())):
+            raise DgmrError("prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard")
         speaking = {
             "export.text": recipe.export and recipe.export.text,
             "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
@@ -581,6 +607,11 @@ class Run:
         write_whole(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         os.rename(folder, self.folder(step.key))
+
+
+def promised(amount: dict[str, Any]) -> bool:
+    """Whether a size is to be found by what it keeps."""
+    return any(key in amount for key in PROMISES)
 
 
 def _versions() -> dict[str, str]:

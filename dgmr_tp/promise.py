@@ -47,6 +47,11 @@ class Promise(NamedTuple):
     trials: list[Trial]
     """In the order in which they were made."""
 
+    @property
+    def judged(self) -> Trial:
+        """The trial of ``pruned``: the smallest that kept the promise."""
+        return min((trial for trial in self.trials if trial.kept), key=lambda trial: trial.parameters)
+
 
 def prune_to_promise(
     model: OpenedModel,
@@ -76,11 +81,13 @@ def prune_to_promise(
             images; needs classes: sub-folders, or ``.cls`` in tars. Give one of the two.
         criterion, calibration, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
         held_out: how many images judge.
-        rankings: made before; then ``criterion`` is theirs. Make them with another ``seed``, or on other images, lest they know the judges.
+        rankings: made before; then ``criterion`` is theirs. Made on other images, or on as many of these with the same ``seed``, they do
+            not know the judges.
         progress: see :data:`Progress`.
 
     Raises:
-        DgmrError: not one of the two is given, too few images, no classes, or not even the whole tower keeps the promise.
+        DgmrError: not one of the two is given, too few images (with ``rankings``: fewer than ``calibration + held_out``), no classes, or
+            not even the whole tower keeps the promise.
     """
     if (min_cosine is None) == (max_drop is None):
         raise DgmrError("give either min_cosine or max_drop")
@@ -92,6 +99,11 @@ def prune_to_promise(
     pictures, labels = Images.find(images).labelled(calibration + held_out, seed, model.preprocess)
     if len(pictures) < held_out + 10:
         raise DgmrError(f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed")
+    if rankings and len(pictures) < calibration + held_out:
+        raise DgmrError(
+            f"{images} holds {len(pictures)} images that can be read, fewer than the {calibration} to calibrate on and the {held_out} to "
+            "judge by: the ranking might know the judges; add images, or take fewer of the two"
+        )
     if max_drop is not None and None in labels:
         raise DgmrError(f"max_drop compares accuracies, but not every image in {images} has a class; give sub-folders, or min_cosine")
     pictures = pictures.to(next(model.encoder.module.parameters()))

@@ -47,7 +47,8 @@ class Scenes(Section):
     """Captioned scenes to tune the text tower on."""
 
 
-AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold")
+AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold", "min_cosine", "max_drop")
+PROMISES = ("min_cosine", "max_drop")
 
 
 class Search(Section):
@@ -76,6 +77,12 @@ class Prune(Section):
     threshold: float | list[float] | None = None
     """For ``amp``: the widths are searched for; how much each MLP's cut may raise the entropy, nats."""
     search: Search = Field(default_factory=Search)
+    min_cosine: float | list[float] | None = None
+    """The smallest size whose embeddings have this mean cosine to the original's once it is recovered; see dgmr_tp.promise."""
+    max_drop: float | list[float] | None = None
+    """The same for the accuracy of a k-NN classifier, which may fall by this fraction; the images need classes."""
+    held_out: int = Field(512, ge=50)
+    """Images that judge a promise; neither ranking nor recovery sees them."""
     round_to: int = Field(1, ge=1)
     """Hidden widths are multiples of this."""
 
@@ -90,10 +97,16 @@ class Prune(Section):
             raise ValueError("threshold is for criterion: amp, whose widths are what its search finds; leave out round_to")
         if self.threshold is None and self.search != Search.model_validate({}):
             raise ValueError("search is about a threshold; give one instead of another amount, or leave search out")
+        if given[0] in PROMISES and self.criterion not in ("output", "activation"):
+            raise ValueError(f"{given[0]} looks for fitted widths; set criterion: output")
+        if given[0] not in PROMISES and self.held_out != Prune.model_fields["held_out"].default:
+            raise ValueError("held_out judges min_cosine or max_drop; give one of them instead of another amount, or leave held_out out")
         for amount in self._amounts:
             for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:
                 if number <= 0:
                     raise ValueError(f"{key} must be above 0, got {number}")
+                if key in PROMISES and number >= 1:
+                    raise ValueError(f"{key} must be below 1, got {number}")
         return self
 
     @property
@@ -329,6 +342,8 @@ class Recipe(Section):
             raise ValueError("a path begins with scenes:, but there is no section scenes")
         if self.scenes and not self.scenes.pairs and "scenes:pairs" in roots:
             raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
+        if not self.recover and any(getattr(self.prune, key) is not None for key in PROMISES):
+            raise ValueError("prune.min_cosine and prune.max_drop are about the recovered encoder; add the section recover")
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
             if section and section.batch_size % section.processes:
                 raise ValueError(f"{name}.batch_size = {section.batch_size} cannot be divided over {name}.processes = {section.processes}")

@@ -41,6 +41,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
             {
                 "name": size.replace("-", " ", 1),
                 "cost": cut.get("pruned"),
+                "promise": promise_in_words(size, cut["promise"]) if "promise" in cut else None,
                 "rows": [{"label": label, "metrics": pick(measured[label])} for label in LABELS if label in measured],
                 "sites": [
                     {**row, **{k: v for k, v in recovery.get(row["site"], {}).items() if k.endswith("error") or k == "kept_cut"}}
@@ -77,6 +78,8 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             )
     console.print(table)
     for size in data["sizes"]:
+        if size["promise"]:
+            console.print(f"{size['name']}: {size['promise']}", highlight=False, soft_wrap=True)
         if size["not_zero_shot"]:
             console.print(f"{size['name']}: {warning(size['not_zero_shot'])}", highlight=False)
         if found := size["compatibility"]:
@@ -137,6 +140,13 @@ def _extreme(by_batch: dict[str, float | None], pick: Callable[[Iterable[float]]
     """Over the batch sizes; None if one of them gave no number."""
     values = list(by_batch.values())
     return None if None in values else pick(value for value in values if value is not None)
+
+
+def promise_in_words(size: str, found: dict[str, Any]) -> str:
+    """What a size that was found by what it keeps does keep."""
+    what, side = ("mean cosine", "at least") if size.startswith("min_cosine") else ("k-NN accuracy lost", "at most")
+    tried = f"the smallest of {len(found['trials'])} sizes tried that keeps the promise"
+    return f"recovered, {what} {found['value']:.4f} on images held out, {side} {found['bound']:.4f} (95 %); {tried}"
 
 
 def in_words(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_command
+from conftest import recipe, run_command
 from families import FAMILIES
 from PIL import Image
 
@@ -14,8 +14,10 @@ from dgmr_tp import DgmrError, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.decide import rank
+from dgmr_tp.pipeline import Run
 from dgmr_tp.promise import prune_to_promise
 from dgmr_tp.pruning.cost import parameters
+from dgmr_tp.report import collect
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,57 @@ def test_classes_come_from_folders_and_from_shards(tmp_path, images):
     assert [record.class_name() for record in Images.find(tmp_path / "with_dots.tar").records] == ["7"]
     shards = Images.find(images).records
     assert [record.class_name() for record in shards] == [str(scenes.Scene.draw(11, i).label) for i in range(len(shards))]
+
+
+def test_a_ranking_that_may_know_the_judges_is_refused(model, images):
+    rankings = rank(model, "output", list(held_out(images, model, 80)[0].split(64)))
+    with pytest.raises(DgmrError, match="holds 240 images that can be read, fewer than the 200 to calibrate on and the 80 to judge by"):
+        prune_to_promise(model, images, min_cosine=0.9, calibration=200, held_out=80, rankings=rankings)
+
+
+def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(model, images, tmp_path):
+    model.save(tmp_path / "model", None)
+    changes = {
+        "prune": {"criterion": "output", "min_cosine": [0.999, 0.9999], "held_out": 80},
+        "recover": {"images": 160},
+        "model": str(tmp_path / "model"),
+        "images": str(images),
+        "scenes": None,
+        "distill": None,
+        "evaluate": None,
+        "compare": None,
+        "export": None,
+    }
+    run = Run(recipe(**changes), tmp_path / "run")
+    run.run(say=lambda line: None)
+    pictures, _ = Images.find(images).labelled(240, 0, model.preprocess)
+    dense = run.original().encoder.module.eval()
+    sizes = {}
+    for limit in (0.999, 0.9999):
+        recovered = open_model(str(run.folder(f"recover/min_cosine-{limit}") / "model")).encoder.module.eval()
+        with torch.no_grad():
+            cosine = float(F.cosine_similarity(recovered(pictures[160:]), dense(pictures[160:])).mean())
+        promise = run.figures(f"prune/min_cosine-{limit}")["promise"]
+        assert limit <= promise["bound"] < promise["value"] == pytest.approx(cosine, abs=1e-6)
+        sizes[limit] = parameters(recovered)
+    assert sizes[0.999] < sizes[0.9999] < parameters(dense)
+    data = collect(run.directory, "small", {step.key: run.figures(step.key) for step in run.steps})
+    assert f"mean cosine {promise['value']:.4f} on images held out, at least {promise['bound']:.4f}" in data["sizes"][1]["promise"]
+
+
+@pytest.mark.parametrize(
+    ("prune", "recover", "says"),
+    [
+        ({"min_cosine": 0.98}, {}, "set criterion: output"),
+        ({"criterion": "output", "min_cosine": 1.5}, {}, "min_cosine must be below 1, got 1.5"),
+        ({"criterion": "output", "max_drop": 0}, {}, "max_drop must be above 0"),
+        ({"criterion": "output", "max_drop": 0.01}, None, "add the section recover"),
+        ({"mlp_ratio": 1, "held_out": 60}, {}, "held_out judges min_cosine or max_drop"),
+    ],
+)
+def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover, says):
+    with pytest.raises(DgmrError, match=says):
+        recipe(prune=prune, recover=recover, distill=None)
 
 
 @pytest.mark.slow

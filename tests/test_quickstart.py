@@ -53,6 +53,7 @@ def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstar
     assert closes_half_of_the_gap(quickstart)
 
 
+@pytest.mark.slow
 def test_without_learning_it_does_not(quickstart, tmp_path):
     directory = begun(quickstart, tmp_path / "run")
     text = (ROOT / "recipes" / "quickstart.yaml").read_text()
