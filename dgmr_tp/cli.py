@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -374,6 +375,11 @@ def evaluate(
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
     knn_train: Annotated[Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")] = None,
     knn_test: Annotated[Path | None, typer.Option(help="k-NN: the images that are judged.")] = None,
+    head_test: Annotated[Path | None, typer.Option(help="A linear classifier on the embeddings: the images that are judged.")] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="Its weight and bias: .safetensors, .pt. Without: the encoder's own classifier.")
+    ] = None,
+    head_train: Annotated[Path | None, typer.Option(help="Or fit it to the first model, with these images.")] = None,
     suite: Annotated[str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo beside the published ones.")] = None,
     data_root: Annotated[Path | None, typer.Option(help="For a suite: a folder for each of its data sets.")] = None,
     folder: Annotated[Path, typer.Option("--out", "-o", help="The folder for the figures: a JSON each, and table.csv.")] = Path("results"),
@@ -391,13 +397,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
 ) -> None:
-    """Evaluate models or exported files with clip_benchmark's own code, or by k-NN; torchrun shares the images."""
+    """Evaluate models or files with clip_benchmark's own code, by k-NN, or by a linear classifier; torchrun shares the images."""
     from dgmr_tp.evaluation.zero_shot import tabulate, task_of
     from dgmr_tp.served import open_served
 
     asked = [dataset is not None and root is not None, knn_train is not None and knn_test is not None, suite is not None]
-    if sum(asked) != 1:
-        raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --suite and --data-root")
+    if sum([*asked, head_test is not None]) != 1:
+        raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --head-test, or --suite and --data-root")
+    if (head or head_train) and (head_test is None or (head and head_train)):
+        raise DgmrError("--head FILE, or --head-train IMAGES, goes with --head-test IMAGES")
     if suite is not None and (suite != "dgmr-zoo" or data_root is None):
         raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo, and it needs --data-root")
     if save_classifier and len(models) > 1:
@@ -413,6 +421,7 @@ def evaluate(
     how |= {"save_classifier": save_classifier, "load_classifiers": load_classifier or [], "batch_size": batch_size}
     files: list[Path] = []
     rows: dict[str, dict[str, float]] = {}
+    known_head = _read_head(head)
     for name in models:
         served = open_served(name, pretrained, text=text, trusted=trust_file, device=_device())
         label = _label(name, list(rows))
@@ -421,12 +430,18 @@ def evaluate(
             rows[label], written = _zoo(served, label, data_root, folder, batch_size, workers, speaks)
             files += written
             continue
-        what = f"{dataset.replace('/', '_')}-{how['task']}" if dataset else "knn"
+        what = f"{dataset.replace('/', '_')}-{how['task']}" if dataset else "head" if head_test else "knn"
         files.append(folder / f"{label}-{what}.json")
         if dataset:
             rows[label] = _benchmark(served, label, dataset, root, files[-1], **how)
+            continue
+        options = {"batch_size": batch_size, "workers": workers, "speaks": speaks}
+        if head_test:
+            if head_train and known_head is None:
+                known_head = _fit_head(served, head_train, **options)
+            rows[label] = _head(served, label, known_head, head_test, files[-1], **options)
         else:
-            rows[label] = _knn(served, label, knn_train, knn_test, files[-1], batch_size, workers, speaks)
+            rows[label] = _knn(served, label, knn_train, knn_test, files[-1], **options)
     if not speaks:
         return
     tabulate(files, folder / "table.csv")
@@ -830,20 +845,50 @@ def _benchmark(served, label, dataset, root, file, **how) -> dict[str, float]:  
     return run_clip_benchmark(served.clip, model.preprocess, model.tokenizer, dataset=dataset, root=root, output=file, name=label, **how)
 
 
-def _knn(served, label, train, test, file, batch_size, workers, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _knn(served, label, train, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.knn import knn_accuracy
+
+    bank, judged = Images.find(train), Images.find(test)
+    metrics = _with_progress(partial(knn_accuracy, train=bank, test=judged), served, **options)
+    return _written(metrics, label, "knn", test, file, options["speaks"])
+
+
+def _read_head(path):  # type: ignore[no-untyped-def]
+    from dgmr_tp.evaluation.linear_head import read_head
+
+    return read_head(path) if path else None
+
+
+def _fit_head(served, train, **options):  # type: ignore[no-untyped-def]
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.linear_head import fitted_head
+
+    return _with_progress(partial(fitted_head, train=Images.find(train)), served, **options)
+
+
+def _head(served, label, head, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.linear_head import head_accuracy
+
+    metrics = _with_progress(partial(head_accuracy, head=head, test=Images.find(test)), served, **options)
+    return _written(metrics, label, "head", test, file, options["speaks"])
+
+
+def _with_progress(measure, served, speaks, **options):  # type: ignore[no-untyped-def]
     from dgmr_tp.progress import shown
 
-    options = {"device": served.device, "batch_size": batch_size, "workers": workers}
     with shown() as progress:
         if speaks:
             options["progress"] = progress
-        bank, judged = Images.find(train), Images.find(test)
-        metrics = knn_accuracy(served.embed, served.model.preprocess, train=bank, test=judged, **options)
+        return measure(served.embed, served.model.preprocess, device=served.device, **options)
+
+
+def _written(metrics, label, task, test, file, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+    """Figures that are not clip_benchmark's own, kept in its form."""
     if speaks:
         file.parent.mkdir(parents=True, exist_ok=True)
-        form = {"dataset": str(test), "model": label, "pretrained": "none", "task": "knn", "metrics": metrics, "language": ""}
+        form = {"dataset": str(test), "model": label, "pretrained": "none", "task": task, "metrics": metrics, "language": ""}
         write_whole(file, json.dumps(form, indent=1) + "\n")
     return metrics
 
@@ -858,7 +903,7 @@ def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict
         files.append(folder / f"{label}-{name}-{task}.json")
         metrics[name] = _benchmark(served, label, dataset, place, files[-1], task=task, batch_size=batch_size, workers=workers)
     files.append(folder / f"{label}-knn.json")
-    knn = _knn(served, label, train, test, files[-1], batch_size, workers, speaks)
+    knn = _knn(served, label, train, test, files[-1], batch_size=batch_size, workers=workers, speaks=speaks)
     return zoo_figures(metrics, knn), files
 
 

@@ -53,6 +53,8 @@ JOURNAL = "search.json"
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
 ORIGINAL = "original"
 """In the place of a size: the encoder before pruning."""
+NOT_CLIP_BENCHMARKS = {"knn": "k-NN", "head": "linear head"}
+"""Headings of what is measured by our own code."""
 TRAININGS = ("distill", "tune_text")
 """Stages that leave checkpoints to go on from."""
 
@@ -257,20 +259,26 @@ class Run:
         # Rank 0 prepares the folder; the others meet it in the first collective.
         folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
         model = open_model(str(self.folder(step.inputs[0]) / "model"))
-        train = self._distill_here if stage == "distill" else self._tune_text_here
-        figures = train(model, folder)
+        figures = self._distill_here(model, folder, step) if stage == "distill" else self._tune_text_here(model, folder)
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
             model.save(folder / "model", self._plan(size), final=self.folder(step.key) / "model")
             write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
-    def _distill_here(self, student: OpenedModel, folder: Path) -> dict[str, Any] | None:
+    def _distill_here(self, student: OpenedModel, folder: Path, step: Step) -> dict[str, Any] | None:
         from dgmr_tp.distillation.distill import distill
         from dgmr_tp.distillation.settings import DistillSettings
 
         assert self.recipe.distill
         settings = DistillSettings.of(self.recipe.distill.model_dump(), self.recipe.seed)
-        return distill(self.original(), student, find_images(self._images), settings, folder)
+        kept = self._kept_features(step) if self.recipe.distill.keep_features else None
+        return distill(self.original(), student, find_images(self._images), settings, folder, kept)
+
+    def _kept_features(self, step: Step) -> Path:
+        """Where the sizes share the original's features; another recipe has other ones."""
+        model = self.recipe.model
+        made_from = [step.section, model.model_dump(), _fingerprint(model.source), model.pretrained and _fingerprint(model.pretrained)]
+        return self.directory / "distill" / f".features-{_hash([*made_from, self.versions])[:16]}"
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
         from dgmr_tp.data.captions import Captioned
@@ -389,7 +397,11 @@ class Run:
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:
         assert self.recipe.distill
-        return self._train("distill", self.recipe.distill, folder, size)
+        figures = self._train("distill", self.recipe.distill, folder, size)
+        if all(self.figures(f"distill/{other}") for other in self.recipe.prune.sizes if other != size):
+            for kept in folder.parent.glob(".features-*"):
+                kept.unlink()
+        return figures
 
     def _tune_text(self, folder: Path, size: str) -> dict[str, Any]:
         assert self.recipe.tune_text
@@ -402,7 +414,8 @@ class Run:
         if not (folder / "figures.json").exists():
             launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
         figures = json.loads((folder / "figures.json").read_text())
-        return {**figures, "losses": read_curve(folder, "loss"), "scores": read_curve(folder, "score")}
+        curves = {"losses": "loss", "scores": "score", "knn": "knn"}
+        return {**figures, **{key: read_curve(folder, name) for key, name in curves.items()}}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
         model = self.original()
@@ -470,22 +483,29 @@ class Run:
     def _measure(
         self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str
     ) -> dict[str, dict[str, float]]:
-        """clip_benchmark's metrics on every data set of the recipe, by data set, and the k-NN accuracy."""
+        """clip_benchmark's metrics on every data set of the recipe, by data set, and the accuracy by k-NN and by a linear head."""
         from dgmr_tp.evaluation.knn import knn_accuracy
+        from dgmr_tp.evaluation.linear_head import head_accuracy, read_head
         from dgmr_tp.evaluation.zero_shot import evaluate
         from dgmr_tp.progress import shown
 
-        assert self.recipe.evaluate
-        metrics = {}
+        section = self.recipe.evaluate
+        assert section
+        metrics: dict[str, dict[str, float]] = {}
         device = "cpu" if label.startswith("onnx") else self.device
         clip = clip.to(device).eval()
-        if asked := self.recipe.evaluate.knn:
-            train, test = (Images.find(self.data_path(path)) for path in (asked.train, asked.test))
-            options = {"batch_size": self.recipe.evaluate.batch_size, "workers": asked.workers}
+        on_images: list[tuple[str, Any, Callable[..., dict[str, float]]]] = []
+        if asked := section.knn:
+            on_images.append(("knn", asked, partial(knn_accuracy, train=Images.find(self.data_path(asked.train)))))
+        if judged := section.head:
+            on_images.append(("head", judged, partial(head_accuracy, head=read_head(Path(judged.weights)) if judged.weights else None)))
+        for name, given, measure in on_images:
+            options = {"device": device, "batch_size": section.batch_size, "workers": given.workers}
             with shown() as progress:
-                metrics["k-NN"] = knn_accuracy(embed, model.preprocess, train=train, test=test, device=device, progress=progress, **options)
-            write_whole(folder / f"{label}-knn.json", json.dumps(metrics["k-NN"], indent=1) + "\n")
-        for entry in self.recipe.evaluate.datasets:
+                found = measure(embed, model.preprocess, test=Images.find(self.data_path(given.test)), progress=progress, **options)
+            metrics[NOT_CLIP_BENCHMARKS[name]] = found
+            write_whole(folder / f"{label}-{name}.json", json.dumps(found, indent=1) + "\n")
+        for entry in section.datasets:
             metrics[entry.dataset] = evaluate(
                 clip,
                 model.preprocess,
@@ -495,7 +515,7 @@ class Run:
                 output=folder / f"{label}-{entry.dataset.replace('/', '_')}.json",
                 name=f"{self.recipe.name}-{label}",
                 task=entry.task,
-                batch_size=self.recipe.evaluate.batch_size,
+                batch_size=section.batch_size,
             )
         return metrics
 
@@ -538,8 +558,9 @@ class Run:
         for key, path in paths.items():
             if not path.startswith("scenes:") and not (key == "images" and is_url(path)) and not Path(path).exists():
                 raise DgmrError(f"{key}: {path} does not exist")
-        if recipe.distill and recipe.distill.held_out and is_url(recipe.images):
-            raise DgmrError(f"distill.held_out = {recipe.distill.held_out}: shards behind a URL cannot be divided; set it to 0")
+        for key, none in (("held_out", "0"), ("fixed_crops", "false"), ("keep_features", "false")):
+            if is_url(recipe.images) and getattr(recipe.distill, key, None):
+                raise DgmrError(f"distill.{key}: shards behind a URL cannot be divided or numbered; set it to {none}")
         if is_url(recipe.images) and any(map(promised, recipe.prune.sizes.values())):
             raise DgmrError("prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard")
         speaking = {

@@ -175,7 +175,7 @@ class Training(Section):
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the result: the rest may change between two starts of one training."""
-        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher"}
+        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher", "keep_features"}
         return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
 
 
@@ -190,6 +190,9 @@ class Distill(Training):
     augment: Literal["clip", "dinov2"] = "clip"
     min_crop: float = Field(0.2, gt=0, le=1)
     flip: bool = True
+    fixed_crops: bool = False
+    keep_features: bool = False
+    """The original's features of every crop stay on disk, for the other sizes of the recipe and for the next epochs of fixed crops."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     offload: Literal["none", "optimizer", "all"] = "none"
     shard_teacher: bool = False
@@ -206,6 +209,8 @@ class Distill(Training):
             raise ValueError("bf16 needs zero_stage 1, 2 or 3: stage 0 gives no float32 master weights back")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all needs zero_stage: 3, this is {self.zero_stage}")
+        if self.keep_features and self.shard_teacher:
+            raise ValueError("keep_features does not go with shard_teacher, whose processes must compute together; leave one of them out")
         if self.compile and (self.zero_stage == 3 or self.shard_teacher):
             raise ValueError("compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out")
         return self
@@ -242,22 +247,35 @@ class KNN(Section):
     workers: int = Field(0, ge=0)
 
 
+class Head(Section):
+    """Accuracy of a linear classifier; see dgmr_tp.evaluation.linear_head."""
+
+    test: str
+    """Images with classes."""
+    weights: str | None = None
+    """A file with its weight and bias; None: the encoder gives logits, as a timm model with a classifier does."""
+    workers: int = Field(0, ge=0)
+
+
 class Evaluate(Section):
     datasets: list[Dataset] = Field(default_factory=list)
     knn: KNN | None = None
+    head: Head | None = None
     batch_size: int = Field(64, ge=1)
 
     @model_validator(mode="after")
     def _something(self) -> Evaluate:
-        if not self.datasets and not self.knn:
-            raise ValueError("nothing is evaluated; give datasets, knn or both")
+        if not self.datasets and not self.knn and not self.head:
+            raise ValueError("nothing is evaluated; give datasets, knn or head")
         return self
 
     @property
     def paths(self) -> dict[str, str]:
         """Every folder it reads, by its key."""
         found = {f"evaluate.datasets.{i}.root": entry.root for i, entry in enumerate(self.datasets)}
-        return found | ({"evaluate.knn.train": self.knn.train, "evaluate.knn.test": self.knn.test} if self.knn else {})
+        found |= {"evaluate.knn.train": self.knn.train, "evaluate.knn.test": self.knn.test} if self.knn else {}
+        found |= {"evaluate.head.test": self.head.test} if self.head else {}
+        return found | ({"evaluate.head.weights": self.head.weights} if self.head and self.head.weights else {})
 
 
 class Compare(Section):
@@ -342,6 +360,8 @@ class Recipe(Section):
             raise ValueError("a path begins with scenes:, but there is no section scenes")
         if self.scenes and not self.scenes.pairs and "scenes:pairs" in roots:
             raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
+        if self.distill and self.distill.keep_features and not self.distill.fixed_crops and len(self.prune.sizes) == 1:
+            raise ValueError("distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither")
         if not self.recover and any(getattr(self.prune, key) is not None for key in PROMISES):
             raise ValueError("prune.min_cosine and prune.max_drop are about the recovered encoder; add the section recover")
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
@@ -410,7 +430,8 @@ def _known_keys(where: list[Any]) -> list[str]:
         "export": Export,
     }
     if where:
-        section = Dataset if "datasets" in where else KNN if "knn" in where else inside[where[0]]
+        within: dict[Any, type[BaseModel]] = {"datasets": Dataset, "knn": KNN, "head": Head}
+        section = within.get(where[1] if len(where) > 1 else "", inside[where[0]])
     return list(section.model_fields)
 
 

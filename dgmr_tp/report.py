@@ -15,7 +15,13 @@ from dgmr_tp.files import write_whole
 
 LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
 TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
-SHORT = {"acc1": "top-1", "text_retrieval_recall@5": "image→text R@5", "image_retrieval_recall@5": "text→image R@5", "knn@20": "top-1"}
+SHORT = {
+    "acc1": "top-1",
+    "text_retrieval_recall@5": "image→text R@5",
+    "image_retrieval_recall@5": "text→image R@5",
+    "knn@20": "top-1",
+    "head@1": "top-1",
+}
 
 
 def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None], not_zero_shot: Iterable[str] = ()) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     for row in cut.get("sites", [])
                 ],
                 "trainings": [
-                    {"title": title, **{key: done[f"{stage}/{size}"].get(key, []) for key in ("losses", "scores")}}
+                    {"title": title, "curves": _curves(done[f"{stage}/{size}"])}
                     for stage, title in TRAININGS.items()
                     if f"{stage}/{size}" in done
                 ],
@@ -60,6 +66,18 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
             }
         )
     return data
+
+
+def _curves(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]], bool]]:
+    """What a training's curves show, their points, and whether they are drawn on a logarithmic scale."""
+    original = training.get("original", {}).get("knn")
+    said = "" if original is None else f"; the original: {percent(original)} %"
+    curves = [
+        ("loss, logarithmic", training.get("losses", []), True),
+        ("mean cosine to the original on images held out", training.get("scores", []), False),
+        (f"share of images held out whose nearest others tell their class{said}", training.get("knn", []), False),
+    ]
+    return [(says, points, logarithmic) for says, points, logarithmic in curves if len(points) > 1]
 
 
 def print_table(data: dict[str, Any], console: Console) -> None:

@@ -4,8 +4,8 @@
 
 ``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``.
 ``after`` names the case which it goes on, ``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of
-a DeepSpeed file. The weights come to ``FOLDER/NAME.safetensors``, the figures to
-``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
+a DeepSpeed file, ``features`` names the file of kept features, ``lost`` a teacher that knows nothing any more. The weights come to
+``FOLDER/NAME.safetensors``, the figures to ``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
     start_deepspeed()
     for name, case in json.loads((folder / "cases.json").read_text()).items():
-        after, step, damage = (case.pop(key, None) for key in ("after", "step", "damage"))
+        after, step, damage, features, lost = (case.pop(key, None) for key in ("after", "step", "damage", "features", "lost"))
         if after and os.environ["RANK"] == "0":
             shutil.copytree(folder / after, folder / name)
             for checkpoint in (folder / name / "checkpoints").glob("step*"):
@@ -55,6 +55,8 @@ def main(folder: Path) -> None:
             Path(case["deepspeed"]).write_text(json.dumps(content))
         teacher = open_model("demo")
         student = prune(teacher, criterion="l2", mlp_ratio=1).model
+        if lost:
+            teacher.module.visual.transformer.apply(lambda module: [p.data.zero_() for p in module.parameters()])
         try:
             if "captions" in case:
                 settings = TextSettings.of(TuneText(**{**TEXT, **case}).model_dump(), seed=0)
@@ -62,7 +64,8 @@ def main(folder: Path) -> None:
             else:
                 images = find_images(case.pop("images", str(folder / "images")))
                 settings = DistillSettings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
-                done, trained = distill(teacher, student, images, settings, folder / name), student.encoder.module
+                kept = folder / features if features else None
+                done, trained = distill(teacher, student, images, settings, folder / name, kept), student.encoder.module
             if done:
                 save_file(trained.state_dict(), folder / f"{name}.safetensors")
                 (folder / f"{name}.figures").write_text(json.dumps(done))

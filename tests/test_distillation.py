@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -14,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import hypothesis
+import numpy as np
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -32,9 +35,11 @@ from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
+from dgmr_tp.distillation.kept import KeptFeatures
 from dgmr_tp.distillation.loop import read_curve
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
+from dgmr_tp.distillation.watch import HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.recipe import Distill
@@ -239,6 +244,9 @@ MATRIX = {
     "average": {"ema": 0.5},
     "average zero3": {"ema": 0.5, "zero_stage": 3, "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
+    "kept": {"features": "kept.features"},
+    "kept before": {"features": "kept.features", "lost": True},
+    "fixed": {"fixed_crops": True, "features": "fixed.features"},
     **{f"held out zero{stage}": {**HELD_OUT, "zero_stage": stage, "json": SHARDED} for stage in (1, 3)},
     **({"compiled": {"compile": True}} if shutil.which("g++") else {}),
     "bf16": {"bf16": True},
@@ -280,7 +288,9 @@ def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = No
     """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module.train()
-    crops = Crops(Images.find(folder / "images"), training_transform(opened.preprocess_config, 64, given.min_crop, given.flip), 0)
+    crops = Crops(
+        Images.find(folder / "images"), training_transform(opened.preprocess_config, 64, given.min_crop, given.flip), 0, given.fixed_crops
+    )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith(("ln_post", "proj")))
     decayed = ("conv1.weight", "in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
@@ -348,7 +358,80 @@ def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
     student.load_state_dict(load_file(matrix / f"{case}.safetensors"))
     with torch.no_grad():
         cosine = nn.functional.cosine_similarity(student(pictures), opened.module.visual(pictures)).mean()
+        found = nn.functional.normalize(student(pictures), dim=-1).double().numpy()
     assert float(cosine) == pytest.approx(max(curve.values()), abs=1e-4)
+    classes = [record.class_name() for record in held_out.records]
+    told = dict(read_curve(matrix / case, "knn"))[json.loads((matrix / f"{case}.figures").read_text())["best_step"]]
+    assert told == pytest.approx(sum(left_out(found, classes)) / 9)
+
+
+def left_out(embeddings, classes):
+    """For each, whether the others tell its class: votes of the 20 nearest, weighed by exp(cosine / 0.07)."""
+    for place, embedding in enumerate(embeddings):
+        similar = embeddings @ embedding
+        votes = {}
+        for other in [i for i in (-similar).argsort() if i != place][:20]:
+            votes[classes[other]] = votes.get(classes[other], 0) + math.exp(similar[other] / 0.07)
+        yield max(votes, key=votes.get) == classes[place]
+
+
+def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_group, tmp_path):
+    generator = np.random.default_rng(0)
+    for index in range(90):
+        picture = (40 * (index % 3) + generator.normal(100, 60, (8, 8, 3))).clip(0, 255).astype("uint8")
+        (tmp_path / str(index % 3)).mkdir(exist_ok=True)
+        PIL.Image.fromarray(picture).save(tmp_path / str(index % 3) / f"{index}.png")
+    (tmp_path / "1" / "broken.png").write_bytes(b"no image")
+    images = Images.find(tmp_path)
+    preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 128  # noqa: E731
+    teacher, student = (lambda batch: batch.flatten(1)), (lambda batch: batch.mean((2, 3)))
+    held_out = HeldOut(images, preprocess, student, 8, 16)
+    there = [i for i in range(len(images)) if images.read(i) is not None]
+    classes = [images.records[i].class_name() for i in there]
+    pictures = torch.stack([preprocess(images.read(i)) for i in there])
+    for tower, told in ((student, held_out.scores(student)["knn"]), (student, held_out.original["knn"])):
+        found = nn.functional.normalize(tower(pictures), dim=-1).double().numpy()
+        assert told == pytest.approx(sum(left_out(found, classes)) / 90) and 0.4 < told < 0.99
+    wide = HeldOut(images, preprocess, teacher, 8, 16)
+    assert wide.original["knn"] != held_out.original["knn"]
+    (tmp_path / "loose.png").write_bytes((tmp_path / "0" / "0.png").read_bytes())
+    without = HeldOut(Images.find(tmp_path), preprocess, student, 8, 16)
+    assert without.original == {} and without.scores(student) == {"score": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision):
+    draw = lambda count: {"class_token": torch.randn(count, 5).to(precision), "patches": torch.randn(count, 4, 3)}  # noqa: E731
+    kept, first, second = KeptFeatures(tmp_path / "kept", draw(1), 100), draw(3), draw(2)
+    kept.write([7, 0, 90], first)
+    kept.write([3, 8], second)
+    found = KeptFeatures(tmp_path / "kept", draw(1), 100).read([90, 7, 8])  # as another process does
+    assert found.keys() == first.keys()
+    for name, values in found.items():
+        assert torch.equal(values, torch.cat([first[name][[2, 0]], second[name][1:]])) and values.dtype == first[name].dtype
+    assert kept.read([7, 1]) is None and kept.read([200]) is None, "what was never written"
+    with (tmp_path / "kept").open("r+b") as file:
+        file.seek(8 * kept.row - 1)
+        last = file.read(1)[0]
+        file.seek(8 * kept.row - 1)
+        file.write(bytes([last ^ 1]))
+    assert kept.read([7]) is None and kept.read([0, 8]) is not None, "a damaged row"
+    with pytest.raises(DgmrError, match=r"take .* GB, but only .* GB are free at .*; make room"):
+        KeptFeatures(tmp_path / "more", draw(1), 10**15)
+
+
+@pytest.mark.slow
+def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix):
+    """Half of the crops are damaged for a third run, whose teacher is lost: it learns something else."""
+    ours, again, reference = (load_file(matrix / f"{name}.safetensors") for name in ("kept", "kept before", "zero1"))
+    assert all(torch.equal(ours[name], reference[name]) and torch.equal(again[name], reference[name]) for name in reference)
+    fixed = load_file(matrix / "fixed.safetensors")
+    assert apart(fixed, reference) > 0.1, "the second epoch's crops are the first one's"
+    shutil.copy(matrix / "kept.features", matrix / "damaged.features")
+    with (matrix / "damaged.features").open("r+b") as file:
+        file.truncate((matrix / "kept.features").stat().st_size // 2)
+    launch(matrix, 2, {"damaged": {**MATRIX["kept before"], "features": "damaged.features"}})
+    assert apart(load_file(matrix / "damaged.safetensors"), reference) > 0.1
 
 
 @pytest.mark.slow
@@ -459,7 +542,7 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
         assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
     said = (tmp_path / "log").read_text()
     assert "preempted" in said and "Traceback" not in said
-    [checkpoint] = curve.parent.parent.glob(f"checkpoints/*/{SEAL}")
+    checkpoint = max(curve.parent.parent.glob(f"checkpoints/*/{SEAL}"))
     step = json.loads(checkpoint.read_text())["step"]
     assert 3 <= step < 24
     done = run_command("run", path, "-o", directory, "--until", "distill")

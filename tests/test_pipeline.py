@@ -210,6 +210,16 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
 
 
 @pytest.mark.slow
+def test_sizes_that_share_the_originals_features_end_where_each_alone_does(small_run, tmp_path):
+    changes = {"prune": {"mlp_ratio": [0.5, 1]}, "distill": {**SMALL["distill"], "keep_features": True}}
+    path, directory = write_recipe(tmp_path / "small.yaml", **changes), tmp_path / "run"
+    done = run_command("run", path, "-o", directory, "--until", "distill")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("the original's features are kept in") == 2 and not list(directory.glob("distill/.features-*"))
+    assert same(weights(directory), weights(small_run[0]))
+
+
+@pytest.mark.slow
 def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
     directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
     done = run_command("run", path, "-o", directory, "--until", "recover")

@@ -122,6 +122,18 @@ class Images:
     def __len__(self) -> int:
         return len(self.records)
 
+    def classes(self) -> list[str]:
+        """The class of each.
+
+        Raises:
+            DgmrError: an image has none.
+        """
+        names = [record.class_name() for record in self.records]
+        if None in names:
+            nameless = self.records[names.index(None)].name
+            raise DgmrError(f"{nameless} has no class; give a folder for every class, or tars with .cls beside the images")
+        return [str(name) for name in names]
+
     def divided(self, count: int, seed: int) -> tuple[Images, Images]:
         """``count`` of them, chosen by ``seed``, and all others."""
         chosen = set(np.random.default_rng((seed, count)).choice(len(self), count, replace=False).tolist())

@@ -38,22 +38,28 @@ class Sample(NamedTuple):
     """Of a stream: which reader, and the position of its shard in the endless order."""
     texts: Tensor | None = None
     """Of images with captions, whose embeddings then stand in place of them: token ids."""
+    rows: list[int] = []  # noqa: RUF012
+    """Numbers of the crops; equal numbers are equal crops. Of a stream: none."""
 
 
 class Crops(Dataset):
-    """Random crops of ``images``, addressed by (epoch, index); a broken image is replaced by the next one that is not."""
+    """Random crops of ``images``, addressed by (epoch, index); a broken image is replaced by the next one that is not.
 
-    def __init__(self, images: Images, transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    ``fixed`` crops are the same in every epoch.
+    """
+
+    def __init__(self, images: Images, transform: Callable[[Any], Tensor], seed: int, fixed: bool = False) -> None:
+        self.images, self.transform, self.seed, self.fixed = images, transform, seed, fixed
 
     def __getitem__(self, place: Place) -> Sample:
-        epoch, index = place
+        epoch, index = (0 if self.fixed else place[0]), place[1]
         broken: dict[str, str] = {}
         for step in range(len(self.images)):
             at = (index + step) % len(self.images)
             image, name = self.images.read(at), self.images.records[at].name
             if image is not None:
-                return Sample(_crop(self.transform, image, (self.seed, epoch, index)), [name], broken)
+                crop = _crop(self.transform, image, (self.seed, epoch, index))
+                return Sample(crop, [name], broken, rows=[epoch * len(self.images) + index])
             broken[name] = self.images.broken[name]
         raise DgmrError(f"none of the {len(self.images)} images in {self.images.source} can be read")
 
@@ -153,6 +159,7 @@ def _collated(samples: list[Sample]) -> Sample:
         [name for sample in samples for name in sample.names],
         {name: error for sample in samples for name, error in sample.broken.items()},
         samples[-1].shard,
+        rows=[row for sample in samples for row in sample.rows],
     )
 
 

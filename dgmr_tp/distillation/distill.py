@@ -17,8 +17,9 @@ from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, stream_batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
+from dgmr_tp.distillation.kept import KeptFeatures
 from dgmr_tp.distillation.loop import Task, train, training
-from dgmr_tp.distillation.losses import FeatureTap
+from dgmr_tp.distillation.losses import Features, FeatureTap
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.distillation.watch import HeldOut
 from dgmr_tp.encoders import OpenedModel
@@ -28,7 +29,12 @@ from dgmr_tp.pruning.cost import flops
 
 
 def distill(
-    teacher: OpenedModel, student: OpenedModel, images: Images | Stream, settings: DistillSettings, directory: Path
+    teacher: OpenedModel,
+    student: OpenedModel,
+    images: Images | Stream,
+    settings: DistillSettings,
+    directory: Path,
+    features: Path | None = None,
 ) -> dict[str, Any] | None:
     """Train ``student`` to give ``teacher``'s features, resuming from ``directory`` if a checkpoint lies there.
 
@@ -40,6 +46,8 @@ def distill(
         images: unlabelled; from a :class:`Stream` a run that was interrupted goes on at the beginning of a shard.
         settings: see :class:`DistillSettings`.
         directory: checkpoints and the curves (``log/``, CSV) go here.
+        features: keep the teacher's features of every crop in this file, and use what it holds. The same file serves trainings that
+            differ in the student, the steps or the batches, and in nothing else. Not for a :class:`Stream`.
 
     Returns:
         On rank 0 the figures of the run, None elsewhere. The student of rank 0 then holds the trained weights.
@@ -53,19 +61,30 @@ def distill(
 
         def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
             batch = sample.images.to(device, precision, non_blocking=True)
-            with torch.no_grad():
-                target = answers(batch)
-            return settings.loss(engine(batch), target)
+            return settings.loss(engine(batch), wanted(batch, sample.rows))
+
+        @torch.no_grad()
+        def wanted(batch: Tensor, rows: list[int]) -> Features:
+            if kept is None:
+                return answers(batch)
+            if (known := kept.read(rows)) is not None:
+                return {name: value.to(device, non_blocking=True) for name, value in known.items()}
+            found = answers(batch)
+            kept.write(rows, found)
+            return found
 
         def embed(tap: Callable[..., dict[str, Tensor]], images: Tensor) -> Tensor:
             return tap(images.to(device, precision), embedding=True)["embedding"]
 
-        score = None
+        scores, original = None, {}
         if settings.held_out:
-            kept, images = _held_out(images, settings)
+            judges, images = _held_out(images, settings)
             micro = settings.micro_batch_of(distributed.get_world_size())
-            held_out = HeldOut(kept, teacher.preprocess, partial(embed, answers), teacher.image_size, micro)
-            score = lambda engine: held_out.cosine(partial(embed, engine))  # noqa: E731
+            held_out = HeldOut(judges, teacher.preprocess, partial(embed, answers), teacher.image_size, micro)
+            scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
+            original = held_out.original
+
+        kept = _kept(features, answers, probe, images, settings) if features else None
 
         def place(done: Checkpoint) -> str:
             return "" if isinstance(images, Images) else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
@@ -80,15 +99,18 @@ def distill(
             count=count,
             place=place,
             flops=(4 if settings.recompute else 3) * forward[0] + forward[1],
-            score=score,
+            scores=scores,
         )
         step, broken = train(task, settings, directory, stop)
-        broken |= checkpoints.all_of(kept.broken) if settings.held_out else {}
+        broken |= checkpoints.all_of(judges.broken) if settings.held_out else {}
         release()
+        if kept:
+            kept.close()
     if distributed.get_rank():
         return None
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
-    return {**asdict(settings), "processes": distributed.get_world_size(), "images": count, "broken_images": broken, "best_step": step}
+    figures = {"processes": distributed.get_world_size(), "images": count, "broken_images": broken, "best_step": step}
+    return {**asdict(settings), **figures, "original": original}
 
 
 def _held_out(images: Images | Stream, settings: DistillSettings) -> tuple[Images, Images]:
@@ -98,15 +120,31 @@ def _held_out(images: Images | Stream, settings: DistillSettings) -> tuple[Image
     return images.divided(settings.held_out, settings.seed)
 
 
+def _kept(
+    file: Path, answers: Callable[[Tensor], Features], probe: Tensor, images: Images | Stream, settings: DistillSettings
+) -> KeptFeatures:
+    if isinstance(images, Stream):
+        raise DgmrError("distill.keep_features: shards behind a URL cannot be numbered; set it to false")
+    with torch.no_grad():
+        example = answers(torch.zeros(probe.shape, device=device_here(), dtype=torch.bfloat16 if settings.bf16 else torch.float32))
+    crops = settings.steps * settings.batch_size
+    kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
+    if distributed.get_rank() == 0:
+        print(f"  distillation: the original's features are kept in {file}, up to {kept.bytes / 1e6:,.0f} MB", flush=True)
+    return kept
+
+
 def _loader(images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint) -> Generator[Sample]:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     micro = settings.micro_batch_of(world)
     transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment)
     if isinstance(images, Stream):
+        if settings.fixed_crops:
+            raise DgmrError("distill.fixed_crops: shards behind a URL cannot be numbered; set it to false")
         crops = StreamCrops(images, transform, settings.seed, done.shard, rank, world)
         return stream_batches(crops, micro=micro, workers=settings.workers)
     return batches(
-        Crops(images, transform, settings.seed),
+        Crops(images, transform, settings.seed, settings.fixed_crops),
         batch=settings.batch_size,
         micro=micro,
         seed=settings.seed,

@@ -10,6 +10,7 @@ import math
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ STOP = "stop"
 """A file in the directory of a training that asks it to save and leave."""
 CHECKPOINTS = "checkpoints"
 """Folder in the directory of a training with all that a run goes on from, and that nobody needs in the end."""
+LAUNCHERS_PATIENCE = 30
+"""Seconds from SIGTERM to SIGKILL."""
 FEW = 1000
 """Images of a stream after which the share of broken ones is judged."""
 CURVES = "train"
@@ -70,8 +73,8 @@ class Task:
     """Where a run goes on, in words, beside the step."""
     flops: float | None = None
     """Operations that a sample costs, backward pass included."""
-    score: Callable[[Callable[..., Any]], float] | None = None
-    """How good the module is on what it is not trained on; higher is better. Called in every process."""
+    scores: Callable[[Callable[..., Any]], dict[str, float]] | None = None
+    """How good the module is on what it is not trained on, ``score`` (higher is better) and other curves. Called in every process."""
 
 
 class Outcome(NamedTuple):
@@ -193,13 +196,13 @@ def _steps(
     broken, shards = dict(done.broken), {}
 
     def judged(step: int) -> dict[str, float]:
-        if task.score is None or (step % settings.evaluate_every and step < settings.steps):
+        if task.scores is None or (step % settings.evaluate_every and step < settings.steps):
             return {}
         engine.eval()
-        score = task.score(engine)
+        scores = task.scores(engine)
         engine.train()
-        best.keep(score, step, whole_parameters(engine.module))
-        return {"score": score}
+        best.keep(scores["score"], step, whole_parameters(engine.module))
+        return scores
 
     def draw(step: int, curves: dict[str, float]) -> None:
         if curves:
@@ -252,15 +255,27 @@ def _steps(
                 if (norm := engine.get_global_grad_norm()) is not None:
                     curves["gradient_norm"] = float(norm)
             draw(step, curves)
-            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped:
+            first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
+            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
                 shard = min(checkpoints.all_of(shards).values())
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
+                began = time.monotonic()
                 checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)
+                if first and rank == 0:
+                    print(f"  {settings.what}: {_save_in_words(folder / here.tag, time.monotonic() - began)}", flush=True)
             if stopped and step < settings.steps:
                 if rank == 0:
                     (directory / STOP).unlink(missing_ok=True)
                 raise Preempted(f"preempted at step {step} of {settings.steps}; run again to go on from there")
     return broken
+
+
+def _save_in_words(folder: Path, seconds: float) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    said = f"a checkpoint is {size / 1e6:,.0f} MB and takes {seconds:.1f} s"
+    if seconds < LAUNCHERS_PATIENCE:
+        return said
+    return f"{said}, longer than the deepspeed launcher waits after SIGTERM; let the scheduler signal earlier (docs/distillation.md)"
 
 
 def _seed(device: torch.device, *parts: int) -> None:

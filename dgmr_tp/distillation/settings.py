@@ -115,6 +115,8 @@ class DistillSettings(Settings):
     augment: str
     min_crop: float
     flip: bool
+    fixed_crops: bool
+    """Whether an image is cropped alike in every epoch."""
     held_out: int
     """Images that are not trained on, on which the student is compared with the teacher; the best student is the result."""
     shard_teacher: bool

@@ -11,17 +11,22 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
+from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import from_first, writing
+from dgmr_tp.distillation.engine import device_here
+from dgmr_tp.neighbours import nearest, vote
 
 WINDOW = 20
 """Steps over which a rate is taken."""
+NEIGHBOURS = 20
 BEST = "best.safetensors"
 
 
@@ -91,21 +96,40 @@ class HeldOut:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         # All processes take the same number of batches, because parameters may be gathered for each.
         count = -(-len(images) // world)
-        pictures, self.counted = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.float64)
+        pictures, decoded = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.bool)
         for row, place in enumerate(range(rank, len(images), world)):
             if (image := images.read(place)) is not None:
-                pictures[row], self.counted[row] = preprocess(image), 1
+                pictures[row], decoded[row] = preprocess(image), True
         self.batches = pictures.split(size)
-        with torch.no_grad():
-            self.wanted = [embed(batch) for batch in self.batches]
+        self.decoded = from_all(decoded.to(device_here()))
+        places = [place if place < len(images) else 0 for first in range(world) for place in range(first, first + count * world, world)]
+        names = [images.records[place].class_name() for place in places]
+        numbers = torch.tensor(np.unique([str(name) for name in names], return_inverse=True)[1], device=device_here())
+        self.classes = None if None in names else numbers[self.decoded]
+        self.wanted = self._embedded(embed)
+
+    def scores(self, embed: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """``score``, the mean cosine of the student's embeddings to the teacher's, and ``knn`` where all images have a class: the share
+        of them whose 20 nearest others tell it. Every process has to call it."""
+        found = self._embedded(embed)
+        return {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
+
+    @property
+    def original(self) -> dict[str, float]:
+        """The teacher's own ``knn``."""
+        return self._told(self.wanted)
 
     @torch.no_grad()
-    def cosine(self, embed: Callable[[Tensor], Tensor]) -> float:
-        """Mean cosine of the student's embeddings to the teacher's. Every process has to call it."""
-        cosines = torch.cat([F.cosine_similarity(embed(b).float(), w.float()) for b, w in zip(self.batches, self.wanted, strict=True)])
-        both = torch.stack([(cosines.cpu().double() * self.counted).sum(), self.counted.sum()]).to(cosines.device, torch.float32)
-        distributed.all_reduce(both)
-        return float(both[0] / both[1])
+    def _embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """The embeddings of all processes' images that decode."""
+        return from_all(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+
+    def _told(self, found: Tensor) -> dict[str, float]:
+        if self.classes is None:
+            return {}
+        similar, index = nearest(found, found, NEIGHBOURS + 1)
+        voted = vote(similar[:, 1:], self.classes[index[:, 1:]], int(self.classes.max()) + 1)  # each is its own nearest
+        return {"knn": float((voted == self.classes).double().mean())}
 
 
 class Best:

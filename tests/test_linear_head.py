@@ -1,0 +1,151 @@
+"""Linear classifiers on embeddings: the encoder's own, one from a file, one fitted to the original and handed on."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import recipe, run_command
+from families import FAMILIES
+from PIL import Image
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+
+from dgmr_tp import DgmrError, open_model, prune
+from dgmr_tp.data.images import Images
+from dgmr_tp.evaluation.linear_head import fitted_head, head_accuracy, read_head
+from dgmr_tp.pipeline import Run
+from dgmr_tp.pruning import Tower
+
+HOW = {"device": "cpu", "batch_size": 16}
+
+
+def classes(root, names, each, seed):
+    """Folders of noise around a colour of each class."""
+    generator = np.random.default_rng(seed)
+    for number, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        colour = np.random.default_rng(number).uniform(60, 190, 3)
+        for index in range(each):
+            picture = (colour + generator.normal(0, 60, (64, 64, 3)) + generator.normal(0, 25, 3)).clip(0, 255).astype("uint8")
+            Image.fromarray(picture).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root, names = tmp_path_factory.mktemp("head"), [f"n{i:02}" for i in range(10)]
+    return classes(root / "train", names, 12, 1), classes(root / "test", names, 6, 2)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return open_model("demo")
+
+
+@torch.no_grad()
+def by_hand(opened, folder):
+    images = Images.find(folder)
+    pictures = torch.stack([opened.preprocess(record.read()) for record in images.records])
+    return Tower(opened.encoder)(pictures), images.classes()
+
+
+def judged(opened, head, folder):
+    return head_accuracy(Tower(opened.encoder), opened.preprocess, head=head, test=Images.find(folder), **HOW)
+
+
+def test_the_classifier_of_a_timm_model(data, tmp_path):
+    FAMILIES["timm ViT"](tmp_path / "model")
+    opened = open_model(str(tmp_path / "model"))
+    opened.module.eval()
+    logits, names = by_hand(opened, data[1])
+    answers = torch.tensor([int(name[1:]) for name in names])
+    found = judged(opened, None, data[1])
+    assert logits.shape[1] == 10 and found["head@1"] == pytest.approx(float((logits.argmax(1) == answers).float().mean()))
+    assert found["head@5"] == pytest.approx(float((logits.topk(5).indices == answers[:, None]).any(1).float().mean()))
+    assert found["head@1"] < found["head@5"] < 1
+    with pytest.raises(DgmrError, match=r"has 3 classes, up to c, but there are 10 outputs: give images of all classes"):
+        judged(opened, None, classes(tmp_path / "few", "abc", 1, 0))
+
+
+@pytest.mark.parametrize("prefix", ["", "linear."])
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_a_head_from_a_file(demo, data, tmp_path, prefix, ending):
+    embeddings, names = by_hand(demo, data[1])
+    generator = torch.Generator().manual_seed(0)
+    tensors = {"weight": torch.randn(10, embeddings.shape[1], generator=generator), "bias": 5 * torch.randn(10, generator=generator)}
+    path = tmp_path / f"head.{ending}"
+    stored = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+    save_file(stored, path) if ending == "safetensors" else torch.save(stored, path)
+    expected = F.linear(embeddings, **tensors).argmax(1)
+    right = lambda guesses: np.mean([int(name[1:]) == guess for name, guess in zip(names, guesses.tolist(), strict=True)])  # noqa: E731
+    assert judged(demo, read_head(path), data[1])["head@1"] == pytest.approx(right(expected))
+    assert right(expected) != right(F.linear(embeddings, tensors["weight"]).argmax(1)), "the bias matters"
+
+
+def test_a_file_that_is_no_head_is_refused(demo, data, tmp_path):
+    for name, tensors, says in (
+        ("more", {"weight": torch.ones(2, 3), "bias": torch.ones(2), "other": torch.ones(1)}, "it holds bias, other, weight"),
+        ("apart", {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, "it takes weight .* and bias"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(DgmrError, match=rf"{name}\.safetensors is no linear head: .*{says}"):
+            read_head(tmp_path / f"{name}.safetensors")
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    with pytest.raises(DgmrError, match=r"damaged\.pth is no linear head"):
+        read_head(tmp_path / "damaged.pth")
+    save_file({"weight": torch.ones(10, 7), "bias": torch.ones(10)}, tmp_path / "narrow.safetensors")
+    with pytest.raises(DgmrError, match=r"takes embeddings of 7 numbers, the encoder gives"):
+        judged(demo, read_head(tmp_path / "narrow.safetensors"), data[1])
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(demo, data, tmp_path, count):
+    train, test = (
+        classes(tmp_path / name, [f"n{i:02}" for i in range(count)], each, seed) for name, each, seed in (("a", 12, 1), ("b", 9, 2))
+    )
+    head = fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(train), **HOW)
+    unit = lambda part: F.normalize(part, dim=-1).numpy()  # noqa: E731
+    (known, names), (asked, answers) = by_hand(demo, train), by_hand(demo, test)
+    small = prune(demo, criterion="random", mlp_ratio=0.25).model
+    references = [LogisticRegression(max_iter=1000, C=c).fit(unit(known), names) for c in (1, 10, 100, 1000)]
+    expected = [tuple(r.score(unit(part), answers) for part in (asked, by_hand(small, test)[0])) for r in references]
+    whole, drifted = (judged(opened, head, test)["head@1"] for opened in (demo, small))
+    assert any((whole, drifted) == pytest.approx(pair, abs=1e-6) for pair in expected) and whole > 1.4 / count
+    assert count == 2 or drifted < whole
+    with pytest.raises(DgmrError, match="has the class 'zebra', which the head does not know"):
+        judged(demo, head, classes(tmp_path / "z", ["zebra"], 1, 0))
+
+
+def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_path):
+    prune(demo, criterion="random", mlp_ratio=0.25).model.save(tmp_path / "small")
+    head = ["--head-train", data[0], "--head-test", data[1]]
+    done = run_command("eval", "demo", tmp_path / "small", *head, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    fitted = fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(data[0]), **HOW)
+    rows = {row["model"]: float(row["head@1"]) for row in csv.DictReader((tmp_path / "out" / "table.csv").open())}
+    assert rows["demo"] == pytest.approx(judged(demo, fitted, data[1])["head@1"])
+    assert (
+        rows["small"] == pytest.approx(judged(open_model(str(tmp_path / "small")), fitted, data[1])["head@1"])
+        and rows["small"] < rows["demo"]
+    )
+    refused = run_command("eval", "demo", "--head-train", data[0], "-o", tmp_path / "out")
+    assert refused.returncode == 2 and "give --dataset" in refused.stderr and "--head-test" in refused.stderr
+
+
+def test_a_recipe_evaluates_by_a_head(demo, data, tmp_path):
+    width = by_hand(demo, data[1])[0].shape[1]
+    save_file(
+        {"weight": torch.randn(10, width, generator=torch.Generator().manual_seed(3)), "bias": torch.zeros(10)},
+        tmp_path / "head.safetensors",
+    )
+    changes = {"evaluate": {"head": {"test": str(data[1]), "weights": str(tmp_path / "head.safetensors")}}}
+    asked = recipe(**changes, scenes=None, images=str(data[0]), recover=None, distill=None, compare=None, export=None)
+    run = Run(asked, tmp_path / "run")
+    run.run(say=lambda line: None)
+    expected = judged(demo, read_head(tmp_path / "head.safetensors"), data[1])
+    assert run.figures("evaluate/original")["original"]["linear head"] == expected
+    assert json.loads((tmp_path / "run/evaluate/original/original-head.json").read_text()) == expected
+    assert run.figures("evaluate/mlp_ratio-1")["pruned"]["linear head"] != expected
