@@ -418,14 +418,18 @@ class Run:
         return {**figures, **{key: read_curve(folder, name) for key, name in curves.items()}}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
+        from dgmr_tp.evaluation.zero_shot import as_clip
+
         model = self.original()
-        return {"original": self._measure(model, model.module, Tower(model.encoder), folder, "original")}
+        return {"original": self._measure(model, as_clip(model), Tower(model.encoder), folder, "original")}
 
     def _evaluate(self, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.evaluation.zero_shot import as_clip
+
         figures = {}
         for label, key in self.model_keys(size).items():
             model = open_model(str(self.folder(key) / "model"))
-            figures[label] = self._measure(model, model.module, Tower(model.encoder), folder, label)
+            figures[label] = self._measure(model, as_clip(model), Tower(model.encoder), folder, label)
         return figures
 
     def _compare(self, folder: Path, size: str) -> dict[str, Any]:
@@ -456,7 +460,7 @@ class Run:
         return self._bundle(model, folder, source, latency_batches=())
 
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
+        from dgmr_tp.evaluation.zero_shot import as_clip
         from dgmr_tp.export.bundle import failures
         from dgmr_tp.export.formats import FORMATS, open_exported
 
@@ -468,7 +472,7 @@ class Run:
             # What is PyTorch's own code in another file computes what PyTorch does; other runtimes and precisions are measured.
             if not FORMATS[name].code and entry["file"] not in failures(figures):
                 exported = open_exported(folder / entry["file"])
-                figures["metrics"][name] = self._measure(model, CLIPWithEncoder(model.module, exported), exported, folder, name)
+                figures["metrics"][name] = self._measure(model, as_clip(model, exported), exported, folder, name)
         return figures
 
     def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
@@ -569,7 +573,7 @@ class Run:
         }
         if keys := [key for key, asked in speaking.items() if asked]:
             shapes = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-            if not hasattr(shapes.module, "encode_text"):
+            if shapes.text is None:
                 raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower; leave that key out")
         if recipe.tune_text:
             from dgmr_tp.data.captions import Captioned

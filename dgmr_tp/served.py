@@ -48,16 +48,13 @@ def open_served(
     Raises:
         DgmrError: as :func:`dgmr_tp.open_model`; or a file of code that is not trusted, or whose model is not known.
     """
-    from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder
+    from dgmr_tp.evaluation.zero_shot import as_clip
 
     exported = open_exported(Path(source), trusted=trusted) if is_file(source) else None
     name = (text or _origin(Path(source))) if exported else source
     model = open_model(name, pretrained if name.startswith(("open_clip:", "timm:")) else None)
     model.module.to(device).eval()
-    if exported is None and hasattr(model.module, "encode_image"):
-        return Served(model, model.module, Tower(model.encoder), device)
-    embed = exported or Tower(model.encoder)
-    return Served(model, CLIPWithEncoder(model.module, embed), embed, device)
+    return Served(model, as_clip(model, exported), exported or Tower(model.encoder), device)
 
 
 def _origin(path: Path) -> str:

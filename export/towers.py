@@ -12,7 +12,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.parts import Part
 from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.encoder import last_state
+from dgmr_tp.pruning.encoder import last_state, projection
 
 OUTPUTS = ("embedding", "patches")
 TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print of an old newspaper, out of focus")
@@ -29,11 +29,10 @@ def parts_of(
     """
     parts = [vision_part(model.encoder, images, outputs=outputs, normalised=normalised)]
     if text:
-        if model.tokenizer is None or not hasattr(model.module, "encode_text"):
-            raise DgmrError(f"{model.name} has no text tower to export; it takes a CLIP of open_clip's")
-        clip = copy.copy(model.module)
-        clip._modules = {name: child for name, child in clip._modules.items() if name != model.tower}  # its files hold what they need
-        parts.append(text_part(clip, model.tokenizer(list(TEXTS)), normalised=normalised))
+        tower = model.text
+        if model.tokenizer is None or tower is None:
+            raise DgmrError(f"{model.name} has no text tower to export, or no tokenizer; it takes a CLIP")
+        parts.append(text_part(tower, model.tokenizer(list(TEXTS)), normalised=normalised))
     return parts
 
 
@@ -57,15 +56,15 @@ def vision_part(encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("
     return Part("image", _ready(_Vision(encoder, ordered, normalised)), images, "image", ordered, normalised)
 
 
-def text_part(clip: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:
-    """A CLIP's text tower: ``text``, tokens ``[batch, length]``, to ``embedding`` ``[batch, width]``; ``clip`` has ``encode_text``."""
-    return Part("text", _ready(_Text(clip, normalised)), tokens, "text", normalised=normalised, file="text")
+def text_part(tower: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:
+    """A CLIP's text tower: ``text``, tokens ``[batch, length]``, to ``embedding`` ``[batch, width]``; ``tower`` has ``encode_text``."""
+    return Part("text", _ready(_Text(tower, normalised)), tokens, "text", normalised=normalised, file="text")
 
 
 class _Vision(nn.Module):
     def __init__(self, encoder: Encoder, outputs: tuple[str, ...], normalised: bool) -> None:
         super().__init__()
-        self.module, self.encoder = encoder.module, encoder
+        self.module, self.projection, self.encoder = encoder.module, projection(encoder), encoder
         self.outputs, self.normalised = outputs, normalised
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -81,12 +80,12 @@ class _Vision(nn.Module):
 
 
 class _Text(nn.Module):
-    def __init__(self, clip: nn.Module, normalised: bool) -> None:
+    def __init__(self, tower: nn.Module, normalised: bool) -> None:
         super().__init__()
-        self.clip, self.normalised = clip, normalised
+        self.tower, self.normalised = tower, normalised
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.clip.encode_text(tokens, normalize=self.normalised)
+        return self.tower.encode_text(tokens, normalize=self.normalised)
 
 
 def _ready(module: nn.Module) -> nn.Module:

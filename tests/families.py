@@ -12,7 +12,15 @@ import torch
 import transformers
 from conftest import redraw
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from torch import nn
+
+from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
+from dgmr_tp.encoders import OpenedModel
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4), "num_classes": 10}
@@ -64,9 +72,25 @@ def in_transformers(model: str, config: str, **options: object) -> Callable[[Pat
     return write
 
 
+WORDS = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 100,
+    "max_position_embeddings": 16,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+
+
 def hf_clip(directory: Path) -> None:
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100}
-    in_transformers("CLIPModel", "CLIPConfig", vision_config=VISION, text_config=text, projection_dim=24)(directory)
+    in_transformers("CLIPModel", "CLIPConfig", vision_config=VISION, text_config=WORDS, projection_dim=24)(directory)
+
+
+def hf_siglip(directory: Path) -> None:
+    in_transformers("SiglipModel", "SiglipConfig", vision_config=VISION, text_config={**WORDS, "projection_size": 48})(directory)
 
 
 INTERN = {**VISION, "image_size": [32, 32], "patch_size": [8, 8], "norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False}
@@ -107,6 +131,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "timm SwinV2": in_timm("swinv2_tiny_window8_256", **SWIN),
     "transformers CLIPVisionModel": in_transformers("CLIPVisionModel", "CLIPVisionConfig", **VISION),
     "transformers CLIPModel": hf_clip,
+    "transformers SiglipModel": hf_siglip,
     "transformers SigLIP": in_transformers("SiglipVisionModel", "SiglipVisionConfig", **VISION),
     "transformers DINOv2": in_transformers("Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 4}),
     "transformers InternViT": in_transformers("InternVLVisionModel", "InternVLVisionConfig", **INTERN),
@@ -123,6 +148,31 @@ def plain_output(tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
     if isinstance(out, torch.Tensor):
         return out
     return out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
+
+
+def plain_embedding(model: OpenedModel, images: torch.Tensor) -> torch.Tensor:
+    """What the model's library serves for an image."""
+    if hasattr(model.module, "get_image_features"):
+        with torch.no_grad():
+            return model.module.get_image_features(images).pooler_output
+    return plain_output(model.encoder.module, images)
+
+
+def with_words(write: Callable[[Path], None], length: int = 16) -> Callable[[Path], None]:
+    """The family's directory with a tokenizer of the words of the generated scenes."""
+
+    def write_both(directory: Path) -> None:
+        write(directory)
+        words = sorted({word for text in (*CLASSNAMES, *TEMPLATES) for word in text.replace("{c}", "").lower().split()})
+        vocabulary = {word: number for number, word in enumerate(["[pad]", "[unk]", "[end]", *words])}
+        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[unk]"))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.normalizer = Lowercase()
+        tokenizer.post_processor = TemplateProcessing(single="$A [end]", special_tokens=[("[end]", 2)])
+        special = {"pad_token": "[pad]", "unk_token": "[unk]", "eos_token": "[end]", "model_max_length": length}
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+
+    return write_both
 
 
 def bf16_shards(directory: Path) -> None:

@@ -45,7 +45,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.recipe import Distill
 
 
-def settings(json: dict | None = None, **changes) -> DistillSettings:
+def settings(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillSettings:
     return DistillSettings.of(Distill(**{**SECTION, **changes}).model_dump(), seed=0)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import pictures
-from families import FAMILIES, FORMS, plain_output
+from families import FAMILIES, FORMS, plain_embedding, plain_output
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
@@ -86,7 +86,7 @@ def swapped(plan):
 
 
 def test_the_walk_is_the_towers_own_forward(model):
-    expected = plain_output(model.encoder.module, IMAGES)
+    expected = plain_embedding(model, IMAGES)
     with torch.no_grad():
         state = last_state(model.encoder, IMAGES)
         assert torch.allclose(Tower(model.encoder)(IMAGES), expected, atol=1e-6)
@@ -235,7 +235,7 @@ def test_exported_files_compute_the_same(model, tmp_path):
         run = open_exported(tmp_path / file, trusted=True)
         for batch in (1, 4):
             images = pictures(batch, seed=batch)
-            expected = plain_output(pruned.encoder.module, images)
+            expected = plain_embedding(pruned, images)
             assert moved(expected, run(images)) < 1e-4
             assert moved(expected, run(images + 0.1)) > 1e-4
 

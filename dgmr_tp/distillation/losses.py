@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Encoder
+from dgmr_tp.pruning.encoder import projection
 
 Features = dict[str, Tensor]
 
@@ -61,6 +62,7 @@ class FeatureTap(nn.Module):
     def __init__(self, encoder: Encoder, objective: Objective | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         self.tower = encoder.module
+        self.projection = projection(encoder)
         self.walk = encoder
         self.objective = objective or Objective()
         self.recompute = recompute

@@ -52,13 +52,26 @@ class OpenedModel:
     config: dict[str, Any] = field(default_factory=dict)
     """open_clip: its model_cfg. The models of the other libraries carry their own."""
     tokenizer: Callable[[list[str]], Tensor] | None = None
+    """Texts to token ids ``[n, length]``."""
     source: Path | None = None
     """The model directory it was read from, whose tokenizer files come along."""
 
     @property
     def encoder(self) -> Encoder:
         """The vision tower as a walk."""
-        return as_encoder(self.module.get_submodule(self.tower), self.name)
+        outside = {"projection": self.module.visual_projection} if hasattr(self.module, "visual_projection") else {}
+        return as_encoder(self.module.get_submodule(self.tower), self.name, **outside)
+
+    @property
+    def text(self) -> nn.Module | None:
+        """The text tower, without the vision tower: has ``encode_text(tokens, normalize=False)``. None, if there is none."""
+        if not hasattr(self.module, "encode_text") and not hasattr(self.module, "get_text_features"):
+            return None
+        alone = copy.copy(self.module)
+        alone._modules = {
+            name: child for name, child in self.module._modules.items() if name not in (self.tower.partition(".")[0], "visual_projection")
+        }
+        return alone if hasattr(alone, "encode_text") else _room(self.library).TextTower(alone)
 
     @property
     def image_size(self) -> int:
@@ -184,8 +197,8 @@ def _walk(module: nn.Module) -> str | None:
     return next((walk for walk in known if walk), None)
 
 
-def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
-    """The walk of a vision tower.
+def as_encoder(module: nn.Module, name: str | None = None, **outside: nn.Module) -> Encoder:
+    """The walk of a vision tower; ``outside`` is what its walk takes beside it.
 
     Raises:
         DgmrError: no walk is known for this class; such a model can be pruned, but not recovered.
@@ -197,7 +210,7 @@ def as_encoder(module: nn.Module, name: str | None = None) -> Encoder:
             f"but recovery and distillation need one; known: {', '.join(WALKS)}"
         )
     where, cls = walk.split(".")
-    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__)
+    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__, **outside)
 
 
 def open_model(source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory") -> OpenedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -50,7 +51,9 @@ def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping
     if where is None:
         raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
     processor = _processor(directory)
-    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), _in_words(processor))
+    tokenizer = _tokenizer(directory) if hasattr(module, "get_text_features") and weights != "none" else None
+    described = _in_words(processor)
+    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), described, tokenizer=tokenizer)
 
 
 def _class(directory: Path, architecture: str) -> Any:
@@ -124,6 +127,40 @@ class _Preprocess:
 
     def __call__(self, image: Any) -> torch.Tensor:
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+class TextTower(nn.Module):
+    """What open_clip's CLIPs have, for a CLIP of transformers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+        embedding = self.module.get_text_features(tokens).pooler_output  # type: ignore[operator]
+        return F.normalize(embedding, dim=-1) if normalize else embedding
+
+
+class _Tokenizer:
+    """Texts to token ids, all of the length that the model was trained with."""
+
+    def __init__(self, tokenizer: Any, length: int) -> None:
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        return self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")["input_ids"]
+
+
+def _tokenizer(directory: Path) -> _Tokenizer | None:
+    """None where the directory holds no tokenizer's files."""
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if not any(directory.glob("*token*")) and not any(directory.glob("spiece*")):
+        return None
+    try:
+        found = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # a damaged file, or a package that this tokenizer wants
+        raise DgmrError(f"{directory}: cannot load its tokenizer: {first_line(error)}") from error
+    return _Tokenizer(found, config.text_config.max_position_embeddings)
 
 
 def _processor(directory: Path) -> Any:

@@ -32,11 +32,13 @@ HEADS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
 
 
 class TransformersViT:
-    """``embed`` gives the model's ``pooler_output`` (InternVL has none: the class token after its last norm)."""
+    """``embed`` gives the model's ``pooler_output`` (InternVL has none: the class token after its last norm), behind the ``projection`` of
+    the CLIP that the tower belongs to, if any."""
 
-    def __init__(self, module: nn.Module, name: str) -> None:
+    def __init__(self, module: nn.Module, name: str, projection: nn.Module | None = None) -> None:
         self.name = name
         self.module = module
+        self.projection = projection
         self._head, self._has_class_token = HEADS[type(module).__name__]
 
     def stem(self, images: Tensor) -> Tensor:
@@ -56,4 +58,5 @@ class TransformersViT:
         return (self.module.post_layernorm if hasattr(self.module, "post_layernorm") else self.module.layernorm)(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        return self._head(self.module, state)
+        pooled = self._head(self.module, state)
+        return pooled if self.projection is None else self.projection(pooled)

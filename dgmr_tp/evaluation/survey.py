@@ -90,7 +90,8 @@ def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
     """
     if classes.suffix == ".pt":
         return saved_classifier(classes)
-    if model.tokenizer is None or not hasattr(model.module, "encode_text"):
+    tower = model.text
+    if model.tokenizer is None or tower is None:
         raise DgmrError(f"{model.name} has no text tower for the classes of {classes}")
     names, prompts = (classes / "classnames.txt", classes / PROMPTS) if classes.is_dir() else (classes, classes.with_name(PROMPTS))
     try:
@@ -101,11 +102,11 @@ def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
     if len(lines) < 2:
         raise DgmrError(f"{names} names {len(lines)} classes; decisions need at least two, one a line")
     metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
-    device = next(model.module.parameters()).device.type
+    device = next(tower.parameters()).device.type
     model.module.eval()  # text towers with dropout
     prompts_or_one = templates or ["a photo of a {c}."]
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        return metric.zero_shot_classifier(model.module, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()
+        return metric.zero_shot_classifier(tower, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()
 
 
 def saved_classifier(path: Path) -> Tensor:

@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dgmr_tp.data.embeddings import from_all
+from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import linear_probe
 from dgmr_tp.extras import require
+from dgmr_tp.pruning import Tower
 
 RECALLS = ("1", "5", "10")
 MODEL_TYPE = "dgmr_tp"
@@ -42,6 +44,13 @@ class CLIPWithEncoder(nn.Module):
 
     def encode_text(self, text: Tensor) -> Tensor:
         return self.clip.encode_text(text)  # type: ignore[operator]
+
+
+def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
+    """A model with ``encode_image``, its own or another, and, if it has a text tower, ``encode_text``."""
+    if encode_image is None and hasattr(model.module, "encode_image"):
+        return model.module
+    return CLIPWithEncoder(model.text or model.module, encode_image or Tower(model.encoder))
 
 
 def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

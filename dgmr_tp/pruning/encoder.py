@@ -52,8 +52,13 @@ class Encoder(Protocol):
 
     def embed(self, state: Tensor) -> Tensor:
         """The state after the last block to what the tower gives its caller, ``[batch, embedding]``: of several outputs
-        the one that stands for the image."""
+        the one that stands for the image. Behind the :func:`projection`, where there is one."""
         ...
+
+
+def projection(encoder: Encoder) -> nn.Module | None:
+    """What stands outside the tower and brings its output into the space that images and texts share; most towers do so themselves."""
+    return getattr(encoder, "projection", None)
 
 
 class Tower(nn.Module):
@@ -62,6 +67,7 @@ class Tower(nn.Module):
     def __init__(self, encoder: Encoder) -> None:
         super().__init__()
         self.module = encoder.module
+        self.projection = projection(encoder)
         self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""CLIPs of transformers: their images and texts meet in the space that transformers' own users search."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+import transformers
+from conftest import pictures
+from families import hf_clip, hf_siglip, with_words
+
+from dgmr_tp import open_model, prune
+from dgmr_tp.data import scenes
+from dgmr_tp.data.images import Images
+from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
+from dgmr_tp.evaluation.survey import text_classifier
+from dgmr_tp.evaluation.zero_shot import as_clip, evaluate
+from dgmr_tp.export.bundle import failures
+from dgmr_tp.export.layouts import export_model
+from dgmr_tp.pruning import Tower
+
+TEXTS = ["a photo of a red circle", "two blue squares", "green"]
+
+
+@pytest.fixture(params=[hf_clip, hf_siglip], scope="module")
+def directory(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("clip") / "model"
+    with_words(request.param)(directory)
+    return directory
+
+
+def theirs(directory):
+    """transformers' own model, tokenizer and image processor."""
+    kinds = (transformers.AutoModel, transformers.AutoTokenizer, transformers.AutoImageProcessor)
+    model, *others = (kind.from_pretrained(directory) for kind in kinds)
+    return model.eval(), *others
+
+
+@torch.no_grad()
+def embeddings(directory, images, texts):
+    model, tokenizer, _ = theirs(directory)
+    tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    mask = {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}  # as its users call it
+    return model.get_image_features(images).pooler_output, model.get_text_features(tokens["input_ids"], **mask).pooler_output
+
+
+@torch.no_grad()
+def test_both_towers_give_what_transformers_gives(directory):
+    opened, images = open_model(str(directory)), pictures(3)
+    expected = embeddings(directory, images, TEXTS)
+    found = Tower(opened.encoder)(images), opened.text.encode_text(opened.tokenizer(TEXTS))
+    for ours, reference in zip(found, expected, strict=True):
+        assert torch.allclose(ours, reference, atol=1e-5) and not torch.allclose(ours, reference.flip(0), atol=1e-2)
+    assert torch.allclose(opened.text.encode_text(opened.tokenizer(TEXTS), normalize=True).norm(dim=-1), torch.ones(3))
+    assert not any("vision" in name or "visual" in name for name, _ in opened.text.named_parameters())
+    assert any("vision" in name for name, _ in opened.module.named_parameters())
+
+
+def test_a_pruned_one_keeps_its_words(directory, tmp_path):
+    opened = open_model(str(directory))
+    pruned = prune(opened, criterion="l2", keep=40)
+    pruned.model.save(tmp_path / "pruned", pruned.plan)
+    images = pictures(3)
+    again = open_model(str(tmp_path / "pruned"))
+    with torch.no_grad():
+        ours = Tower(again.encoder)(images), again.text.encode_text(again.tokenizer(TEXTS))
+    dense = embeddings(directory, images, TEXTS)
+    assert not torch.allclose(ours[0], dense[0], atol=1e-3) and torch.allclose(ours[1], dense[1], atol=1e-5)
+    if "alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text():  # SigLIP's head has the blocks' width
+        assert torch.allclose(ours[0], embeddings(tmp_path / "pruned", images, TEXTS)[0], atol=1e-5)
+    else:
+        assert opened.module.config.model_type == "siglip"
+
+
+def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_path):
+    scenes.write_classification(tmp_path / "classes", 150, seed=5)
+    (tmp_path / "classes" / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
+    opened = open_model(str(directory))
+    options = {"dataset": "wds/scenes", "root": tmp_path / "classes", "output": tmp_path / "out.json", "name": "clip"}
+    metrics = evaluate(as_clip(opened), opened.preprocess, opened.tokenizer, **options)
+    *_, processor = theirs(directory)
+    records = Images.find(tmp_path / "classes").records
+    names = (tmp_path / "classes" / "classnames.txt").read_text().splitlines()
+    pixels = processor([record.read() for record in records], return_tensors="pt")["pixel_values"]
+    image, text = embeddings(directory, pixels, [f"a photo of {name}" for name in names])
+    unit = torch.nn.functional.normalize
+    right = (unit(image, dim=-1) @ unit(text, dim=-1).T).argmax(1) == torch.tensor([int(record.class_name()) for record in records])
+    assert metrics["acc1"] == pytest.approx(float(right.float().mean()), abs=1e-6)
+    assert torch.allclose(text_classifier(opened, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tmp_path):
+    opened, images = open_model(str(directory)), pictures(4)
+    options = {"source": str(directory), "layout": "huggingface", "text": True, "formats": ["onnx", "torchscript"], "latency_batches": ()}
+    assert not failures(export_model(opened, images, tmp_path, **options))
+    _, tokenizer, _ = theirs(directory)
+    ids = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="np")["input_ids"]
+    image, text = embeddings(directory, images, TEXTS)
+    vision, words = (onnxruntime.InferenceSession(str(tmp_path / "onnx" / f"{name}_model.onnx")) for name in ("vision", "text"))
+    assert np.allclose(vision.run(["image_embeds"], {"pixel_values": images.numpy()})[0], image.numpy(), atol=1e-4)
+    assert np.allclose(words.run(["text_embeds"], {"input_ids": ids})[0], text.numpy(), atol=1e-4)
+    assert not np.allclose(words.run(["text_embeds"], {"input_ids": ids[::-1].copy()})[0], text.numpy(), atol=1e-3)
+    towers = json.loads((tmp_path / "export.json").read_text())["towers"]
+    assert all(entry["verdict"] == "verified" for tower in towers.values() for entry in tower["files"].values())
+
+
+def test_words_of_the_scenes_are_known_to_the_tokenizer(directory):
+    opened = open_model(str(directory))
+    assert (opened.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), "unknown words would prove little"
