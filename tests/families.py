@@ -72,6 +72,23 @@ def in_transformers(model: str, config: str, **options: object) -> Callable[[Pat
     return write
 
 
+def with_words(write: Callable[[Path], None], length: int = 16) -> Callable[[Path], None]:
+    """The family's directory with a tokenizer of the words of the generated scenes."""
+
+    def write_both(directory: Path) -> None:
+        write(directory)
+        words = sorted({word for text in (*CLASSNAMES, *TEMPLATES) for word in text.replace("{c}", "").lower().split()})
+        vocabulary = {word: number for number, word in enumerate(["[pad]", "[unk]", "[end]", *words])}
+        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[unk]"))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.normalizer = Lowercase()
+        tokenizer.post_processor = TemplateProcessing(single="$A [end]", special_tokens=[("[end]", 2)])
+        special = {"pad_token": "[pad]", "unk_token": "[unk]", "eos_token": "[end]", "model_max_length": length}
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+
+    return write_both
+
+
 WORDS = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -130,8 +147,8 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "timm AIMv2": in_timm("aimv2_large_patch14_224", **VIT),
     "timm SwinV2": in_timm("swinv2_tiny_window8_256", **SWIN),
     "transformers CLIPVisionModel": in_transformers("CLIPVisionModel", "CLIPVisionConfig", **VISION),
-    "transformers CLIPModel": hf_clip,
-    "transformers SiglipModel": hf_siglip,
+    "transformers CLIPModel": with_words(hf_clip),
+    "transformers SiglipModel": with_words(hf_siglip),
     "transformers SigLIP": in_transformers("SiglipVisionModel", "SiglipVisionConfig", **VISION),
     "transformers DINOv2": in_transformers("Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 4}),
     "transformers InternViT": in_transformers("InternVLVisionModel", "InternVLVisionConfig", **INTERN),
@@ -156,23 +173,6 @@ def plain_embedding(model: OpenedModel, images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return model.module.get_image_features(images).pooler_output
     return plain_output(model.encoder.module, images)
-
-
-def with_words(write: Callable[[Path], None], length: int = 16) -> Callable[[Path], None]:
-    """The family's directory with a tokenizer of the words of the generated scenes."""
-
-    def write_both(directory: Path) -> None:
-        write(directory)
-        words = sorted({word for text in (*CLASSNAMES, *TEMPLATES) for word in text.replace("{c}", "").lower().split()})
-        vocabulary = {word: number for number, word in enumerate(["[pad]", "[unk]", "[end]", *words])}
-        tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[unk]"))
-        tokenizer.pre_tokenizer = Whitespace()
-        tokenizer.normalizer = Lowercase()
-        tokenizer.post_processor = TemplateProcessing(single="$A [end]", special_tokens=[("[end]", 2)])
-        special = {"pad_token": "[pad]", "unk_token": "[unk]", "eos_token": "[end]", "model_max_length": length}
-        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
-
-    return write_both
 
 
 def bf16_shards(directory: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import pictures
-from families import hf_clip, hf_siglip, with_words
+from families import FAMILIES
 
 from dgmr_tp import open_model, prune
 from dgmr_tp.data import scenes
@@ -23,10 +23,10 @@ from dgmr_tp.pruning import Tower
 TEXTS = ["a photo of a red circle", "two blue squares", "green"]
 
 
-@pytest.fixture(params=[hf_clip, hf_siglip], scope="module")
+@pytest.fixture(params=["transformers CLIPModel", "transformers SiglipModel"], scope="module")
 def directory(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("clip") / "model"
-    with_words(request.param)(directory)
+    FAMILIES[request.param](directory)
     return directory
 
 
