@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def export_bundle(
         not there because it could not be written.
 
     Raises:
-        DgmrError: unknown format, or the folder holds another program's ``export.json``.
+        DgmrError: unknown format, the folder holds another program's ``export.json``, or the disk has no room for a file.
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
         raise DgmrError(f"unknown export format {unknown[0]!r}; known: {', '.join(FORMATS)}")
@@ -155,10 +156,19 @@ def _file(
     return described
 
 
+def _check_room(part: Part, folder: Path) -> None:
+    """torch's writers end the process where the disk is full."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*part.module.parameters(), *part.module.buffers()))
+    needed, free = 1.2 * size + 10e6, shutil.disk_usage(folder).free  # the program beside the weights
+    if free < needed:
+        raise DgmrError(f"a file of the {part.tower} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; make room")
+
+
 def _written(name: str, part: Part, path: Path, source: Path) -> dict[str, Any] | None:
     """Write the file; what there is to say if that is not possible. ``source`` is the ONNX file that others are converted from."""
     kind = FORMATS[name]
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_room(part, path.parent)
     try:
         if kind.write:
             kind.write(part, path)

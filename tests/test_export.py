@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -326,6 +327,18 @@ def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsy
     assert names(tmp_path) == ["export.json", "model.int8.onnx.failed", "model.onnx"]
     with pytest.raises(DgmrError, match="write it as onnx-int8"):
         cli.export("demo", tmp_path, tolerance=["onnx"])
+
+
+def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
+    part = Part("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    for free in (9e6, 11e6):
+        monkeypatch.setattr("dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        if free > 10e6:
+            assert not failures(bundle(part, tmp_path, formats=["torchscript"]))
+            continue
+        with pytest.raises(DgmrError, match="a file of the image tower takes up to 10 MB, but 9 MB are free; make room"):
+            bundle(part, tmp_path, formats=["torchscript"])
+        assert not names(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence():
