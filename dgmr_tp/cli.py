@@ -437,7 +437,7 @@ def evaluate(
             continue
         options = {"batch_size": batch_size, "workers": workers, "speaks": speaks}
         if head_test:
-            if head_train and known_head is None:
+            if known_head is None:
                 known_head = _fit_head(served, head_train, **options)
             rows[label] = _head(served, label, known_head, head_test, files[-1], **options)
         else:
@@ -862,8 +862,10 @@ def _read_head(path):  # type: ignore[no-untyped-def]
 
 def _fit_head(served, train, **options):  # type: ignore[no-untyped-def]
     from dgmr_tp.data.images import Images
-    from dgmr_tp.evaluation.linear_head import fitted_head
+    from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head
 
+    if train is None:
+        return check_classifier(served.model)
     return _with_progress(partial(fitted_head, train=Images.find(train)), served, **options)
 
 

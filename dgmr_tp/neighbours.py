@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TEMPERATURE = 0.07
+QUERIES = 1024
+"""Queries whose similarities to a block of the bank are in memory at a time."""
 
 
 def nearest(bank: Tensor, queries: Tensor, count: int, block: int = 65536) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -154,9 +154,11 @@ class Run:
         steps = []
         if recipe.scenes:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
-        if recipe.evaluate:  # first: a model or data set that cannot be evaluated shows before anything is computed
-            section = {**recipe.evaluate.model_dump(), **model}
-            steps.append(Step("evaluate", ORIGINAL, section, data, self._evaluate_original))
+        evaluated = recipe.evaluate.model_dump() if recipe.evaluate else None
+        if recipe.evaluate and recipe.evaluate.head and recipe.evaluate.head.weights and evaluated:
+            evaluated["head_sha256"] = sha256(Path(recipe.evaluate.head.weights))  # another head has the same name and size
+        if evaluated:  # first: a model or data set that cannot be evaluated shows before anything is computed
+            steps.append(Step("evaluate", ORIGINAL, {**evaluated, **model}, data, self._evaluate_original))
         ranked: tuple[str, ...] = ()
         if recipe.prune.criterion in SEEING:
             section = {**model, "criterion": recipe.prune.criterion, "calibration": self._calibration, **images}
@@ -190,11 +192,10 @@ class Run:
                 section = {**_training("tune_text", recipe.tune_text), "seed": seed}
                 steps.append(Step("tune_text", size, section, (last[size], *data), partial(self._tune_text, size=size)))
                 last[size] = f"tune_text/{size}"
-        if recipe.evaluate:
-            section = recipe.evaluate.model_dump()
+        if evaluated:
             for size in last:
                 inputs = (*self.model_keys(size).values(), *data)
-                steps.append(Step("evaluate", size, section, inputs, partial(self._evaluate, size=size)))
+                steps.append(Step("evaluate", size, evaluated, inputs, partial(self._evaluate, size=size)))
         if recipe.compare:
             section = {**recipe.compare.model_dump(exclude={"workers"}), "seed": seed, **model}
             section |= {f"{key}_files": _fingerprint(path) for key, path in recipe.compare.paths.items()}
@@ -203,7 +204,7 @@ class Run:
         if recipe.export:
             section = {**recipe.export.model_dump(), **images}
             steps.append(Step("export", ORIGINAL, {**section, **model}, data, self._export_original))
-            section["evaluate"] = recipe.evaluate.model_dump() if recipe.evaluate else None
+            section["evaluate"] = evaluated
             for size in last:
                 inputs = (last[size], f"export/{ORIGINAL}", *data)
                 steps.append(Step("export", size, section, inputs, partial(self._export, size=size)))
@@ -278,7 +279,8 @@ class Run:
         """Where the sizes share the original's features; another recipe has other ones."""
         model = self.recipe.model
         made_from = [step.section, model.model_dump(), _fingerprint(model.source), model.pretrained and _fingerprint(model.pretrained)]
-        return self.directory / "distill" / f".features-{_hash([*made_from, self.versions])[:16]}"
+        versions = self.versions | _versions(("torchvision", "pillow", "transformers"))  # what crops, and what may be the original
+        return self.directory / "distill" / f".features-{_hash([*made_from, versions])[:16]}"
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
         from dgmr_tp.data.captions import Captioned
@@ -397,10 +399,15 @@ class Run:
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:
         assert self.recipe.distill
+        kept = None
+        if self.recipe.distill.keep_features:
+            kept = self._kept_features(next(step for step in self.steps if step.key == f"distill/{size}"))
+        for other in folder.parent.glob(".features-*"):  # of another recipe, or wanted no more
+            if other != kept:
+                other.unlink()
         figures = self._train("distill", self.recipe.distill, folder, size)
-        if all(self.figures(f"distill/{other}") for other in self.recipe.prune.sizes if other != size):
-            for kept in folder.parent.glob(".features-*"):
-                kept.unlink()
+        if kept and all(self.figures(f"distill/{other}") for other in self.recipe.prune.sizes if other != size):
+            kept.unlink(missing_ok=True)
         return figures
 
     def _tune_text(self, folder: Path, size: str) -> dict[str, Any]:
@@ -567,14 +574,24 @@ class Run:
                 raise DgmrError(f"distill.{key}: shards behind a URL cannot be divided or numbered; set it to {none}")
         if is_url(recipe.images) and any(map(promised, recipe.prune.sizes.values())):
             raise DgmrError("prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard")
+        if any(map(promised, recipe.prune.sizes.values())) and not recipe.images.startswith("scenes:"):
+            found, least = Images.find(recipe.images), self._calibration + recipe.prune.held_out
+            if len(found) < least:
+                raise DgmrError(f"images: {recipe.images} holds {len(found)}; recover.images and prune.held_out together are {least}")
+            if recipe.prune.max_drop is not None and any(record.label is None for record in found.records):
+                raise DgmrError(f"prune.max_drop: not every image in {recipe.images} has a class; give sub-folders, or min_cosine")
+        if recipe.evaluate and recipe.evaluate.head and not recipe.evaluate.head.weights:
+            from dgmr_tp.evaluation.linear_head import check_classifier
+
+            check_classifier(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none"))
         speaking = {
             "export.text": recipe.export and recipe.export.text,
             "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
         }
         if keys := [key for key, asked in speaking.items() if asked]:
             shapes = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-            if shapes.text is None:
-                raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower; leave that key out")
+            if shapes.text is None or (shapes.library == "transformers" and shapes.tokenizer is None):
+                raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
         if recipe.tune_text:
             from dgmr_tp.data.captions import Captioned
             from dgmr_tp.distillation.text import has_text_tower
@@ -582,7 +599,7 @@ class Run:
             if not recipe.tune_text.captions.startswith("scenes:"):
                 Captioned.find(recipe.tune_text.captions, recipe.tune_text.images)
             if not has_text_tower(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")):
-                raise DgmrError(f"tune_text: {recipe.model.source} has no text tower to tune; it takes a CLIP of open_clip's")
+                raise DgmrError(f"tune_text: {recipe.model.source} has no text tower that can be tuned; it takes a CLIP of open_clip's")
 
     def _made_from(self, step: Step) -> dict[str, Any]:
         manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
@@ -639,9 +656,9 @@ def promised(amount: dict[str, Any]) -> bool:
     return any(key in amount for key in PROMISES)
 
 
-def _versions() -> dict[str, str]:
+def _versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     found = {}
-    for package in PACKAGES:
+    for package in packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

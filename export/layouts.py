@@ -56,6 +56,8 @@ def export_model(
         outputs, normalised, text: see :func:`~dgmr_tp.export.towers.parts_of`.
         options: of :func:`~dgmr_tp.export.bundle.export_bundle`, which says what is returned and raised.
     """
+    if layout == "immich" and model.library != "open_clip":
+        raise DgmrError(f"immich takes CLIPs of open_clip's, {model.name} is one of {model.library}'s; use another layout")
     processor = getattr(model.preprocess, "processor", None)
     described = image_processor(model.preprocess_config, model.image_size) if layout == "huggingface" and processor is None else None
     parts = lay_out(layout, parts_of(model, images, outputs=outputs, normalised=normalised or layout == "immich", text=text))

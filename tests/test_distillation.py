@@ -36,12 +36,13 @@ from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
 from dgmr_tp.distillation.kept import KeptFeatures
-from dgmr_tp.distillation.loop import read_curve
+from dgmr_tp.distillation.loop import read_curve, save_in_words
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.distillation.watch import HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pipeline import Run
 from dgmr_tp.recipe import Distill
 
 
@@ -244,8 +245,6 @@ MATRIX = {
     "average": {"ema": 0.5},
     "average zero3": {"ema": 0.5, "zero_stage": 3, "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
-    "kept": {"features": "kept.features"},
-    "kept before": {"features": "kept.features", "lost": True},
     "fixed": {"fixed_crops": True, "features": "fixed.features"},
     **{f"held out zero{stage}": {**HELD_OUT, "zero_stage": stage, "json": SHARDED} for stage in (1, 3)},
     **({"compiled": {"compile": True}} if shutil.which("g++") else {}),
@@ -394,9 +393,43 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
         assert told == pytest.approx(sum(left_out(found, classes)) / 90) and 0.4 < told < 0.99
     wide = HeldOut(images, preprocess, teacher, 8, 16)
     assert wide.original["knn"] != held_out.original["knn"]
+    with pytest.raises(DgmrError, match="none of the 1 images held out can be read"):
+        HeldOut(replace(images, records=[r for r in images.records if "broken" in r.name]), preprocess, student, 8, 16)
     (tmp_path / "loose.png").write_bytes((tmp_path / "0" / "0.png").read_bytes())
     without = HeldOut(Images.find(tmp_path), preprocess, student, 8, 16)
     assert without.original == {} and without.scores(student) == {"score": pytest.approx(1)}
+
+
+def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
+    for index in range(3):
+        PIL.Image.new("RGB", (8, 8), (90 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    images = Images.find(tmp_path)
+    crops = Crops(images, lambda image: torch.from_numpy(np.array(image)), 0)
+    (tmp_path / "1.png").write_bytes(b"broken")
+    assert [crops[2, index].rows for index in range(3)] == [[6], [-1], [8]]
+    assert torch.equal(crops[2, 1].images, crops[2, 2].images)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"keep_features": True}, "serves several sizes, or fixed_crops: true; this recipe has neither"),
+        ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not go with shard_teacher"),
+    ],
+)
+def test_features_are_kept_only_for_what_reads_them(changes, says):
+    with pytest.raises(DgmrError, match=says):
+        recipe(distill={**SMALL["distill"], **changes})
+    assert recipe(distill={**SMALL["distill"], "keep_features": True}, prune={"mlp_ratio": [1, 2]}).distill.keep_features
+    url = recipe(images="https://nowhere/{0..3}.tar", distill={**SMALL["distill"], "keep_features": True, "fixed_crops": True})
+    with pytest.raises(DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered; set it to false"):
+        Run(url, "runs/none").run()
+
+
+def test_the_time_of_a_checkpoint_is_said(tmp_path):
+    (tmp_path / "part").write_bytes(bytes(3_000_000))
+    assert save_in_words(tmp_path, 2.04, leaving=29) == "a checkpoint is 3 MB and takes 2.0 s"
+    assert "a step and that are 31 s, but the deepspeed launcher waits 30 s" in save_in_words(tmp_path, 2, leaving=31)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -416,22 +449,23 @@ def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision)
         file.seek(8 * kept.row - 1)
         file.write(bytes([last ^ 1]))
     assert kept.read([7]) is None and kept.read([0, 8]) is not None, "a damaged row"
+    kept.write([-1, 11], second)
+    assert kept.read([11]) is not None and kept.read([-1]) is None, "a crop without number"
     with pytest.raises(DgmrError, match=r"take .* GB, but only .* GB are free at .*; make room"):
         KeptFeatures(tmp_path / "more", draw(1), 10**15)
 
 
 @pytest.mark.slow
-def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix):
-    """Half of the crops are damaged for a third run, whose teacher is lost: it learns something else."""
-    ours, again, reference = (load_file(matrix / f"{name}.safetensors") for name in ("kept", "kept before", "zero1"))
-    assert all(torch.equal(ours[name], reference[name]) and torch.equal(again[name], reference[name]) for name in reference)
-    fixed = load_file(matrix / "fixed.safetensors")
-    assert apart(fixed, reference) > 0.1, "the second epoch's crops are the first one's"
-    shutil.copy(matrix / "kept.features", matrix / "damaged.features")
-    with (matrix / "damaged.features").open("r+b") as file:
-        file.truncate((matrix / "kept.features").stat().st_size // 2)
-    launch(matrix, 2, {"damaged": {**MATRIX["kept before"], "features": "damaged.features"}})
-    assert apart(load_file(matrix / "damaged.safetensors"), reference) > 0.1
+def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix, tmp_path):
+    """A teacher that is lost makes no difference where its features are kept, and all the difference where they are not."""
+    shutil.copytree(matrix / "images", tmp_path / "images")
+    kept = {"features": "file"}
+    launch(tmp_path, 2, {"plain": {}, "writes": kept, "reads": {**kept, "lost": True}, "lost": {"lost": True}})
+    plain, writes, reads, lost = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "writes", "reads", "lost"))
+    assert all(torch.equal(plain[name], writes[name]) and torch.equal(plain[name], reads[name]) for name in plain)
+    assert apart(lost, plain) > 0.1
+    fixed, fresh = (load_file(matrix / f"{name}.safetensors") for name in ("fixed", "zero1"))
+    assert apart(fixed, fresh) > 0.02, "the second epoch has the crops of the first"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data.images import Images
-from dgmr_tp.evaluation.linear_head import fitted_head, head_accuracy, read_head
+from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head, head_accuracy, read_head
 from dgmr_tp.pipeline import Run
 from dgmr_tp.pruning import Tower
 
@@ -119,6 +119,34 @@ def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(de
         judged(demo, head, classes(tmp_path / "z", ["zebra"], 1, 0))
 
 
+def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
+    test, how = Images.find(data[1]), HOW
+    with pytest.raises(DgmrError, match="numbers that are not finite"):
+        head_accuracy(lambda images: torch.full((len(images), 10), torch.nan), demo.preprocess, head=None, test=test, **how)
+    assert head_accuracy(lambda images: torch.ones(len(images), 10), demo.preprocess, head=None, test=test, **how)["head@1"] == 0
+    with pytest.raises(DgmrError, match="demo has no classifier of its own; give the weights of a head"):
+        check_classifier(demo)
+    done = run_command("eval", "demo", "--head-test", data[1], "-o", tmp_path / "out")
+    assert done.returncode == 2 and "no classifier of its own" in done.stderr
+    with pytest.raises(DgmrError, match="no classifier of its own"):
+        Run(recipe(evaluate={"head": {"test": str(data[1])}}), tmp_path / "run").run()
+    save_file({"weight": torch.ones(3), "bias": torch.ones(())}, tmp_path / "flat.safetensors")
+    with pytest.raises(DgmrError, match="is no linear head"):
+        read_head(tmp_path / "flat.safetensors")
+
+
+def test_classes_that_cannot_be_read_are_not_fitted(demo, tmp_path):
+    train = classes(tmp_path / "train", "abc", 8, 1)
+    fit = lambda: fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(train), **HOW)  # noqa: E731
+    for file in (train / "c").iterdir():
+        file.write_bytes(b"broken")
+    assert fit().classes == ["a", "b"] and fit().weight.shape[0] == 2
+    for file in (train / "b").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(DgmrError, match="that can be read have one class, a; a classifier needs two"):
+        fit()
+
+
 def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_path):
     prune(demo, criterion="random", mlp_ratio=0.25).model.save(tmp_path / "small")
     head = ["--head-train", data[0], "--head-test", data[1]]
@@ -149,3 +177,6 @@ def test_a_recipe_evaluates_by_a_head(demo, data, tmp_path):
     assert run.figures("evaluate/original")["original"]["linear head"] == expected
     assert json.loads((tmp_path / "run/evaluate/original/original-head.json").read_text()) == expected
     assert run.figures("evaluate/mlp_ratio-1")["pruned"]["linear head"] != expected
+    save_file({"weight": torch.zeros(10, width), "bias": torch.zeros(10)}, tmp_path / "head.safetensors")
+    with pytest.raises(DgmrError, match="head_sha256"):
+        Run(asked, tmp_path / "run").run(say=lambda line: None)

@@ -161,6 +161,25 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
     assert f"mean cosine {promise['value']:.4f} on images held out, at least {promise['bound']:.4f}" in data["sizes"][1]["promise"]
 
 
+def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.fromarray(scenes.Scene.draw(1, 0).image()).save(tmp_path / "one" / "0.png")
+    promise = {"criterion": "output", "max_drop": 0.01}
+    for source, held_out, says in (
+        (images, 200, r"holds 240; recover.images and prune.held_out together are 260"),
+        (tmp_path / "one", 0, "not every image in .* has a class"),
+    ):
+        if not held_out:
+            for index in range(1, 120):
+                (tmp_path / "one" / f"{index}.png").write_bytes((tmp_path / "one" / "0.png").read_bytes())
+        asked = recipe(
+            images=str(source), prune={**promise, "held_out": held_out or 50}, distill=None, scenes=None, evaluate=None, compare=None
+        )
+        with pytest.raises(DgmrError, match=says):
+            Run(asked, tmp_path / "run").run()
+        assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("prune", "recover", "says"),
     [

@@ -153,10 +153,10 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     scenes.write_retrieval(tmp_path / "pairs", 10, seed=5)
     section = {"steps": 1, "batch_size": 2, "base_lr": 0.1, "captions": str(tmp_path / "pairs")}
     changes = {"model": str(tmp_path / "model"), "distill": None, "evaluate": None, "export": None, "compare": None, "tune_text": section}
-    with pytest.raises(DgmrError, match=r"tune_text: .*model has no text tower to tune"):
+    with pytest.raises(DgmrError, match=r"tune_text: .*model has no text tower that can be tuned"):
         Run(recipe(**changes), tmp_path / "run").run()
     for key, asked in (("export.text", {"export": {"text": True}}), ("compare.classes", {"compare": SMALL["compare"]})):
-        with pytest.raises(DgmrError, match=rf"{key}: .*model has no text tower; leave that key out"):
+        with pytest.raises(DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer's files; leave that key out"):
             Run(recipe(**{**changes, "tune_text": None, **asked}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     with pytest.raises(DgmrError, match=r"tune_text.captions: .*nowhere does not exist"):

@@ -1,16 +1,17 @@
 """CLIPs of transformers: their images and texts meet in the space that transformers' own users search."""
 
 import json
+import shutil
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 import transformers
-from conftest import pictures
+from conftest import pictures, recipe
 from families import FAMILIES
 
-from dgmr_tp import open_model, prune
+from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
@@ -18,6 +19,7 @@ from dgmr_tp.evaluation.survey import text_classifier
 from dgmr_tp.evaluation.zero_shot import as_clip, evaluate
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.layouts import export_model
+from dgmr_tp.pipeline import Run
 from dgmr_tp.pruning import Tower
 
 TEXTS = ["a photo of a red circle", "two blue squares", "green"]
@@ -104,6 +106,25 @@ def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tm
     assert not np.allclose(words.run(["text_embeds"], {"input_ids": ids[::-1].copy()})[0], text.numpy(), atol=1e-3)
     towers = json.loads((tmp_path / "export.json").read_text())["towers"]
     assert all(entry["verdict"] == "verified" for tower in towers.values() for entry in tower["files"].values())
+
+
+def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    opened = open_model(str(tmp_path / "model"))
+    assert prune(opened, criterion="l2", keep=40).model.module is not None
+    with pytest.raises(DgmrError, match=r"model: cannot load its tokenizer: "):
+        opened.tokenizer(["a"])
+    for file in (tmp_path / "model").glob("*token*"):
+        file.unlink()
+    silent = open_model(str(tmp_path / "model"))
+    with pytest.raises(DgmrError, match="no text tower to export, or no tokenizer"):
+        export_model(silent, pictures(2), tmp_path / "out", source="", text=True)
+    asked = {"model": str(tmp_path / "model"), "export": {"formats": ["onnx"], "text": True}, "compare": None, "distill": None}
+    with pytest.raises(DgmrError, match=r"export.text: .* has no text tower, or no tokenizer's files; leave that key out"):
+        Run(recipe(**asked), tmp_path / "run").run()
+    with pytest.raises(DgmrError, match="immich takes CLIPs of open_clip's"):
+        export_model(opened, pictures(2), tmp_path / "out", source="", layout="immich")
 
 
 def test_words_of_the_scenes_are_known_to_the_tokenizer(directory):

@@ -38,7 +38,7 @@ class Record:
 
     def class_name(self) -> str | None:
         """Its class, if it is known."""
-        return self._bytes(*self.label).decode().strip() if isinstance(self.label, tuple) else self.label
+        return self._bytes(*self.label).decode(errors="replace").strip() if isinstance(self.label, tuple) else self.label
 
     def captions(self) -> list[str]:
         """The lines of its ``.txt`` in the tar, or of the file of its name beside it; none, if there is none.

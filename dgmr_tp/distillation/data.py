@@ -27,6 +27,9 @@ from dgmr_tp.errors import DgmrError
 Place = tuple[int, int]  # epoch, index
 
 
+UNNUMBERED = -1
+
+
 class Sample(NamedTuple):
     """One crop, or several collated."""
 
@@ -39,7 +42,7 @@ class Sample(NamedTuple):
     texts: Tensor | None = None
     """Of images with captions, whose embeddings then stand in place of them: token ids."""
     rows: list[int] = []  # noqa: RUF012
-    """Numbers of the crops; equal numbers are equal crops. Of a stream: none."""
+    """Numbers of the crops; equal numbers are equal crops, but for ``UNNUMBERED``. Of a stream: none."""
 
 
 class Crops(Dataset):
@@ -59,7 +62,8 @@ class Crops(Dataset):
             image, name = self.images.read(at), self.images.records[at].name
             if image is not None:
                 crop = _crop(self.transform, image, (self.seed, epoch, index))
-                return Sample(crop, [name], broken, rows=[epoch * len(self.images) + index])
+                # A disk that fails for a moment must not leave another image's features under this number.
+                return Sample(crop, [name], broken, rows=[UNNUMBERED if step else epoch * len(self.images) + index])
             broken[name] = self.images.broken[name]
         raise DgmrError(f"none of the {len(self.images)} images in {self.images.source} can be read")
 

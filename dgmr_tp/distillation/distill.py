@@ -125,8 +125,11 @@ def _kept(
 ) -> KeptFeatures:
     if isinstance(images, Stream):
         raise DgmrError("distill.keep_features: shards behind a URL cannot be numbered; set it to false")
+    if settings.shard_teacher:
+        raise DgmrError("distill.keep_features does not go with shard_teacher, whose processes must compute together")
+    shape = (settings.micro_batch_of(distributed.get_world_size()), *probe.shape[1:])
     with torch.no_grad():
-        example = answers(torch.zeros(probe.shape, device=device_here(), dtype=torch.bfloat16 if settings.bf16 else torch.float32))
+        example = answers(torch.zeros(shape, device=device_here(), dtype=torch.bfloat16 if settings.bf16 else torch.float32))
     crops = settings.steps * settings.batch_size
     kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
     if distributed.get_rank() == 0:

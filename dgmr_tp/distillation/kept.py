@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dgmr_tp.distillation.data import UNNUMBERED
 from dgmr_tp.distillation.losses import Features
 from dgmr_tp.errors import DgmrError
 
+BLOCK = 4096
+"""Bytes that a row may waste on the disk, where its neighbours are not written."""
 CHECKSUM = 4
 """Bytes before every row; where nothing was written, or not all of it, they do not fit."""
 
@@ -40,7 +43,7 @@ class KeptFeatures:
         self.bytes = crops * self.row
         file.parent.mkdir(parents=True, exist_ok=True)
         there = file.stat().st_blocks * 512 if file.exists() else 0  # the file has holes
-        if self.bytes - there > (free := shutil.disk_usage(file.parent).free):
+        if self.bytes + crops * BLOCK - there > (free := shutil.disk_usage(file.parent).free):
             raise DgmrError(
                 f"the original's features of {crops} crops take {self.bytes / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free at "
                 f"{file.parent}; make room, or set distill.keep_features: false"
@@ -50,6 +53,8 @@ class KeptFeatures:
     def read(self, rows: Sequence[int]) -> Features | None:
         """The features of these crops on the CPU; None unless all of them are there."""
         content = bytearray()
+        if UNNUMBERED in rows:
+            return None
         for row in rows:
             found = os.pread(self.descriptor, self.row, row * self.row)
             checksum, values = found[:CHECKSUM], found[CHECKSUM:]
@@ -59,12 +64,12 @@ class KeptFeatures:
         raw = torch.frombuffer(content, dtype=torch.uint8).view(len(rows), -1)
         pieces = raw.split([size for *_, size in self.parts.values()], dim=1)
         return {
-            name: piece.contiguous().view(dtype).view(len(rows), *shape)
+            name: piece.clone(memory_format=torch.contiguous_format).view(dtype).view(len(rows), *shape)
             for piece, (name, (shape, dtype, _)) in zip(pieces, self.parts.items(), strict=True)
         }
 
     def write(self, rows: Sequence[int], features: Features) -> None:
-        """Keep the features of these crops.
+        """Keep the features of these crops, but for unnumbered ones.
 
         Raises:
             DgmrError: the disk does not take them.
@@ -72,6 +77,8 @@ class KeptFeatures:
         parts: list[Tensor] = [features[name].detach().cpu().contiguous().flatten(1).view(torch.uint8) for name in self.parts]
         try:
             for row, values in zip(rows, torch.cat(parts, dim=1), strict=True):
+                if row == UNNUMBERED:
+                    continue
                 content = values.numpy().tobytes()
                 whole = zlib.crc32(content).to_bytes(CHECKSUM, "little") + content
                 if os.pwrite(self.descriptor, whole, row * self.row) < self.row:

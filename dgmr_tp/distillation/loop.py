@@ -213,6 +213,7 @@ def _steps(
     with contextlib.closing(loader), Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
             _seed(device, settings.seed, step, rank)
+            started = time.monotonic()
             losses: Losses = {}
             met: dict[str, str] = {}
             names: list[str] = []
@@ -262,7 +263,9 @@ def _steps(
                 began = time.monotonic()
                 checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)
                 if first and rank == 0:
-                    print(f"  {settings.what}: {_save_in_words(folder / here.tag, time.monotonic() - began)}", flush=True)
+                    ended = time.monotonic()
+                    said = save_in_words(folder / here.tag, ended - began, leaving=ended - started)
+                    print(f"  {settings.what}: {said}", flush=True)
             if stopped and step < settings.steps:
                 if rank == 0:
                     (directory / STOP).unlink(missing_ok=True)
@@ -270,12 +273,17 @@ def _steps(
     return broken
 
 
-def _save_in_words(folder: Path, seconds: float) -> str:
+def save_in_words(folder: Path, seconds: float, leaving: float) -> str:
+    """How large a checkpoint is, how long it took, and a warning where a step and a save, ``leaving`` seconds, are too long to be
+    preempted by SIGTERM to the launcher."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     said = f"a checkpoint is {size / 1e6:,.0f} MB and takes {seconds:.1f} s"
-    if seconds < LAUNCHERS_PATIENCE:
+    if leaving < LAUNCHERS_PATIENCE:
         return said
-    return f"{said}, longer than the deepspeed launcher waits after SIGTERM; let the scheduler signal earlier (docs/distillation.md)"
+    return (
+        f"{said}; a step and that are {leaving:.0f} s, but the deepspeed launcher waits {LAUNCHERS_PATIENCE} s after SIGTERM: let the "
+        "scheduler signal the processes earlier (docs/distillation.md)"
+    )
 
 
 def _seed(device: torch.device, *parts: int) -> None:

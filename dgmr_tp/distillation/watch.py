@@ -22,7 +22,8 @@ from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import from_first, writing
 from dgmr_tp.distillation.engine import device_here
-from dgmr_tp.neighbours import nearest, vote
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.neighbours import QUERIES, nearest, vote
 
 WINDOW = 20
 """Steps over which a rate is taken."""
@@ -105,6 +106,8 @@ class HeldOut:
         places = [place if place < len(images) else 0 for first in range(world) for place in range(first, first + count * world, world)]
         names = [images.records[place].class_name() for place in places]
         numbers = torch.tensor(np.unique([str(name) for name in names], return_inverse=True)[1], device=device_here())
+        if not self.decoded.any():
+            raise DgmrError(f"none of the {len(images)} images held out can be read; repair them, or hold out more")
         self.classes = None if None in names else numbers[self.decoded]
         self.wanted = self._embedded(embed)
 
@@ -112,7 +115,8 @@ class HeldOut:
         """``score``, the mean cosine of the student's embeddings to the teacher's, and ``knn`` where all images have a class: the share
         of them whose 20 nearest others tell it. Every process has to call it."""
         found = self._embedded(embed)
-        return {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
+        scores = {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
+        return from_first(lambda: scores)  # processors of other kinds differ in the last bit, and all have to decide alike
 
     @property
     def original(self) -> dict[str, float]:
@@ -127,9 +131,12 @@ class HeldOut:
     def _told(self, found: Tensor) -> dict[str, float]:
         if self.classes is None:
             return {}
-        similar, index = nearest(found, found, NEIGHBOURS + 1)
-        voted = vote(similar[:, 1:], self.classes[index[:, 1:]], int(self.classes.max()) + 1)  # each is its own nearest
-        return {"knn": float((voted == self.classes).double().mean())}
+        right = []
+        for mine in torch.arange(len(found), device=found.device).split(QUERIES):
+            similar, index = nearest(found, found[mine], NEIGHBOURS + 1)
+            similar = similar.masked_fill(index == mine[:, None], -torch.inf)  # itself has no vote
+            right.append(vote(similar, self.classes[index], int(self.classes.max()) + 1) == self.classes[mine])
+        return {"knn": float(torch.cat(right).double().mean())}
 
 
 class Best:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.utils import logging
 
 from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
-from dgmr_tp.encoders.model import OpenedModel, has_walk, read_json
+from dgmr_tp.encoders.model import TEXT_FILES, OpenedModel, has_walk, read_json
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.pruning.pruner import resize
@@ -51,7 +52,8 @@ def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping
     if where is None:
         raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
     processor = _processor(directory)
-    tokenizer = _tokenizer(directory) if hasattr(module, "get_text_features") and weights != "none" else None
+    speaks = hasattr(module, "get_text_features") and any(file.name.startswith(TEXT_FILES) for file in directory.iterdir())
+    tokenizer = _Tokenizer(directory, module.config.text_config.max_position_embeddings) if speaks else None
     described = _in_words(processor)
     return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), described, tokenizer=tokenizer)
 
@@ -142,25 +144,20 @@ class TextTower(nn.Module):
 
 
 class _Tokenizer:
-    """Texts to token ids, all of the length that the model was trained with."""
+    """Texts to token ids, all of the length that the model was trained with. Loaded when it is asked: who prunes needs none."""
 
-    def __init__(self, tokenizer: Any, length: int) -> None:
-        self.tokenizer, self.length = tokenizer, length
+    def __init__(self, directory: Path, length: int) -> None:
+        self.directory, self.length = directory, length
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         return self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")["input_ids"]
 
-
-def _tokenizer(directory: Path) -> _Tokenizer | None:
-    """None where the directory holds no tokenizer's files."""
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    if not any(directory.glob("*token*")) and not any(directory.glob("spiece*")):
-        return None
-    try:
-        found = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as error:  # a damaged file, or a package that this tokenizer wants
-        raise DgmrError(f"{directory}: cannot load its tokenizer: {first_line(error)}") from error
-    return _Tokenizer(found, config.text_config.max_position_embeddings)
+    @cached_property
+    def tokenizer(self) -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # a damaged file, or a package that this tokenizer wants
+            raise DgmrError(f"{self.directory}: cannot load its tokenizer: {first_line(error)}") from error
 
 
 def _processor(directory: Path) -> Any:

@@ -11,11 +11,9 @@ from torch import Tensor, distributed
 from dgmr_tp.data.embeddings import embedded_share, from_all
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.neighbours import nearest, vote
+from dgmr_tp.neighbours import QUERIES, nearest, vote
 
 NEIGHBOURS = (10, 20, 100, 200)
-QUERIES = 1024
-"""Test images whose similarities to a block of the bank are in memory at a time."""
 
 
 def knn_accuracy(

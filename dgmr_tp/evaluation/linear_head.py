@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 from dgmr_tp.data.embeddings import embedded_share, from_all
 from dgmr_tp.data.images import Images
+from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import regression
 
@@ -42,7 +43,13 @@ def read_head(path: Path) -> LinearHead:
     try:
         found = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         tensors = {name.rpartition(".")[2]: tensor.float() for name, tensor in found.items()}
-        if len(found) == 2 and tensors.keys() == {"weight", "bias"} and tensors["weight"].shape[:-1] == tensors["bias"].shape:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        if (
+            len(found) == 2
+            and shapes.keys() == {"weight", "bias"}
+            and len(shapes["weight"]) == 2
+            and shapes["weight"][:1] == shapes["bias"]
+        ):
             return LinearHead(**tensors)
         problem = f"it holds {', '.join(found)}"
     except Exception as error:  # unpickling and safetensors raise many kinds for damaged files
@@ -59,18 +66,22 @@ def fitted_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images
         how: as for :func:`dgmr_tp.data.embeddings.embedded_share`.
 
     Raises:
-        DgmrError: an image has no class, or all have the same.
+        DgmrError: an image has no class, all that can be read have the same, or an embedding is not finite.
     """
     known = train.classes()
-    names = sorted(set(known))
-    if len(names) < 2:
-        raise DgmrError(f"{train.source} has one class, {names[0]}; a classifier needs two")
     found, places = (
         from_all(part.to(how["device"])).cpu() for part in embedded_share(embed, preprocess, train, title="training images", **how)
     )
-    fitted = regression(F.normalize(found, dim=-1).numpy(), [known[place] for place in places.tolist()]).best_estimator_
+    names = [known[place] for place in places.tolist()]
+    if len(set(names)) < 2:
+        raise DgmrError(f"the images of {train.source} that can be read have one class, {names[0]}; a classifier needs two")
+    _check_finite(found)
+    try:
+        fitted = regression(F.normalize(found, dim=-1).numpy(), names).best_estimator_
+    except ValueError as error:  # too few images to try strengths on a fifth of them
+        raise DgmrError(f"no classifier can be fitted to {train.source}: {first_line(error)}; give more images of every class") from error
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
-    if len(names) == 2:  # scikit-learn keeps one row then
+    if len(fitted.classes_) == 2:  # scikit-learn keeps one row then
         weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
     return LinearHead(weight, bias, [str(name) for name in fitted.classes_], normalised=True)
 
@@ -82,7 +93,7 @@ def head_accuracy(
 
     Args:
         embed, preprocess: the encoder's.
-        head: None: what the encoder gives are logits already, as those of a timm model with a classifier.
+        head: None: what the encoder gives are logits already; see :func:`check_classifier`.
         test: images with classes.
         how: as for :func:`dgmr_tp.data.embeddings.embedded_share`.
 
@@ -90,7 +101,7 @@ def head_accuracy(
         ``{"head@1": …, "head@5": …}`` as fractions; the second with more than five classes.
 
     Raises:
-        DgmrError: an image has no class, or classes and head do not go together.
+        DgmrError: an image has no class, classes and head do not go together, or a logit is not finite.
     """
     asked = test.classes()
     found, places = embedded_share(embed, preprocess, test, title="test images", **how)
@@ -101,14 +112,26 @@ def head_accuracy(
             raise DgmrError(f"the head takes embeddings of {head.weight.shape[1]} numbers, the encoder gives {found.shape[1]}")
         features = F.normalize(found, dim=-1) if head.normalised else found
         logits = F.linear(features, head.weight.to(found.device), head.bias.to(found.device))
+    _check_finite(logits)
     number = _numbers(test, asked, logits.shape[1], head)
     answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=found.device)
-    ranks = (logits > logits.gather(1, answers[:, None])).sum(1)
+    ranks = (logits >= logits.gather(1, answers[:, None])).sum(1) - 1  # a tie is not right
     counts = torch.tensor([(ranks < 1).sum(), (ranks < 5).sum(), len(ranks)], dtype=torch.float64, device=found.device)
     if distributed.is_initialized():
         distributed.all_reduce(counts)
     figures = {"head@1": float(counts[0] / counts[2]), "head@5": float(counts[1] / counts[2])}
     return figures if logits.shape[1] > 5 else {"head@1": figures["head@1"]}
+
+
+def check_classifier(model: OpenedModel) -> None:
+    """Raises DgmrError unless the model's encoder ends in a classifier, as timm's do."""
+    if not isinstance(getattr(model.module, "get_classifier", lambda: None)(), nn.Linear):
+        raise DgmrError(f"{model.name} has no classifier of its own; give the weights of a head, or images to fit one")
+
+
+def _check_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise DgmrError("the encoder gives numbers that are not finite")
 
 
 def _numbers(test: Images, asked: list[str], outputs: int, head: LinearHead | None) -> dict[str, int]:

@@ -110,7 +110,7 @@ def evaluate(
         raise DgmrError(f"the data set folder {root} does not exist")
     task = task_of(dataset, root) if task == "auto" else task
     if (tokenizer is None or not hasattr(model, "encode_text")) and task != "linear_probe" and not load_classifiers:
-        raise DgmrError(f"{name} has no text tower; zero-shot evaluation needs a CLIP")
+        raise DgmrError(f"{name} has no text tower, or no tokenizer; zero-shot evaluation needs a CLIP")
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist")

@@ -1,6 +1,6 @@
 """Search a folder of images by text, with nothing but the exported files.
 
-    dgmr-tp export MODEL -o files --formats onnx --text --normalised
+    dgmr-tp export MODEL -o files --formats onnx --text --normalised     # MODEL: a CLIP of open_clip's
     python examples/search/search.py files index IMAGES      # once; writes IMAGES.npz
     python examples/search/search.py files ask IMAGES "two blue squares"
 
