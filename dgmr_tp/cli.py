@@ -438,7 +438,7 @@ def evaluate(
         options = {"batch_size": batch_size, "workers": workers, "speaks": speaks}
         if head_test:
             if known_head is None:
-                known_head = _fit_head(served, head_train, **options)
+                known_head = _choose_head(served, head_train, **options)
             rows[label] = _head(served, label, known_head, head_test, files[-1], **options)
         else:
             rows[label] = _knn(served, label, knn_train, knn_test, files[-1], **options)
@@ -860,7 +860,8 @@ def _read_head(path):  # type: ignore[no-untyped-def]
     return read_head(path) if path else None
 
 
-def _fit_head(served, train, **options):  # type: ignore[no-untyped-def]
+def _choose_head(served, train, **options):  # type: ignore[no-untyped-def]
+    """One that is fitted, or None: the model's own."""
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head
 

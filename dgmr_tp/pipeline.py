@@ -155,8 +155,8 @@ class Run:
         if recipe.scenes:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
         evaluated = recipe.evaluate.model_dump() if recipe.evaluate else None
-        if recipe.evaluate and recipe.evaluate.head and recipe.evaluate.head.weights and evaluated:
-            evaluated["head_sha256"] = sha256(Path(recipe.evaluate.head.weights))  # another head has the same name and size
+        if evaluated and recipe.evaluate and recipe.evaluate.head and (head := Path(recipe.evaluate.head.weights or "")).is_file():
+            evaluated["head_sha256"] = sha256(head)  # another head has the same name and size
         if evaluated:  # first: a model or data set that cannot be evaluated shows before anything is computed
             steps.append(Step("evaluate", ORIGINAL, {**evaluated, **model}, data, self._evaluate_original))
         ranked: tuple[str, ...] = ()
