@@ -355,7 +355,7 @@ def main() -> None:
     store, weights = Store(args.out), args.out.parent / "weights"
     subjects = {
         "cifar": (lambda: on_cifar(cifar(args.encoder)), {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
-        "demo": (demo, {"1/8": 3, "1/4": 3}, True),
+        "demo": (demo, {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
         "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
         "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
