@@ -75,7 +75,7 @@ def _curves(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]]
     curves = [
         ("loss, logarithmic", training.get("losses", []), True),
         ("mean cosine to the original on images held out", training.get("scores", []), False),
-        (f"share of images held out whose nearest others tell their class{said}", training.get("knn", []), False),
+        (f"k-NN accuracy on images held out{said}", training.get("knn", []), False),
     ]
     return [(says, points, logarithmic) for says, points, logarithmic in curves if len(points) > 1]
 

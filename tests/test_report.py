@@ -61,10 +61,12 @@ def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
 
 def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     distilled = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
+    distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}}
     data = collect(tmp_path, "run", {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
     assert 'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
+    assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on images held out; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
 
 

@@ -28,6 +28,8 @@ from dgmr_tp.neighbours import QUERIES, nearest, vote
 WINDOW = 20
 """Steps over which a rate is taken."""
 NEIGHBOURS = 20
+PER_CLASS = 10
+"""Images of a class, in the mean, with fewer of which neighbours tell little."""
 BEST = "best.safetensors"
 
 
@@ -108,12 +110,12 @@ class HeldOut:
         numbers = torch.tensor(np.unique([str(name) for name in names], return_inverse=True)[1], device=device_here())
         if not self.decoded.any():
             raise DgmrError(f"none of the {len(images)} images held out can be read; repair them, or hold out more")
-        self.classes = None if None in names else numbers[self.decoded]
+        self.classes = None if None in names or len(images) < PER_CLASS * len(set(names)) else numbers[self.decoded]
         self.wanted = self._embedded(embed)
 
     def scores(self, embed: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """``score``, the mean cosine of the student's embeddings to the teacher's, and ``knn`` where all images have a class: the share
-        of them whose 20 nearest others tell it. Every process has to call it."""
+        """``score``, the mean cosine of the student's embeddings to the teacher's, and ``knn`` where all images have a class, and enough
+        of them the same: the share whose 20 nearest others tell it. Every process has to call it."""
         found = self._embedded(embed)
         scores = {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
         return from_first(lambda: scores)  # processors of other kinds differ in the last bit, and all have to decide alike
