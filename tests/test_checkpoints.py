@@ -280,6 +280,7 @@ def test_a_truncated_file_is_one_sentence(tiny_clip, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_path):
     """A repository in the layout of the hub's cache; the hub itself is not reached."""
     snapshot = tmp_path / "hub" / "models--org--clip" / "snapshots" / "0123"
