@@ -225,6 +225,11 @@ class Run:
     def original(self) -> OpenedModel:
         return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
 
+    @cached_property
+    def _shapes(self) -> OpenedModel:
+        """The original without weights: enough to see what it has."""
+        return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained, weights="none")
+
     @property
     def not_zero_shot(self) -> list[str]:
         """Data sets of the kind of captions that the text tower is tuned on."""
@@ -583,22 +588,21 @@ class Run:
         if recipe.evaluate and recipe.evaluate.head and not recipe.evaluate.head.weights:
             from dgmr_tp.evaluation.linear_head import check_classifier
 
-            check_classifier(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none"))
+            check_classifier(self._shapes)
         speaking = {
             "export.text": recipe.export and recipe.export.text,
             "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
         }
-        if keys := [key for key, asked in speaking.items() if asked]:
-            shapes = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-            if shapes.text is None or (shapes.library == "transformers" and shapes.tokenizer is None):
-                raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
+        keys = [key for key, asked in speaking.items() if asked]
+        if keys and (self._shapes.text is None or (self._shapes.library == "transformers" and self._shapes.tokenizer is None)):
+            raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
         if recipe.tune_text:
             from dgmr_tp.data.captions import Captioned
             from dgmr_tp.distillation.text import has_text_tower
 
             if not recipe.tune_text.captions.startswith("scenes:"):
                 Captioned.find(recipe.tune_text.captions, recipe.tune_text.images)
-            if not has_text_tower(open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")):
+            if not has_text_tower(self._shapes):
                 raise DgmrError(f"tune_text: {recipe.model.source} has no text tower that can be tuned; it takes a CLIP of open_clip's")
 
     def _made_from(self, step: Step) -> dict[str, Any]:
