@@ -3,10 +3,12 @@
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 benchmarks/distillation_speed.py --out FILE.json
 
 The minimal loop (arXiv 2506.08591 and 2603.08100 as released): DistributedDataParallel, eager teacher, AdamW over all parameters, a barrier
-and ``.item()`` in every step, on a GPU pure bf16. The product: ZeRO, float32 master weights, one exchange of losses and flags a step.
-``kept`` is the product as it trains a recipe's second size with ``keep_features``: the teacher's features are read, not computed. All
-distil the demo CLIP (or ``--model``) pruned to hidden = width on generated scenes, at the same batch. They take turns, ``--rounds``
-times; a rate comes from the difference of a long and a short run, so that starting up does not count.
+and ``.item()`` in every step, on a GPU pure bf16. The product: float32 master weights, one exchange of losses and flags a step; ``zero0``
+shards nothing, as the minimal loop does (not in bf16, whose master weights are ZeRO's), ``zero1`` the optimiser's states. ``kept`` is
+``zero1`` as it trains a recipe's second size with ``keep_features``: the teacher's features are read, not computed. All distil the demo
+CLIP (or ``--model``) pruned to hidden = width on generated scenes, at the same batch. They take turns, ``--rounds`` times, since a
+machine's speed drifts. A turn's rate is taken from the last ``MEASURED`` steps, so that starting up does not count: by the median step,
+which a shared machine disturbs little, and by their mean.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import platform
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,13 +35,15 @@ from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
+from dgmr_tp.distillation.loop import read_curve
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import last_state
 from dgmr_tp.recipe import Distill
 
-SHORT, LONG = 20, 120
+WARM_UP, MEASURED = 20, 40
+STEPS = WARM_UP + MEASURED
 
 
 class Folder(Dataset):
@@ -72,8 +77,8 @@ class Features(torch.nn.Module):
         return class_token, patches
 
 
-def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: int, steps: int, workers: int) -> None:
-    """``steps`` steps of the papers' loop."""
+def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: int, workers: int) -> None:
+    """The papers' loop."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
     wanted = Features(teacher).to(device, precision).eval().requires_grad_(False)
@@ -82,7 +87,7 @@ def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: i
     crops = Folder(images, teacher.preprocess_config, teacher.image_size)
     share = batch // distributed.get_world_size()
     step = 0
-    while step < steps:
+    while step < STEPS:
         for pictures in DataLoader(crops, share, sampler=DistributedSampler(crops), num_workers=workers, drop_last=True):
             pictures = pictures.to(device, precision)
             with torch.no_grad():
@@ -95,7 +100,7 @@ def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: i
             distributed.barrier()
             loss.item()
             step += 1
-            if step == steps:
+            if step == STEPS:
                 return
 
 
@@ -103,8 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -118,39 +122,49 @@ def main() -> None:
     distributed.barrier()
     images = Images.find(folder / "images")
 
-    def product(teacher: OpenedModel, student: OpenedModel, steps: int, name: str, features: Path | None = None) -> None:
-        section = {"steps": steps, "batch_size": args.batch, "base_lr": 1e-5, "weight_decay": 0.04, "workers": args.workers}
-        section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9, "zero_stage": args.zero_stage}
-        distill(teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), folder / name, features)
+    def product(teacher: OpenedModel, student: OpenedModel, directory: Path, stage: int, features: Path | None) -> None:
+        section = {"steps": STEPS, "batch_size": args.batch, "base_lr": 1e-5, "weight_decay": 0.04, "workers": args.workers}
+        section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9, "zero_stage": stage, "log_every": STEPS}
+        distill(teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), directory, features)
 
-    def timed(which: str, steps: int, turn: int) -> float:
+    def turn(which: str, number: int) -> dict[str, float]:
         teacher = open_model(args.model)
         student = prune(teacher, criterion="l2", mlp_ratio=1).model
-        distributed.barrier()
-        started = time.perf_counter()
-        if which == "product":
-            product(teacher, student, steps, f"{turn}-{steps}")
-        elif which == "kept":
-            product(teacher, student, steps, f"kept-{turn}-{steps}", folder / "features")
+        starts: list[float] = []
+        first = next(layer for layer in student.encoder.module.modules() if isinstance(layer, torch.nn.Conv2d))
+        first.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))  # once a step, in every loop
+        directory = folder / f"{which}-{number}"
+        if which == "minimal":
+            minimal(teacher, student, images, args.batch, args.workers)
         else:
-            minimal(teacher, student, images, args.batch, steps, args.workers)
-        distributed.barrier()
-        return time.perf_counter() - started
+            stage, features = (1, folder / "features") if which == "kept" else (int(which[-1]), None)
+            product(teacher, student, directory, stage, features)
+        times = [end - start for start, end in pairwise(starts[-MEASURED:])]
+        distributed.barrier()  # until the first process has written its curves
+        curves = {name: read_curve(directory, name) for name in ("memory_gb", "share_of_peak")}
+        figures = {name: curve[-1][1] for name, curve in curves.items() if curve}
+        return {"median": args.batch / statistics.median(times), "mean": args.batch / statistics.mean(times), **figures}
 
-    timed("kept", LONG, -1)  # fills the file
-    rates: dict[str, list[float]] = {"minimal": [], "product": [], "kept": []}
-    for turn in range(args.rounds):
-        for which in rates:
-            short, long = (timed(which, steps, turn) for steps in (SHORT, LONG))
-            rates[which].append(args.batch * (LONG - SHORT) / (long - short))
+    turn("kept", -1)  # fills the file
+    found: dict[str, list[dict[str, float]]] = {which: [] for which in ("minimal", "zero0", "zero1", "kept")}
+    if torch.cuda.is_available():
+        del found["zero0"]
+    for number in range(args.rounds):
+        for which, turns in found.items():
+            turns.append(turn(which, number))
             if rank == 0:
-                print(f"{which:<8} {rates[which][-1]:.1f} images/s", flush=True)
+                print(f"{which:<8} {turns[-1]['median']:.1f} images/s, in the mean {turns[-1]['mean']:.1f}", flush=True)
     if rank == 0:
-        ratio, saved = (
-            statistics.median(a / b for a, b in zip(rates[first], rates[second], strict=True))
-            for first, second in (("product", "minimal"), ("kept", "product"))
-        )
-        print(f"product / minimal: {ratio:.2f}, with kept features / without: {saved:.2f}")
+        pairs = [*((stage, "minimal") for stage in found if stage.startswith("zero")), ("kept", "zero1")]
+        ratios = {
+            f"{first} / {second}, {kind}": statistics.median(
+                one[kind] / other[kind] for one, other in zip(found[first], found[second], strict=True)
+            )
+            for kind in ("median", "mean")
+            for first, second in pairs
+        }
+        for name, value in ratios.items():
+            print(f"{name}: {value:.2f}")
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         setting = {
             "device": device,
@@ -161,11 +175,7 @@ def main() -> None:
         }
         write_whole(
             args.out,
-            json.dumps(
-                {**setting, "batch": args.batch, "zero_stage": args.zero_stage, "rates": rates, "ratio": ratio, "kept_ratio": saved},
-                indent=1,
-            )
-            + "\n",
+            json.dumps({**setting, "batch": args.batch, "images_per_second": found, "ratios": ratios}, indent=1) + "\n",
         )
     stop_deepspeed()
 
