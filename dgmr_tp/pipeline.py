@@ -1,21 +1,15 @@
-"""From a recipe to a report: which stages there are, what each reads and writes, and which are still true.
+"""From a recipe to a report: which stages there are, what each reads, and the work of each.
 
-A run directory holds a folder per stage and, in it, one per size. A finished step has a ``manifest.json`` with what it was
-made from (its part of the recipe, its inputs' hashes, the package versions) and its figures. The same again: skipped.
-Anything else: the run stops and says what changed. A step works in a folder beside its own and renames it when it is done;
-only the distillation leaves something there to go on from.
+Done already and made from the same: skipped. Anything else: the run stops and says what changed (``run_directory.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,57 +21,23 @@ from dgmr_tp.data.streams import find_images, is_url
 from dgmr_tp.decide import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require_installed
 from dgmr_tp.files import hold, sha256, write_whole
+from dgmr_tp.needs import check_needs
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import PROMISES, Dataset, Recipe, Recover, Training, parse_recipe
+from dgmr_tp.recipe import Dataset, Recipe, Training, parse_recipe
+from dgmr_tp.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
-PACKAGES = (
-    "dgmr-tp",
-    "torch",
-    "torch-pruning",
-    "numpy",
-    "scipy",
-    "open_clip_torch",
-    "timm",
-    "deepspeed",
-    "clip_benchmark",
-    "onnx",
-    "onnxruntime",
-)
 SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103, "pairs": 104}  # the demo CLIP was trained on seed 1 and tested on seed 2
-JOURNAL = "search.json"
-"""What AMP's search decided so far; a step that was interrupted goes on from it."""
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
 ORIGINAL = "original"
 """In the place of a size: the encoder before pruning."""
 NOT_CLIP_BENCHMARKS = {"knn": "k-NN", "head": "linear head"}
 """Headings of what is measured by our own code."""
-TRAININGS = ("distill", "tune_text")
-"""Stages that leave checkpoints to go on from."""
 
 
-@dataclass(frozen=True)
-class Step:
-    """One unit of work: a stage for one size."""
-
-    stage: str
-    size: str
-    section: dict[str, Any]
-    """The part of the recipe that decides the outcome."""
-    inputs: tuple[str, ...]
-    """Keys of the steps whose results it reads."""
-    work: Callable[[Path], dict[str, Any]] = field(compare=False)
-    """Fills the folder and returns figures."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.stage}/{self.size}"
-
-
-class Run:
+class Run(RunDirectory):
     """A recipe in a run directory.
 
     Raises:
@@ -86,12 +46,11 @@ class Run:
 
     def __init__(self, recipe: Recipe, directory: str | Path) -> None:
         self.recipe = recipe
-        self.directory = Path(directory)
+        super().__init__(directory)
         marker = self.directory / "recipe.json"
         if self.directory.exists() and not marker.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
             raise DgmrError(f"{self.directory} is no run directory (it has no recipe.json) and is not empty; name a new one with -o")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.versions = _versions()
 
     @classmethod
     def open(cls, directory: str | Path) -> Run:
@@ -119,7 +78,7 @@ class Run:
         for name in (redo, until):
             if name is not None and name not in STAGES:
                 raise DgmrError(f"unknown stage {name!r}; stages: {', '.join(STAGES)}")
-        self._check_what_later_stages_need()
+        check_needs(self.recipe)
         with hold(self.directory, "dgmr-tp run is working"):
             self._run(redo, until, say)
 
@@ -127,30 +86,30 @@ class Run:
         dropped = STAGES[STAGES.index(redo) :] if redo else ()
         for step in self.steps:
             if step.stage not in dropped:
-                self._check_still_true(step)
+                self.check_still_true(step)
         for stage in dropped:
             if (self.directory / stage).exists():
                 shutil.rmtree(self.directory / stage)
         write_whole(self.directory / "recipe.json", self.recipe.model_dump_json(indent=1) + "\n")
         last = STAGES.index(until) if until else len(STAGES)
         for step in (step for step in self.steps if STAGES.index(step.stage) <= last):
-            if (self.folder(step.key) / "manifest.json").exists():
+            if self.is_done(step):
                 say(f"{step.key}: done before")
             else:
                 say(f"{step.key}: running")
                 started = time.monotonic()
-                self._do(step)
+                self.do(step)
                 say(f"{step.key}: done in {time.monotonic() - started:.1f} s")
 
     @cached_property
     def steps(self) -> list[Step]:
         """All steps of the recipe in the order in which they run."""
         recipe, seed = self.recipe, self.recipe.seed
-        model: dict[str, Any] = {"model": recipe.model.model_dump(), "files": _fingerprint(recipe.model.source)}
+        model: dict[str, Any] = {"model": recipe.model.model_dump(), "files": fingerprint(recipe.model.source)}
         images: dict[str, Any] = {"images": recipe.images, "seed": seed}
         data = ("scenes/all",) if recipe.scenes else ()
         if not recipe.images.startswith("scenes:"):
-            images["files"] = _fingerprint(recipe.images)
+            images["files"] = fingerprint(recipe.images)
         steps = []
         if recipe.scenes:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
@@ -161,7 +120,7 @@ class Run:
             steps.append(Step("evaluate", ORIGINAL, {**evaluated, **model}, data, self._evaluate_original))
         ranked: tuple[str, ...] = ()
         if recipe.prune.criterion in SEEING:
-            section = {**model, "criterion": recipe.prune.criterion, "calibration": self._calibration, **images}
+            section = {**model, "criterion": recipe.prune.criterion, "calibration": self.recipe.calibration, **images}
             steps.append(Step("rank", "all", section, data, self._rank))
             ranked = ("rank/all",)
         last = {}
@@ -170,8 +129,8 @@ class Run:
             if "threshold" in amount:
                 section |= {"search": recipe.prune.search.model_dump(), **images}
             elif recipe.prune.criterion in DIFFERENTIATING:
-                section |= {"calibration": self._calibration, **images}
-            elif promised(amount):
+                section |= {"calibration": self.recipe.calibration, **images}
+            elif recipe.prune.promises:
                 assert recipe.recover
                 section |= {"held_out": recipe.prune.held_out, "damping": recipe.recover.damping, **images}
             inputs = data if recipe.prune.criterion in DIFFERENTIATING else ranked
@@ -198,7 +157,7 @@ class Run:
                 steps.append(Step("evaluate", size, evaluated, inputs, partial(self._evaluate, size=size)))
         if recipe.compare:
             section = {**recipe.compare.model_dump(exclude={"workers"}), "seed": seed, **model}
-            section |= {f"{key}_files": _fingerprint(path) for key, path in recipe.compare.paths.items()}
+            section |= {f"{key}_files": fingerprint(path) for key, path in recipe.compare.paths.items()}
             for size in last:
                 steps.append(Step("compare", size, section, (last[size], *data), partial(self._compare, size=size)))
         if recipe.export:
@@ -214,21 +173,8 @@ class Run:
         """The steps that make a model of this size: ``{"pruned": "prune/…", "recovered": …, "distilled": …}``."""
         return {label: f"{stage}/{size}" for stage, label in MODEL_STAGES.items() if getattr(self.recipe, stage)}
 
-    def folder(self, key: str) -> Path:
-        return self.directory / key
-
-    def figures(self, key: str) -> dict[str, Any] | None:
-        """What a finished step measured; None if it has not run."""
-        path = self.folder(key) / "manifest.json"
-        return json.loads(path.read_text())["figures"] if path.exists() else None
-
     def original(self) -> OpenedModel:
         return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
-
-    @cached_property
-    def _shapes(self) -> OpenedModel:
-        """The original without weights: enough to see what it has."""
-        return open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained, weights="none")
 
     @property
     def not_zero_shot(self) -> list[str]:
@@ -236,11 +182,6 @@ class Run:
         if not self.recipe.tune_text or not self.recipe.evaluate:
             return []
         return [entry.dataset for entry in self.recipe.evaluate.datasets if _siblings(self.recipe.tune_text.captions, entry)]
-
-    @property
-    def _calibration(self) -> int:
-        """How many images a criterion that sees the data looks at."""
-        return self.recipe.recover.images if self.recipe.recover else Recover.model_fields["images"].default
 
     def data_path(self, path: str) -> Path:
         """A path of the recipe; ``scenes:NAME`` is a generated set of this run."""
@@ -261,9 +202,14 @@ class Run:
         if self.figures(step.key) is not None:
             print(f"{step.key}: done before", flush=True)
             return
-        self._check_still_true(step)
+        if unfinished := [key for key in step.inputs if self.figures(key) is None]:
+            stage = unfinished[0].split("/")[0]
+            raise DgmrError(
+                f"{unfinished[0]} is not finished, which {step.key} reads; run dgmr-tp run RECIPE -o {self.directory} --until {stage}"
+            )
+        self.check_still_true(step)
         # Rank 0 prepares the folder; the others meet it in the first collective.
-        folder = self._partial(step) if os.environ.get("RANK", "0") == "0" else self._aside(step)
+        folder = self.partial(step) if os.environ.get("RANK", "0") == "0" else self.aside(step)
         model = open_model(str(self.folder(step.inputs[0]) / "model"))
         figures = self._distill_here(model, folder, step) if stage == "distill" else self._tune_text_here(model, folder)
         if figures is not None:
@@ -283,9 +229,9 @@ class Run:
     def _kept_features(self, step: Step) -> Path:
         """Where the sizes share the original's features; another recipe has other ones."""
         model = self.recipe.model
-        made_from = [step.section, model.model_dump(), _fingerprint(model.source), model.pretrained and _fingerprint(model.pretrained)]
-        versions = self.versions | _versions(("torchvision", "pillow", "transformers"))  # what crops, and what may be the original
-        return self.directory / "distill" / f".features-{_hash([*made_from, versions])[:16]}"
+        made_from = [step.section, model.model_dump(), fingerprint(model.source), model.pretrained and fingerprint(model.pretrained)]
+        known = self.versions | versions(("torchvision", "pillow", "transformers"))  # what crops, and what may be the original
+        return self.directory / "distill" / f".features-{digest([*made_from, known])[:16]}"
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
         from dgmr_tp.data.captions import Captioned
@@ -316,7 +262,7 @@ class Run:
 
         model = self.original()
         model.module.to(self.device)
-        options = {"calibration": self._calibration, "seed": self.recipe.seed}
+        options = {"calibration": self.recipe.calibration, "seed": self.recipe.seed}
         with shown() as progress:
             rankings = rank(model, self.recipe.prune.criterion, self._images, progress=progress, **options)
         rankings.save(folder / "rankings.safetensors")
@@ -334,14 +280,14 @@ class Run:
             if "threshold" in amount:
                 plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
                 found["image_forwards"] = image_blocks / len(model.encoder.blocks())
-            elif promised(amount):
+            elif self.recipe.prune.promises:
                 plan, found["promise"] = self._keep_promise(model, amount, progress)
             elif self.recipe.prune.criterion in SEEING:
                 plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
             else:
                 options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
                 if self.recipe.prune.criterion in DIFFERENTIATING:
-                    options |= {"images": self._images, "calibration": self._calibration}
+                    options |= {"images": self._images, "calibration": self.recipe.calibration}
                 plan = make_plan(model, progress=progress, **options)
         model.module.cpu()
         result = prune(model, plan=plan)
@@ -425,6 +371,8 @@ class Run:
 
         if not (folder / "figures.json").exists():
             launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
+        if not (folder / "figures.json").exists():
+            raise DgmrError("the deepspeed launcher was killed; run again to go on from the last checkpoint")
         figures = json.loads((folder / "figures.json").read_text())
         curves = {"losses": "loss", "scores": "score", "knn": "knn"}
         return {**figures, **{key: read_curve(folder, name) for key, name in curves.items()}}
@@ -551,137 +499,10 @@ class Run:
     def _plan(self, size: str) -> Plan:
         return Plan.read(self.folder(f"prune/{size}") / "model" / "plan.json")
 
-    # What makes a finished step still true.
-
-    def _check_what_later_stages_need(self) -> None:
-        """What is missing for the last stage is said before the first."""
-        recipe = self.recipe
-        needed = {
-            "distill": ["deepspeed"] if recipe.distill or recipe.tune_text else [],
-            "eval": (["clip_benchmark"] if recipe.evaluate and recipe.evaluate.datasets else []) + (["faiss"] if recipe.compare else []),
-            "export": ["onnxscript", "onnxruntime"] if recipe.export else [],
-        }
-        for extra, packages in needed.items():
-            for package in packages:
-                require_installed(package, extra)
-        paths = {"images": recipe.images}
-        for stage in TRAININGS:
-            for key in ("hostfile", "deepspeed", "captions", "images"):
-                if path := getattr(getattr(recipe, stage), key, None):
-                    paths[f"{stage}.{key}"] = path
-        for reads in (recipe.evaluate, recipe.compare):
-            paths |= reads.paths if reads else {}
-        for key, path in paths.items():
-            if not path.startswith("scenes:") and not (key == "images" and is_url(path)) and not Path(path).exists():
-                raise DgmrError(f"{key}: {path} does not exist")
-        for key, none in (("held_out", "0"), ("fixed_crops", "false"), ("keep_features", "false")):
-            if is_url(recipe.images) and getattr(recipe.distill, key, None):
-                raise DgmrError(f"distill.{key}: shards behind a URL cannot be divided or numbered; set it to {none}")
-        if is_url(recipe.images) and any(map(promised, recipe.prune.sizes.values())):
-            raise DgmrError("prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard")
-        if any(map(promised, recipe.prune.sizes.values())) and not recipe.images.startswith("scenes:"):
-            found, least = Images.find(recipe.images), self._calibration + recipe.prune.held_out
-            if len(found) < least:
-                raise DgmrError(f"images: {recipe.images} holds {len(found)}; recover.images and prune.held_out together are {least}")
-            if recipe.prune.max_drop is not None and any(record.label is None for record in found.records):
-                raise DgmrError(f"prune.max_drop: not every image in {recipe.images} has a class; give sub-folders, or min_cosine")
-        if recipe.evaluate and recipe.evaluate.head and not recipe.evaluate.head.weights:
-            from dgmr_tp.evaluation.linear_head import check_classifier
-
-            check_classifier(self._shapes)
-        speaking = {
-            "export.text": recipe.export and recipe.export.text,
-            "compare.classes": recipe.compare and recipe.compare.classes and not recipe.compare.classes.endswith(".pt"),
-        }
-        keys = [key for key, asked in speaking.items() if asked]
-        if keys and (self._shapes.text is None or (self._shapes.library == "transformers" and self._shapes.tokenizer is None)):
-            raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
-        if recipe.tune_text:
-            from dgmr_tp.data.captions import Captioned
-            from dgmr_tp.distillation.text import has_text_tower
-
-            if not recipe.tune_text.captions.startswith("scenes:"):
-                Captioned.find(recipe.tune_text.captions, recipe.tune_text.images)
-            if not has_text_tower(self._shapes):
-                raise DgmrError(f"tune_text: {recipe.model.source} has no text tower that can be tuned; it takes a CLIP of open_clip's")
-
-    def _made_from(self, step: Step) -> dict[str, Any]:
-        manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
-        inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
-        return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
-
-    def _check_still_true(self, step: Step) -> None:
-        from dgmr_tp.distillation.checkpoints import SEAL
-
-        path, note = self.folder(step.key) / "manifest.json", self._aside(step) / "made_from.json"
-        try:
-            if path.exists():
-                stored = json.loads(path.read_text())["made_from"]
-            elif step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}")):  # worth keeping
-                stored = json.loads(note.read_text())
-            else:
-                return
-        except (ValueError, KeyError) as error:
-            raise DgmrError(f"{path} is damaged; run again with --redo {step.stage}") from error
-        if changed := _differences(stored, self._made_from(step)):
-            raise DgmrError(
-                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it and what comes after "
-                f"(--redo {step.stage}), or name a new directory (-o)"
-            )
-
-    def _partial(self, step: Step) -> Path:
-        """The folder in which a step works; what lies there from an interrupted attempt stays only if it was the same."""
-        aside = self._aside(step)
-        made_from = self._made_from(step)
-        note = aside / "made_from.json"
-        goes_on = step.stage in TRAININGS or (aside / JOURNAL).exists()
-        if aside.exists() and not (goes_on and note.exists() and json.loads(note.read_text()) == made_from):
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True, exist_ok=True)
-        if not note.exists():
-            write_whole(note, json.dumps(made_from, indent=1) + "\n")
-        return aside
-
-    def _aside(self, step: Step) -> Path:
-        final = self.folder(step.key)
-        return final.with_name(f".{final.name}.partial")
-
-    def _do(self, step: Step) -> None:
-        folder = self._partial(step)
-        figures = step.work(folder)
-        (folder / "made_from.json").unlink()
-        write_whole(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        os.rename(folder, self.folder(step.key))
-
-
-def promised(amount: dict[str, Any]) -> bool:
-    """Whether a size is to be found by what it keeps."""
-    return any(key in amount for key in PROMISES)
-
-
-def _versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _fingerprint(source: str) -> str | None:
-    """Names and sizes of the files of a local path, hashed; None for what is no path."""
-    path = Path(source.removeprefix("local-dir:"))
-    if not path.exists():
-        return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return _hash([(str(p.relative_to(path)), p.stat().st_size) for p in files])
-
 
 def _training(stage: str, section: Training) -> dict[str, Any]:
     """What decides a training: its section, and the files that the section names."""
-    files = {key: _fingerprint(path) for key in ("deepspeed", "captions", "images") if (path := getattr(section, key, None))}
+    files = {key: fingerprint(path) for key in ("deepspeed", "captions", "images") if (path := getattr(section, key, None))}
     return {stage: section.deciding, **{f"{key}_files": value for key, value in files.items()}}
 
 
@@ -689,19 +510,3 @@ def _siblings(captions: str, entry: Dataset) -> bool:
     """Whether the text tower was tuned on captions of the data set's kind, which makes its figures no zero-shot ones."""
     here, there = captions.lower(), f"{entry.dataset} {entry.root}".lower()
     return any(family in here and family in there for family in ("scenes:", "flickr", "coco"))
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Every leaf that differs, as ``key: old → new``."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
-    if before == now:
-        return []
-    if path.startswith("inputs."):
-        return [f"its input {path.removeprefix('inputs.')} changed"]
-    return [f"{path}: {before} → {now}"]

@@ -121,6 +121,11 @@ class Prune(Section):
         return sizes
 
     @property
+    def promises(self) -> bool:
+        """Whether the sizes are found by what they keep."""
+        return any(getattr(self, key) is not None for key in PROMISES)
+
+    @property
     def _amounts(self) -> list[Any]:
         value = next(value for key in AMOUNTS if (value := getattr(self, key)) is not None)
         return value if isinstance(value, list) else [value]
@@ -346,6 +351,11 @@ class Recipe(Section):
     compare: Compare | None = None
     export: Export | None = None
 
+    @property
+    def calibration(self) -> int:
+        """How many images a criterion that sees the data looks at."""
+        return (self.recover or Recover.model_validate({})).images
+
     @field_validator("model", mode="before")
     @classmethod
     def _model_by_name(cls, value: Any) -> Any:
@@ -362,7 +372,7 @@ class Recipe(Section):
             raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
         if self.distill and self.distill.keep_features and not self.distill.fixed_crops and len(self.prune.sizes) == 1:
             raise ValueError("distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither")
-        if not self.recover and any(getattr(self.prune, key) is not None for key in PROMISES):
+        if not self.recover and self.prune.promises:
             raise ValueError("prune.min_cosine and prune.max_drop are about the recovered encoder; add the section recover")
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
             if section and section.batch_size % section.processes:

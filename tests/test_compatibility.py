@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import run_command
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.cli import compare
+from dgmr_tp.cli.evaluation import compare
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.compatibility import VERDICTS, Limits, compatibility

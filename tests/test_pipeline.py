@@ -90,7 +90,7 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
     directory = begun(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
     step = next(step for step in run.steps if step.stage == "distill")
-    checkpoint = run._partial(step) / "checkpoints" / "step00000003"
+    checkpoint = run.partial(step) / "checkpoints" / "step00000003"
     checkpoint.mkdir(parents=True)
     (checkpoint / "whole.json").touch()
     with pytest.raises(DgmrError, match=r"distill\.base_lr: 0\.001 → 0\.002.*--redo distill"):

@@ -1,0 +1,38 @@
+"""The command line. Every command is one call into the library; a user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+import typer
+
+from dgmr_tp.cli import evaluation, models, pruning, recipes
+from dgmr_tp.errors import DgmrError, Preempted
+
+app = typer.Typer(
+    help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for group in (recipes, pruning, evaluation, models):
+    app.add_typer(group.app)
+
+
+def main() -> None:
+    """Entry point of ``dgmr-tp``."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app(standalone_mode=True)
+    except Preempted as error:
+        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
+        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
