@@ -11,6 +11,10 @@ from typing import IO
 from dgmr_tp.errors import DgmrError
 
 
+class Held(DgmrError):
+    """Another process works there."""
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write aside, then rename: a reader or a kill never meets half of it."""
     aside = path.with_name(f".{path.name}.partial")
@@ -28,13 +32,19 @@ def hold(directory: Path, what: str) -> IO[str]:
     """Take ``directory`` for this process until the stream returned is closed.
 
     Raises:
-        DgmrError: another process holds it; ``what`` says what that is.
+        Held: another process holds it; ``what`` says what that is.
+        DgmrError: its file system has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     stream = (directory / "lock").open("w")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        stream.close()
+        raise Held(f"another {what} in {directory}; wait for it or stop it") from error
     except OSError as error:
         stream.close()
-        raise DgmrError(f"another {what} in {directory}; wait for it or stop it") from error
+        raise DgmrError(
+            f"the file system of {directory} has no locks ({error.strerror}); mount it with them (Lustre: flock), or name another directory"
+        ) from error
     return stream

@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node 2 distill_worker.py FOLDER
 
-``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``.
-``after`` names the case which it goes on, ``step`` the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of
-a DeepSpeed file, ``features`` names the file of kept features, ``lost`` a teacher that knows nothing any more. The weights come to
-``FOLDER/NAME.safetensors``, the figures to ``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
+``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``. ``model``
+is a directory in place of the demo CLIP, ``images`` a folder, or one for each process. ``after`` names the case which it goes on, ``step``
+the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of a DeepSpeed file, ``features`` names the file of kept
+features, ``lost`` a teacher that knows nothing any more. The weights come to ``FOLDER/NAME.safetensors``, the figures to
+``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def main(folder: Path) -> None:
         if content := case.pop("json", None):
             case["deepspeed"] = str(folder / f"{name}.json")
             Path(case["deepspeed"]).write_text(json.dumps(content))
-        teacher = open_model("demo")
-        student = prune(teacher, criterion="l2", mlp_ratio=1).model
+        teacher = open_model(case.pop("model", "demo"))
+        student = prune(teacher, criterion="l2", keep_ratio=0.25).model  # hidden = width, for the demo CLIP
         if lost:
             teacher.module.visual.transformer.apply(lambda module: [p.data.zero_() for p in module.parameters()])
         try:
@@ -62,7 +63,8 @@ def main(folder: Path) -> None:
                 settings = TextSettings.of(TuneText(**{**TEXT, **case}).model_dump(), seed=0)
                 done, trained = tune_text(student, Captioned.find(case["captions"]), settings, folder / name), student.module
             else:
-                images = find_images(case.pop("images", str(folder / "images")))
+                source = case.pop("images", str(folder / "images"))
+                images = find_images(source if isinstance(source, str) else source[distributed.get_rank()])
                 settings = DistillSettings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
                 kept = folder / features if features else None
                 done, trained = distill(teacher, student, images, settings, folder / name, kept), student.encoder.module

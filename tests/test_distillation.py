@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -17,11 +19,13 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import timm
 import torch
 from conftest import BIN, SMALL, begun, command, pictures, recipe, redraw, run_command, timm_tower, write_recipe
 from distill_worker import SECTION
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -36,12 +40,14 @@ from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
 from dgmr_tp.distillation.kept import KeptFeatures
-from dgmr_tp.distillation.loop import read_curve, save_in_words
+from dgmr_tp.distillation.launch import launch as launch_processes
+from dgmr_tp.distillation.loop import read_curve, save_in_words, training
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.distillation.watch import HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import Held, hold
 from dgmr_tp.pipeline import Run
 from dgmr_tp.recipe import Distill
 
@@ -224,6 +230,49 @@ def test_a_full_disk_leaves_the_last_checkpoint(process_group, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
     assert checkpoints.newest(tmp_path)[0].step == 3
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with pytest.raises(DgmrError, match=r"the file system of .* has no locks \(No locks available\)"):
+        hold(tmp_path, "run is working")
+    monkeypatch.undo()
+    with hold(tmp_path, "run is working"), pytest.raises(Held, match="another run is working"):
+        hold(tmp_path, "run is working")
+
+
+def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error")):
+        with pytest.raises(type(error)), checkpoints.writing(tmp_path):
+            raise error
+    with pytest.raises(DgmrError, match="cannot write the checkpoint"), checkpoints.writing(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("says", ["CUDA error: out of memory", "Cuda failure 'out of memory'", "CUBLAS_STATUS_ALLOC_FAILED", "else"])
+def test_every_way_to_run_out_of_memory_names_what_needs_less(process_group, tmp_path, says):
+    expected = RuntimeError if says == "else" else DgmrError
+    with pytest.raises(expected) as caught, training(tmp_path, settings()):
+        raise RuntimeError(says)
+    assert says == "else" or all(key in str(caught.value) for key in ("recompute", "micro_batch", "zero_stage"))
+
+
+def test_gpus_that_are_not_numbers_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c")
+    with pytest.raises(DgmrError, match="CUDA_VISIBLE_DEVICES names GPU-8932f937-d72c"):
+        launch_processes(["distill"], 2, 8, tmp_path / "stop")
+
+
+def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
+    tuned = {"captions": "scenes:pairs", "steps": 2, "batch_size": 8, "base_lr": 1e-3}
+    run = Run(recipe(scenes={"images": 200, "classes": 60, "captions": 40, "pairs": 20}, tune_text=tuned), tmp_path)
+    with pytest.raises(DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"):
+        run.train_here("tune_text", "mlp_ratio-1")
 
 
 # What follows launches processes.
@@ -491,6 +540,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     for record in Images.find(matrix / "broken").records[::3]:
         content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
+    scenes.write_classification(matrix / "fewer", 59, seed=5)
     cases = {
         "damaged": {**MATRIX["zero1"], "after": "zero1", "damage": 12},
         "too many broken": {"images": str(matrix / "broken")},
@@ -499,6 +549,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
         "not finite": {"base_lr": 1e30},
         "no share": {"batch_size": 7},
         "too many held out": {"held_out": 40},
+        "unlike": {"images": [str(matrix / "images"), str(matrix / "fewer")]},
         "stream": {"images": f"pipe:cat {matrix / 'images' / 'test' / '0.tar'}", "workers": 1},
         "no shard": {"images": f"pipe:cat {matrix / 'images' / 'test' / '7.tar'}", "workers": 1},
     }
@@ -512,6 +563,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     listed = held_out & json.loads((matrix / "broken held out.figures").read_text())["broken_images"].keys()
     assert 0 < len(listed) < 9 and all(0 < score <= 1 for _, score in read_curve(matrix / "broken held out", "score"))
     assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says("too many held out")
+    assert "the processes do not see the same files in" in says("unlike")
     assert "cannot read the shard pipe:cat" in says("no shard") and "Traceback" not in says("no shard")
     assert 0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5  # other crops
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
@@ -582,6 +634,44 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
     assert done.returncode == 0 and f"goes on at step {step} of 24" in done.stdout, done.stdout + done.stderr
     ours, reference = (load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole))
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
+
+
+@pytest.mark.slow
+def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_path):
+    """As Slurm's scancel and a container's stop do it."""
+    whole, _ = small_run
+    directory = begun(whole, tmp_path / "run")
+    path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24})
+    curve = directory / "distill/.mlp_ratio-1.partial/log/train_loss.csv"
+    with (tmp_path / "log").open("w") as stream:
+        process = psutil.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
+        deadline = time.monotonic() + 300
+        while not curve.exists() or len(curve.read_text().splitlines()) < 4:
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.01)
+        for each in [*process.children(recursive=True), process]:
+            each.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
+    assert "preempted" in (tmp_path / "log").read_text()
+    steps = [json.loads(seal.read_text())["step"] for seal in curve.parent.parent.glob(f"checkpoints/*/{SEAL}")]
+    assert 3 <= max(steps) < 24, "a checkpoint beside the first step's"
+    wait_for_the_end_of_workers(directory)
+
+
+@pytest.mark.slow
+def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
+    """Some towers have buffers that meet the activations, which DeepSpeed does not convert with the weights by itself."""
+    scenes.write_classification(tmp_path / "images", 16, seed=5)
+    for name, write in FAMILIES.items():
+        write(tmp_path / f"model {name}")
+    short = {"steps": 2, "batch_size": 4}
+    cases = {
+        f"{name} {bits}": {**short, "model": str(tmp_path / f"model {name}"), "bf16": bits == 16} for name in FAMILIES for bits in (16, 32)
+    }
+    launch(tmp_path, 1, cases)
+    for name in FAMILIES:
+        (first, _), (exact, _) = (losses(tmp_path / f"{name} {bits}").tolist() for bits in (16, 32))
+        assert first == pytest.approx(exact, rel=0.1), name
 
 
 def test_what_does_not_decide_the_result_may_change_between_two_starts():

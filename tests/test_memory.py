@@ -58,13 +58,13 @@ def test_the_states_are_those_of_deepspeed_s_own_estimate():
     base = settings(bf16=True, zero_stage=2)
     opened = open_model("open_clip:ViT-B-16", weights="none")
     plan = Planner(opened.encoder, opened.encoder, base, 224)
-    teacher, bucket = 2 * plan.teacher, 2 * plan.trained
+    teacher, bucket, live = 2 * plan.teacher, 2 * plan.trained, 2 * plan.student
     for world in (2, 8):
         _, theirs = estimate_zero2_model_states_mem_needs(plan.student, world, 1, cpu_offload=False, additional_buffer_factor=1)
         ours = plan.needs(base, world).states - teacher - bucket
         assert ours == pytest.approx(theirs, rel=0.15), world
-        _, theirs, _ = estimate_zero3_model_states_mem_needs(plan.student, plan.blocks[0], world, 1, False, False, False, 1)
-        ours = plan.needs(replace(base, zero_stage=3), world).states - teacher - bucket
+        _, theirs, _ = estimate_zero3_model_states_mem_needs(plan.student, 0, world, 1, False, False, False, 1)
+        ours = plan.needs(replace(base, zero_stage=3), world).states - teacher - bucket - live
         assert ours == pytest.approx(theirs, rel=0.15), world
 
 
@@ -75,6 +75,15 @@ def test_what_saves_memory_saves_memory():
     assert states(zero_stage=3) < states(zero_stage=1) < states(zero_stage=0) < states(zero_stage=0, ema=0.9)
     assert states(zero_stage=3, offload="all") < states(zero_stage=3, offload="optimizer") < states(zero_stage=3)
     assert states(world=8) < states(world=4)
+
+
+def test_the_beginning_has_to_fit_too():
+    """Before ZeRO-3 shards them, the original and then the student, in float32, lie whole on every device."""
+    base = settings(bf16=True, zero_stage=3, shard_teacher=True)
+    plan = planner(base)
+    plan.student = plan.trained = plan.teacher = 4_000_000_000
+    assert plan.needs(base, 64).states < 10e9 and plan.needs(base, 64).start > 16e9
+    assert plan.needs(base, 64).most_images(Devices(64, 16e9)) == 0 < plan.needs(base, 64).most_images(Devices(64, 24e9))
 
 
 def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):

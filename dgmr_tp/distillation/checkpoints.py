@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from torch import OutOfMemoryError, Tensor, distributed
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import sha256, write_whole
@@ -129,6 +129,8 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
 def writing(folder: Path) -> Iterator[None]:
     try:
         yield
+    except (OutOfMemoryError, distributed.DistError):  # RuntimeErrors too, and not about the disk
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
         problem = str(error).splitlines()[0]
         raise DgmrError(

@@ -7,6 +7,7 @@ another number of processes or with other micro-batches. Shards of a URL cannot 
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -17,17 +18,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from dgmr_tp.data.images import EXTENSIONS, Images
 from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation.checkpoints import all_of
 from dgmr_tp.errors import DgmrError
 
 Place = tuple[int, int]  # epoch, index
 
 
 UNNUMBERED = -1
+
+
+def check_seen_alike(images: Images | Stream) -> None:
+    """Raises DgmrError if the processes list different files: on a network disk, one machine may be behind. Every process calls it."""
+    if isinstance(images, Stream):
+        names = images.shards
+    else:
+        names = [f"{record.name.removeprefix(str(images.source))} {record.offset} {record.length}" for record in images.records]
+    listed = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    if len(set(all_of({distributed.get_rank(): listed}).values())) > 1:
+        raise DgmrError(f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again")
 
 
 class Sample(NamedTuple):

@@ -15,7 +15,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
-from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, stream_batches, training_transform
+from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, check_seen_alike, stream_batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
 from dgmr_tp.distillation.kept import KeptFeatures
 from dgmr_tp.distillation.loop import Task, train, training
@@ -53,7 +53,8 @@ def distill(
         On rank 0 the figures of the run, None elsewhere. The student of rank 0 then holds the trained weights.
     """
     with training(directory, settings) as stop:
-        device, precision = device_here(), torch.bfloat16 if settings.bf16 else torch.float32
+        check_seen_alike(images)
+        device, precision = device_here(), settings.precision
         forward = [flops(model.encoder.module, model.image_size) for model in (student, teacher)]
         tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
         probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
@@ -129,7 +130,7 @@ def _kept(
         raise DgmrError("distill.keep_features does not go with shard_teacher, whose processes must compute together")
     shape = (settings.micro_batch_of(distributed.get_world_size()), *probe.shape[1:])
     with torch.no_grad():
-        example = answers(torch.zeros(shape, device=device_here(), dtype=torch.bfloat16 if settings.bf16 else torch.float32))
+        example = answers(torch.zeros(shape, device=device_here(), dtype=settings.precision))
     crops = settings.steps * settings.batch_size
     kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
     if distributed.get_rank() == 0:
@@ -163,7 +164,7 @@ def _teacher(
     tap: FeatureTap, probe: Tensor, settings: DistillSettings, directory: Path
 ) -> tuple[Callable[[Tensor], dict[str, Tensor]], Callable[[], None]]:
     """The teacher's features of a batch, and what lets go of it; its parameters are sharded over the processes if the settings say so."""
-    tap = tap.to(device_here(), torch.bfloat16 if settings.bf16 else torch.float32).eval().requires_grad_(False)
+    tap = tap.to(device_here(), settings.precision).eval().requires_grad_(False)
     if not settings.shard_teacher:
         return (torch.compile(tap) if settings.compile else tap), lambda: None
     gather_where_used(tap, probe)

@@ -17,6 +17,8 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.extras import require
 from dgmr_tp.pruning.meta import meta_copy
 
+BUCKET = 500_000_000
+"""Elements of gradients that DeepSpeed reduces at a time, where there are so many."""
 PATIENCE = timedelta(hours=2)
 """How long the processes wait for one of them: the conversion of a large checkpoint takes its time."""
 
@@ -65,7 +67,10 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # AdamW of torch: nothing is compiled
         "bf16": {"enabled": settings.bf16},
-        "data_types": {"grad_accum_dtype": "fp32" if settings.zero_stage >= 2 else None},
+        "data_types": {
+            "grad_accum_dtype": "fp32" if settings.zero_stage >= 2 else None,
+            "buffer_dtype": "bf16" if settings.bf16 else None,  # as the teacher's: EVA's biases and Swin's masks meet the activations
+        },
         "csv_monitor": {"enabled": True, "output_path": str(directory), "job_name": "log"},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -10,11 +11,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.extras import require_installed
+from dgmr_tp.files import Held, hold
 
 PARENT = "DGMR_TP_PARENT"
 """Environment variable with the process that waits for the launched ones."""
@@ -41,8 +44,14 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
     elif torch.cuda.is_available():
         devices = min(processes, torch.cuda.device_count())
         processes = next(n for n in range(devices, 0, -1) if batch_size % n == 0)
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        chosen = ",".join(visible.split(",")[:processes]) if visible else None
+        visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+        if unknown := [name for name in visible if not name.isdigit()]:
+            raise DgmrError(
+                f"CUDA_VISIBLE_DEVICES names {unknown[0]}, but the deepspeed launcher takes numbers only; give those, such as 0,1"
+            )
+        chosen = ",".join(visible[:processes])
+        gc.collect()
+        torch.cuda.empty_cache()  # what earlier stages held here is for the processes
         where = ["--include", f"localhost:{chosen}"] if chosen else ["--num_accelerators", str(processes)]
     else:
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -50,21 +59,38 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
     command = [str(scripts / "deepspeed"), *where, "--master_port", str(_free_port()), "--quiet", "--no_local_rank"]
     command += ["--module", "dgmr_tp", *arguments]
     stop.unlink(missing_ok=True)
+    told = threading.Event()
+
+    def tell(*_: Any) -> None:
+        told.set()
+        stop.touch()
+
     child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.touch())
+    before = signal.signal(signal.SIGTERM, tell)
     try:
         code = child.wait()
+        if told.is_set():  # where all processes of a job were told, the launcher is gone before the others have saved
+            _wait_until_free(stop.parent)
     except BaseException:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    if code == Preempted.code or (not code and stop.exists()):  # the second: it came when training was over
+    if code == Preempted.code or told.is_set():
         stop.unlink(missing_ok=True)
         raise Preempted("preempted; run again to go on")
     if code:
         raise DgmrError(f"the training ended with code {code}; its message stands above; run again to go on from the last checkpoint")
+
+
+def _wait_until_free(directory: Path) -> None:
+    """Until the first process of a training, which holds ``directory``, has ended."""
+    while True:
+        try:
+            return hold(directory, "process is training").close()
+        except Held:
+            time.sleep(0.2)
 
 
 def is_worker() -> bool:

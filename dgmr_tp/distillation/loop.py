@@ -24,6 +24,7 @@ from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Sample
 from dgmr_tp.distillation.engine import (
+    BUCKET,
     Average,
     deepspeed_config,
     device_here,
@@ -46,6 +47,8 @@ CHECKPOINTS = "checkpoints"
 """Folder in the directory of a training with all that a run goes on from, and that nobody needs in the end."""
 LAUNCHERS_PATIENCE = 30
 """Seconds from SIGTERM to SIGKILL."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""How torch, CUDA's libraries and NCCL say it."""
 FEW = 1000
 """Images of a stream after which the share of broken ones is judged."""
 CURVES = "train"
@@ -93,14 +96,15 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
     Raises:
         DgmrError: another run is in ``directory``; or there was not enough memory for what the context does.
     """
-    start_deepspeed()
-    lock = hold(directory, f"{settings.what} is running") if distributed.get_rank() == 0 else None
+    lock = None
     try:
+        start_deepspeed()
+        lock = hold(directory, f"{settings.what} is running") if distributed.get_rank() == 0 else None
         distributed.barrier()  # until the first process has prepared the directory
         with _told_to_stop(directory / STOP) as stop:
             yield stop
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         raise DgmrError(f"out of memory: {str(error).splitlines()[0]}; {settings.needs_less_memory}") from error
     finally:
@@ -134,6 +138,8 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     module = task.module.train()
     freeze_what_outputs_do_not_need(module, task.probe)
     untouched = {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()] if not t.requires_grad}
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))  # DeepSpeed allocates all of it
     module.to(device, torch.float32)
     if settings.zero_stage == 3:
         gather_where_used(module, task.probe)
@@ -162,15 +168,15 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
 
     best = Best(directory / CHECKPOINTS)
     broken = _steps(task, engine, optimizer, settings, average, best, done, directory, stop)
-    trained = {name: value.cpu().clone() for name, value in whole_parameters(engine.module) if rank == 0}
+    weights = {name: value.cpu().clone() for name, value in whole_parameters(engine.module) if rank == 0}
     step = settings.steps
     if average and rank == 0:
-        trained = {name: value.cpu() for name, value in average.values.items()}
+        weights = {name: value.cpu() for name, value in average.values.items()}
     elif best.step >= 0:
-        step, trained = best.step, best.weights() if rank == 0 else {}
+        step, weights = best.step, best.weights() if rank == 0 else {}
     engine.destroy()
     if rank == 0:
-        whole = {**untouched, **trained}
+        whole = {**untouched, **weights}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
             tensor.data = whole[name]
     return Outcome(step, broken)
@@ -191,8 +197,7 @@ def _steps(
     rank, world, device, folder = distributed.get_rank(), distributed.get_world_size(), device_here(), directory / CHECKPOINTS
     accumulated = engine.gradient_accumulation_steps()
     loader = task.samples(done)
-    precision = torch.bfloat16 if settings.bf16 else torch.float32
-    speed = Speed(settings.batch_size, task.flops, world * peak_flops(device, precision) if task.flops else 0.0)
+    speed = Speed(settings.batch_size, task.flops, world * peak_flops(device, settings.precision) if task.flops else 0.0)
     broken, shards = dict(done.broken), {}
 
     def judged(step: int) -> dict[str, float]:
@@ -258,7 +263,8 @@ def _steps(
             draw(step, curves)
             first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
-                shard = min(checkpoints.all_of(shards).values())
+                known = checkpoints.all_of(shards)  # a reader that has not delivered yet may be at the first of them
+                shard = min(known.values()) if len(known) == world * max(1, settings.workers) else done.shard
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
                 began = time.monotonic()
                 checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)

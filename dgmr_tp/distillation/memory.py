@@ -16,15 +16,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need
+from dgmr_tp.distillation.engine import BUCKET, freeze_what_outputs_do_not_need
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Encoder
 from dgmr_tp.pruning.meta import meta_copy
 
-BUCKET = 500_000_000
-"""Elements of gradients that DeepSpeed reduces at a time, where there are so many."""
+LIVE = 1_000_000_000
+"""Elements of sharded parameters that DeepSpeed holds whole until they are needed again."""
 RESERVED = 0.1
 """Part of a device's memory for the driver, workspaces and fragmentation."""
 
@@ -53,10 +53,13 @@ class Needs:
     """Weights, gradients, optimiser, and the gradients on their way."""
     image: float
     """More for every image that a process works on at a time."""
+    start: float
+    """Before anything is sharded: the original, then the student in float32."""
 
     def most_images(self, devices: Devices) -> int:
         """How many images fit at a time; 0 if not even the states do."""
-        return max(0, int(((1 - RESERVED) * devices.memory - self.states) / self.image))
+        there = (1 - RESERVED) * devices.memory
+        return max(0, int((there - self.states) / self.image)) if self.start <= there else 0
 
 
 class Planner:
@@ -69,17 +72,16 @@ class Planner:
     """
 
     def __init__(self, student: Encoder, teacher: Encoder, settings: DistillSettings, image_size: int) -> None:
-        precision = torch.bfloat16 if settings.bf16 else torch.float32
-        probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=precision)
-        self.width = precision.itemsize
+        probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=settings.precision)
+        self.width = settings.precision.itemsize
         tap = FeatureTap(student, settings.loss)
         freeze_what_outputs_do_not_need(tap, probe.float())
         self.student = _total(tap.parameters())
         self.trained = _total(parameter for parameter in tap.parameters() if parameter.requires_grad)
         self.teacher = _total(teacher.module.parameters())
-        self.blocks = [max(_total(block.module.parameters()) for block in tower.blocks()) for tower in (student, teacher)]
         kept = [
-            _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(precision).train(), probe) for again in (False, True)
+            _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(settings.precision).train(), probe)
+            for again in (False, True)
         ]
         once, of_teacher = (_one_block(tower, probe) for tower in (student, teacher))
         # A teacher's block keeps nothing, but what it holds while it runs is at most what a trained one keeps.
@@ -95,15 +97,13 @@ class Planner:
         if stage >= 2:
             gradients /= world
         if stage == 3:
-            weights = weights / world + 2 * width * self.blocks[0]
-        if settings.offload == "all":
-            weights = 2 * width * self.blocks[0]
+            weights = (weights / world if settings.offload != "all" else 0) + width * min(LIVE, self.student)
         if settings.shard_teacher:
-            teacher = teacher / world + 2 * width * self.blocks[1]
+            teacher = teacher / world + width * min(LIVE, self.teacher)
         states = weights + gradients + (0 if settings.offload != "none" else optimizer) + teacher
         states += width * min(BUCKET, trained) if stage else 0
         states += 4 * trained if settings.ema else 0
-        return Needs(states, self.images[settings.recompute])
+        return Needs(states, self.images[settings.recompute], start=max(width * self.teacher, teacher + 4 * self.student))
 
     def table(self, settings: DistillSettings, devices: Devices) -> str:
         """States, and images at a time, in every ZeRO stage with and without recomputation; then the settings as they are."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+import torch
+
 from dgmr_tp.distillation.losses import Objective
 from dgmr_tp.errors import DgmrError
 
@@ -52,6 +54,11 @@ class Settings:
     max_broken: float
     """Share of the images that may fail to decode before the run stops."""
     seed: int
+
+    @property
+    def precision(self) -> torch.dtype:
+        """What is computed in; master weights, losses and averages are float32 always."""
+        return torch.bfloat16 if self.bf16 else torch.float32
 
     @classmethod
     def of(cls, section: dict[str, Any], seed: int) -> Self:

@@ -142,11 +142,10 @@ class Embeddings:
     def _compute(model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
-        precision = torch.bfloat16 if settings.bf16 else torch.float32
-        vision = copy.deepcopy(Tower(model.encoder)).to(device, precision).eval()
+        vision = copy.deepcopy(Tower(model.encoder)).to(device, settings.precision).eval()
 
         def embed(images: Tensor) -> Tensor:
-            return nn.functional.normalize(vision(images.to(precision)).float(), dim=-1)
+            return nn.functional.normalize(vision(images.to(settings.precision)).float(), dim=-1)
 
         with shown() as progress:
 
