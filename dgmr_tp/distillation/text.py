@@ -22,7 +22,7 @@ from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import Checkpoint, from_first
-from dgmr_tp.distillation.data import Sample, places
+from dgmr_tp.distillation.data import Sample, check_seen_alike, places
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
 from dgmr_tp.distillation.settings import TextSettings
@@ -58,6 +58,7 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
         raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
     with training(directory, settings) as stop:
         rank, world = distributed.get_rank(), distributed.get_world_size()
+        check_seen_alike(pairs.images)
         known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings, stop)
         broken = {pairs.images.records[i].name: _why(pairs.images, i) for i in known.broken}
         check_broken(broken, len(pairs), settings)
