@@ -17,7 +17,8 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from dgmr_tp import DgmrError, cli, open_model
+from dgmr_tp import DgmrError, open_model
+from dgmr_tp.cli import evaluation as commands
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, clip_benchmark, evaluate
@@ -105,13 +106,13 @@ def test_an_encoder_without_text_tower_has_a_linear_probe(data, tmp_path, capsys
     shutil.copytree(data / "classes", tmp_path / "set")
     shutil.copytree(data / "classes" / "test", tmp_path / "set" / "train")
     where = {"dataset": "wds/test", "root": tmp_path / "set", "folder": tmp_path / "out"}
-    cli.evaluate([str(tmp_path / "vit")], task="linear_probe", **where)
+    commands.evaluate([str(tmp_path / "vit")], task="linear_probe", **where)
     assert "lp_acc1_sklearn" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table.csv", "vit-wds_test-linear_probe.json"]
     with pytest.raises(DgmrError, match="no text tower"):
-        cli.evaluate([str(tmp_path / "vit")], **where)
+        commands.evaluate([str(tmp_path / "vit")], **where)
     with pytest.raises(DgmrError, match="give one model"):
-        cli.evaluate(["demo", "demo"], save_classifier=tmp_path / "c.pt", **where)
+        commands.evaluate(["demo", "demo"], save_classifier=tmp_path / "c.pt", **where)
 
 
 def test_own_class_names_and_prompts_are_used(demo, data, tmp_path):
@@ -144,7 +145,7 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
     options = {"model": "demo", "preprocess": demo.preprocess_config, "formats": ["onnx", "torchscript"], "latency_batches": ()}
     assert not failures(export_bundle(parts_of(demo, images), tmp_path, **options))
     where = {"dataset": "wds/test", "root": data / "classes", "folder": tmp_path / "out"}
-    cli.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
+    commands.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
     scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", capsys.readouterr().out, re.M)
     assert [name for name, _ in scores] == ["demo", "model.onnx"] and scores[0][1] == scores[1][1]
     with (tmp_path / "out" / "table.csv").open() as stream:
@@ -152,8 +153,8 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
     kept = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
     assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == kept["acc1"] > 0.9
     with pytest.raises(DgmrError, match=r"model\.pt is code"):
-        cli.evaluate([str(tmp_path / "model.pt")], **where)
-    cli.evaluate([str(tmp_path / "model.pt")], trust_file=True, **where)
+        commands.evaluate([str(tmp_path / "model.pt")], **where)
+    commands.evaluate([str(tmp_path / "model.pt")], trust_file=True, **where)
     assert re.search(rf"acc1 +{scores[0][1]}", capsys.readouterr().out)
     (tmp_path / "export.json").unlink()
     with pytest.raises(DgmrError, match="name that model with --text"):

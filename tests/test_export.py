@@ -21,7 +21,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
 
-from dgmr_tp import MLPPruner, cli, open_model
+from dgmr_tp import MLPPruner, open_model
+from dgmr_tp.cli import models
 from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
@@ -321,12 +322,12 @@ def test_the_search_example_finds_what_is_asked_for(tmp_path):
 def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsys):
     options = {"formats": "onnx,onnx-int8", "tolerance": ["onnx-int8=1e-6"]}
     with pytest.raises(DgmrError, match=r"model\.int8\.onnx: its embedding at batch"):
-        cli.export("demo", tmp_path, **options)
+        models.export("demo", tmp_path, **options)
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'model.onnx'}: verified" in printed and "batch 8: this" in printed
     assert names(tmp_path) == ["export.json", "model.int8.onnx.failed", "model.onnx"]
     with pytest.raises(DgmrError, match="write it as onnx-int8"):
-        cli.export("demo", tmp_path, tolerance=["onnx"])
+        models.export("demo", tmp_path, tolerance=["onnx"])
 
 
 def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
