@@ -20,6 +20,11 @@ from dgmr_tp.encoders import as_encoder
 from dgmr_tp.recipe import parse_recipe
 
 
+def pytest_runtest_setup() -> None:
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
+
+
 def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
     """Give every parameter a random value that matters: fresh LayerScales, norms and biases hide the MLPs from any test."""
     generator = torch.Generator().manual_seed(seed)
