@@ -325,11 +325,17 @@ def start() -> dict[str, torch.Tensor]:
     return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.encoder.module.state_dict()
 
 
+def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Softmax does not see a key's bias: its gradient is rounding alone, of which Adam makes steps of full size."""
+    return {k: torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if k.endswith("attn.in_proj_bias") else t for k, t in state.items()}
+
+
 def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None) -> float:
     """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding of a gradient
     near zero into a step of full size."""
+    a, b, begin = map(without_key_biases, (a, b, begin or start()))
     norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
-    return norm(a, b) / norm(a, begin or start())
+    return norm(a, b) / norm(a, begin)
 
 
 def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = None) -> dict[str, torch.Tensor]:
@@ -372,7 +378,7 @@ def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = No
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
     given = settings(**MATRIX[case])
     found, expected = load_file(matrix / f"{case}.safetensors"), plain_torch(matrix, given, given.ema)
-    assert apart(found, expected) < 0.005
+    assert apart(found, expected) < 0.0005
     wrong = plain_torch(matrix, replace(given, gradient_clipping=0.0 if given.gradient_clipping else 0.01), given.ema)
     assert apart(found, wrong) > 0.02
 
@@ -527,7 +533,7 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
     launch(matrix, 2, {f"{name} back": {**case, "after": f"{name} one", "step": 8} for name, case in cases.items()})
     for name in cases:
         whole, there_and_back = load_file(matrix / f"{name}.safetensors"), load_file(matrix / f"{name} back.safetensors")
-        assert apart(whole, there_and_back) < (0.05 if name == "bf16" else 0.005), name
+        assert apart(whole, there_and_back) < (0.005 if name == "bf16" else 0.0005), name
     # It went on, and did not begin again: another start ends elsewhere.
     assert apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
 
@@ -555,7 +561,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     }
     launch(matrix, 2, cases)
     says = lambda name: (matrix / f"{name}.error").read_text()  # noqa: E731
-    assert apart(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.005
+    assert apart(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.0005
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
     assert "the loss is" in says("not finite") and "lower distill.base_lr" in says("not finite") and ".tar:" in says("not finite")
     assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")
