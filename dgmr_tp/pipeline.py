@@ -367,15 +367,16 @@ class Run(RunDirectory):
 
     def _train(self, command: str, section: Training, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.distillation.launch import launch
-        from dgmr_tp.distillation.loop import STOP, read_curve
+        from dgmr_tp.distillation.loop import STOP, curves_of, read_curve
 
         if not (folder / "figures.json").exists():
             launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
         if not (folder / "figures.json").exists():
             raise DgmrError("the deepspeed launcher was killed; run again to go on from the last checkpoint")
         figures = json.loads((folder / "figures.json").read_text())
-        curves = {"losses": "loss", "scores": "score", "knn": "knn"}
-        return {**figures, **{key: read_curve(folder, name) for key, name in curves.items()}}
+        shown = {"losses": "loss", "scores": "score", "knn": "knn"}
+        details = {name: read_curve(folder, name) for name in curves_of(folder) if name not in shown.values()}
+        return {**figures, **{key: read_curve(folder, name) for key, name in shown.items()}, "details": details}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import as_clip
@@ -502,8 +503,10 @@ class Run(RunDirectory):
 
 def _training(stage: str, section: Training) -> dict[str, Any]:
     """What decides a training: its section, and the files that the section names."""
-    files = {key: fingerprint(path) for key in ("deepspeed", "captions", "images") if (path := getattr(section, key, None))}
-    return {stage: section.deciding, **{f"{key}_files": value for key, value in files.items()}}
+    files = {f"{key}_files": fingerprint(path) for key in ("captions", "images") if (path := getattr(section, key, None))}
+    if section.deepspeed and Path(section.deepspeed).is_file():
+        files["deepspeed_sha256"] = sha256(Path(section.deepspeed))
+    return {stage: section.deciding, **files}
 
 
 def _siblings(captions: str, entry: Dataset) -> bool:

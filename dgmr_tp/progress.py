@@ -39,15 +39,17 @@ class Meter:
             self.bar.start()
         return self
 
-    def step(self, done: int, note: str = "") -> None:
-        """``done`` steps are behind us; ``note`` says how it goes."""
+    def step(self, done: int, note: str = "", more: str = "") -> None:
+        """``done`` steps are behind us; ``note`` says how it goes, ``more`` stands in a line of its own."""
         now = time.monotonic()
         if self.bar:
-            self.bar.update(self.task, completed=done, note=note)
+            self.bar.update(self.task, completed=done, note=f"{note}\n{more}" if more else note)
         elif now - self.printed >= self.every or (done == self.total and now - self.started >= 1):
             self.printed = now
             left = (now - self.started) / max(1, done - self.first) * (self.total - done)
             print(f"  {self.title}: {done}/{self.total} {note} {left:.0f} s left", flush=True)
+            if more:
+                print(f"    {more}", flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar:

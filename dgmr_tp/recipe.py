@@ -206,8 +206,6 @@ class Distill(Training):
 
     @model_validator(mode="after")
     def _possible(self) -> Distill:
-        if self.held_out and self.ema:
-            raise ValueError("held_out makes the best student the result, ema the average of all; leave one of them out")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
         if self.bf16 and self.zero_stage == 0:

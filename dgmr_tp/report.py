@@ -54,7 +54,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                     for row in cut.get("sites", [])
                 ],
                 "trainings": [
-                    {"title": title, "curves": _curves(done[f"{stage}/{size}"])}
+                    {"title": title, "curves": _curves(done[f"{stage}/{size}"]), "details": _details(done[f"{stage}/{size}"])}
                     for stage, title in TRAININGS.items()
                     if f"{stage}/{size}" in done
                 ],
@@ -63,6 +63,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                 "files": _files(exported),
                 "threads": exported.get("threads"),
                 "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
+                "broken": sorted({name for stage in TRAININGS for name in done.get(f"{stage}/{size}", {}).get("broken_images", {})}),
             }
         )
     return data
@@ -78,6 +79,16 @@ def _curves(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]]
         (f"k-NN accuracy on images held out{said}", training.get("knn", []), False),
     ]
     return [(says, points, logarithmic) for says, points, logarithmic in curves if len(points) > 1]
+
+
+def _details(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]], bool]]:
+    """The same for the parts of the loss, the gradient, and the speed."""
+    known = training.get("details", {})
+    parts = [name for name in known if name.startswith("loss_")]
+    curves = [(f"loss, {name.removeprefix('loss_').replace('_', ' ')}, logarithmic", name, True) for name in parts if len(parts) > 1]
+    curves += [("norm of the gradient, logarithmic", "gradient_norm", True), ("images per second", "samples_per_second", False)]
+    curves += [("share of what a large matrix product reaches", "share_of_peak", False)]
+    return [(says, known[name], logarithmic) for says, name, logarithmic in curves if len(known.get(name, [])) > 1]
 
 
 def print_table(data: dict[str, Any], console: Console) -> None:

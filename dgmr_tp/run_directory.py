@@ -163,4 +163,6 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
         return []
     if path.startswith("inputs."):
         return [f"its input {path.removeprefix('inputs.')} changed"]
+    if path.endswith(("files", "sha256")):
+        return [f"{path}: what lies there changed"]
     return [f"{path}: {before} → {now}"]

@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
-from conftest import pictures, redraw, run_command, timm_tower, write_recipe
+from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -219,17 +219,17 @@ def test_the_command_and_a_recipe_search(tmp_path):
         evaluate=None,
         export=None,
     )
-    done = run_command("run", recipe, "-o", tmp_path / "run", "--until", "prune")
+    done = call_command("run", recipe, "-o", tmp_path / "run", "--until", "prune")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "run" / "prune" / "threshold-0.05"
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
     assert figures["entropy"] > 0 and figures["image_forwards"] > 60
     images = tmp_path / "run" / "scenes" / "all" / "images"
     numbers = ("--count", "60", "--candidates", "20", "--temperature", "0.05", "--two-sided", "--threshold", "0.05")
-    told = run_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
+    told = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
     assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()
-    refused = run_command("amp", "--images", images, "--count", "60", "-o", tmp_path / "other.json")
+    refused = call_command("amp", "--images", images, "--count", "60", "-o", tmp_path / "other.json")
     assert refused.returncode == 2 and "groups of 512 images, got 60" in refused.stderr and refused.stderr.count("\n") == 1
 
 

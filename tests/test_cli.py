@@ -1,19 +1,14 @@
 """What a person types wrong: one sentence, a non-zero exit, nothing half-written. And each stage on its own."""
 
-import contextlib
-import io
 import json
 import subprocess
 import sys
-import warnings
-from unittest import mock
 
 import pytest
-from conftest import run_command, write_recipe
+from conftest import call_command, run_command, write_recipe
 from PIL import Image
 
 from dgmr_tp import load_pruned
-from dgmr_tp.cli import main
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders.model import DEMO
@@ -21,19 +16,12 @@ from dgmr_tp.pruning import Plan
 
 
 def refused(*arguments, says):
-    """The command says what is wrong and leaves with 2; run in this process, which starts no Python anew."""
-    shown = io.StringIO()
-    with (
-        mock.patch.object(sys, "argv", ["dgmr-tp", *map(str, arguments)]),
-        contextlib.redirect_stdout(shown),
-        contextlib.redirect_stderr(shown),
-        warnings.catch_warnings(),
-        pytest.raises(SystemExit) as left,
-    ):
-        main()
-    assert left.value.code == 2, shown.getvalue()
-    assert says in " ".join(shown.getvalue().split()), shown.getvalue()
-    assert "Traceback" not in shown.getvalue()
+    """The command says what is wrong and leaves with 2."""
+    done = call_command(*arguments)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert says in " ".join(said.split()), said
+    assert "Traceback" not in said
 
 
 def test_a_mistake_ends_the_process_with_2():
@@ -52,31 +40,31 @@ def images(tmp_path_factory):
 
 
 def test_prune_writes_a_directory_that_opens(images, tmp_path):
-    done = run_command("prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out")
+    done = call_command("prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
     assert {block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks} == {128}
-    done = run_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
+    done = call_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
     assert done.returncode == 0, done.stderr
 
 
 def test_plan_prints_writes_and_can_be_edited_and_applied(tmp_path):
-    done = run_command("plan", "--model", "demo", "--keep-ratio", "0.5", "-o", tmp_path / "plan.json")
+    done = call_command("plan", "--model", "demo", "--keep-ratio", "0.5", "-o", tmp_path / "plan.json")
     assert done.returncode == 0 and "transformer.resblocks.5.mlp" in done.stdout and "256" in done.stdout
     data = json.loads((tmp_path / "plan.json").read_text())
     data["sites"]["transformer.resblocks.2.mlp"]["kept"] = [1, 2, 3]
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    done = run_command("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    done = call_command("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert Plan.read(tmp_path / "out" / "plan.json").sites["transformer.resblocks.2.mlp"].kept == (1, 2, 3)
 
 
 def test_inspect_and_eval(tmp_path):
-    done = run_command("inspect", "demo")
+    done = call_command("inspect", "demo")
     assert done.returncode == 0 and "512" in done.stdout and "GFLOPs" in done.stdout
     scenes.write_classification(tmp_path / "classes", 40, seed=30)
-    done = run_command("eval", "demo", "--dataset", "wds/x", "--root", tmp_path / "classes", "-o", tmp_path / "out")
+    done = call_command("eval", "demo", "--dataset", "wds/x", "--root", tmp_path / "classes", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     kept = json.loads((tmp_path / "out" / "demo-wds_x-zeroshot_classification.json").read_text())["metrics"]["acc1"]
     assert f"{kept:.4f}" in done.stdout and kept > 0.2

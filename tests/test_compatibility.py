@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_command
+from conftest import call_command
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli.evaluation import compare
@@ -148,7 +148,7 @@ def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
     np.save(tmp_path / "new.npy", new.numpy())
     np.save(tmp_path / "flat.npy", new.numpy().ravel())
     (tmp_path / "empty.npy").touch()
-    done = run_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
+    done = call_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
     assert done.returncode == 0 and done.stdout.startswith("keep the index: neighbours 100.0 %\n"), done.stderr
     assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compatibility(old, new)
     assert "Keep the index" in (tmp_path / "out" / "compatibility.html").read_text()

@@ -13,7 +13,7 @@ from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
 from dgmr_tp.data.streams import find_images
-from dgmr_tp.distillation.data import Crops, StreamCrops, batches, places, stream_batches, training_transform
+from dgmr_tp.distillation.data import Crops, StreamCrops, batches, distinct_places, places, stream_batches, training_transform
 from dgmr_tp.errors import DgmrError
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -103,6 +103,34 @@ def test_nothing_readable_is_an_error(tmp_path):
     (tmp_path / "b.tar").write_bytes(b"no tar" * 200)
     with pytest.raises(DgmrError, match=r"b\.tar"):
         Images.find(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["a header", "cut at a header", "cut in a file", "no end"])
+def test_a_damaged_shard_is_named_and_not_taken_for_a_shorter_one(tmp_path, damage):
+    scenes.write_classification(tmp_path / "whole", 20, seed=4)
+    content = bytearray((tmp_path / "whole" / "test" / "0.tar").read_bytes())
+    with tarfile.open(tmp_path / "whole" / "test" / "0.tar") as tar:
+        member = tar.getmembers()[20]
+        end = tar.offset
+    if damage == "a header":
+        content[member.offset] ^= 1
+    else:
+        del content[{"cut at a header": member.offset, "cut in a file": member.offset_data + 10, "no end": end}[damage] :]
+    (tmp_path / "0.tar").write_bytes(content)
+    with pytest.raises(DgmrError, match=r"cannot read the shard .*0\.tar: .*fetch it again"):
+        Images.find(tmp_path / "0.tar")
+    assert len(Images.find(tmp_path / "whole")) == 20
+
+
+def test_no_contrastive_batch_has_an_image_twice():
+    drawn = [distinct_places(50, 16, seed=3, step=step) for step in range(9)]
+    for batch in drawn:
+        assert len({index for _, index in batch}) == 16 and len({epoch for epoch, _ in batch}) == 1
+    for epoch in range(3):
+        seen = [index for batch in drawn for e, index in batch if e == epoch]
+        assert len(seen) == len(set(seen)) == 48
+    assert drawn[0] != [(0, index) for _, index in drawn[3]]
+    assert any(len({index for _, index in places(50, 16, seed=3, step=step)}) < 16 for step in range(50))
 
 
 @pytest.mark.parametrize("count", [7, 16, 50])

@@ -44,7 +44,7 @@ from dgmr_tp.distillation.launch import launch as launch_processes
 from dgmr_tp.distillation.loop import read_curve, save_in_words, training
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
-from dgmr_tp.distillation.watch import HeldOut
+from dgmr_tp.distillation.watch import Best, HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import Held, hold
@@ -107,7 +107,7 @@ def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
     images = pictures(3)
 
     def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
-        tap, runs = FeatureTap(as_encoder(redraw(timm_tower(), 1)), recompute=recompute).train(), []
+        tap, runs = FeatureTap(as_encoder(redraw(timm_tower(), 1)), recompute=recompute), []
         tap.tower.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
         loss = sum(feature.square().sum() for feature in tap(images).values())
         return list(torch.autograd.grad(loss, list(tap.parameters()), allow_unused=True)), len(runs)
@@ -175,8 +175,14 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     config = joined(zero_optimization={"stage": 2, "overlap_comm": True}, **more)
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True} and config["tensorboard"]["enabled"]
     assert config["gradient_clipping"] == 0.0 and "train_batch_size" not in config
-    with pytest.raises(DgmrError, match=r"ds\.json: zero_optimization\.stage = 3, but the recipe's distill section makes it 2"):
+    with pytest.raises(DgmrError, match=r"ds\.json: zero_optimization\.stage = 3, but distill in the recipe makes it 2"):
         joined(zero_optimization={"stage": 3})
+    assert joined(steps_per_print=2000, wall_clock_breakdown=True)["steps_per_print"] == 2000
+    with pytest.raises(
+        DgmrError, match=r"offload_optimizer, but the recipe's distill section does not say offload: optimizer; say it there"
+    ):
+        joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
     with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not for DeepSpeed to say"):
         joined(optimizer={"type": "Adam"})
     path.write_text("{")
@@ -292,6 +298,7 @@ MATRIX = {
     "offload": {"zero_stage": 2, "offload": "optimizer"},
     "offload all": {"zero_stage": 3, "offload": "all", "json": SHARDED},
     "average": {"ema": 0.5},
+    "watched average": {"ema": 0.5, "held_out": 9, "evaluate_every": 3},
     "average zero3": {"ema": 0.5, "zero_stage": 3, "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
     "fixed": {"fixed_crops": True, "features": "fixed.features"},
@@ -374,7 +381,7 @@ def plain_torch(folder: Path, given: DistillSettings, mean_of: float | None = No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held"))])
+@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held", "watched"))])
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
     given = settings(**MATRIX[case])
     found, expected = load_file(matrix / f"{case}.safetensors"), plain_torch(matrix, given, given.ema)
@@ -414,6 +421,34 @@ def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
         cosine = nn.functional.cosine_similarity(student(pictures), opened.module.visual(pictures)).mean()
     assert float(cosine) == pytest.approx(max(curve.values()), abs=1e-4)
     assert read_curve(matrix / case, "knn") == [], "nine images of as many classes have nothing to tell"
+
+
+@pytest.mark.slow
+def test_a_moving_average_is_the_result_also_where_the_student_is_watched(matrix):
+    assert [step for step, _ in read_curve(matrix / "watched average", "score")] == [0, 3, 6, 9, 12]
+    assert json.loads((matrix / "watched average.figures").read_text())["best_step"] == 12
+    assert not list((matrix / "watched average" / "checkpoints").glob("best*"))
+
+
+@pytest.mark.parametrize("damage", [None, "weights", "no file"])
+def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
+    best = Best(tmp_path)
+    for score, step in ((0.25, 3), (0.75, 6), (0.5, 9)):
+        best.keep(score, step, [("w", torch.full((5,), float(step)))])
+    [file] = tmp_path.glob("*.safetensors")
+    if damage == "weights":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage:
+        file.unlink()
+    again = Best(tmp_path)
+    if damage:
+        assert again.step == -1
+        again.keep(0.5, 9, [("w", torch.full((5,), 9.0))])
+        assert torch.equal(Best(tmp_path).weights()["w"], torch.full((5,), 9.0))
+    else:
+        assert (again.score, again.step) == (0.75, 6) and torch.equal(again.weights()["w"], torch.full((5,), 6.0))
 
 
 def left_out(embeddings, classes):
@@ -534,6 +569,8 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
     for name in cases:
         whole, there_and_back = load_file(matrix / f"{name}.safetensors"), load_file(matrix / f"{name} back.safetensors")
         assert apart(whole, there_and_back) < (0.005 if name == "bf16" else 0.0005), name
+        curves = losses(matrix / name), losses(matrix / f"{name} back")
+        assert len(curves[1]) == 12 and torch.allclose(*curves, rtol=0.005 if name == "bf16" else 1e-4), name
     # It went on, and did not begin again: another start ends elsewhere.
     assert apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
 
@@ -547,6 +584,13 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
         content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
     scenes.write_classification(matrix / "fewer", 59, seed=5)
+    shutil.copytree(matrix / "images", matrix / "all broken")
+    [shard] = (matrix / "all broken").rglob("*.tar")
+    content = bytearray(shard.read_bytes())
+    for record in Images.find(matrix / "all broken").records:
+        content[record.offset : record.offset + record.length] = bytes(record.length)
+    shard.write_bytes(content)
+    whole = matrix / "images" / "test" / "0.tar"
     cases = {
         "damaged": {**MATRIX["zero1"], "after": "zero1", "damage": 12},
         "too many broken": {"images": str(matrix / "broken")},
@@ -558,6 +602,8 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
         "unlike": {"images": [str(matrix / "images"), str(matrix / "fewer")]},
         "stream": {"images": f"pipe:cat {matrix / 'images' / 'test' / '0.tar'}", "workers": 1},
         "no shard": {"images": f"pipe:cat {matrix / 'images' / 'test' / '7.tar'}", "workers": 1},
+        "cut shard": {"images": f"pipe:head -c {whole.stat().st_size // 2 + 100} {whole}", "workers": 1},
+        "all broken": {"images": str(matrix / "all broken")},
     }
     launch(matrix, 2, cases)
     says = lambda name: (matrix / f"{name}.error").read_text()  # noqa: E731
@@ -571,15 +617,23 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says("too many held out")
     assert "the processes do not see the same files in" in says("unlike")
     assert "cannot read the shard pipe:cat" in says("no shard") and "Traceback" not in says("no shard")
+    assert "cannot read the shard pipe:head" in says("cut shard") and "Traceback" not in says("cut shard")
+    assert "none of the 60 images in" in says("all broken")
     assert 0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5  # other crops
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
     met = {name for name in listed if name.endswith(".png")}
     assert len(met) == 20  # 12 · 8 images are more than an epoch of 60
 
 
+def a_rank(process: psutil.Process) -> psutil.Process:
+    """The second of the launched processes."""
+    return next(each for each in process.children(recursive=True) if each.environ().get("RANK") == "1")
+
+
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
-    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a start."""
+    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a start; by turns to
+    the command and to one of the processes that it launched, which then ends the job with code 2."""
     path = write_recipe(
         tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5}
     )
@@ -590,11 +644,12 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     directory, chance = tmp_path / "killed", random.Random(0)
     folder = directory / "distill/.mlp_ratio-1.partial/checkpoints"
     reached = lambda: max((int(seal.parent.name[4:]) for seal in folder.glob(f"*/{SEAL}")), default=0)  # noqa: E731
-    for _ in range(10):
+    again = command("run", path, "-o", directory, "--until", "distill")
+    for turn in range(10):
         before, wait = reached(), 0.5 * chance.random()
-        kill_when(
-            command("run", path, "-o", directory, "--until", "distill"), lambda before=before: reached() > before, tmp_path / "log", wait
-        )
+        victim = a_rank if turn % 2 else lambda process: process
+        code = kill_when(again, lambda before=before: reached() > before, tmp_path / "log", wait, victim)
+        assert code == (2 if turn % 2 else -signal.SIGKILL), (tmp_path / "log").read_text()[-3000:]
         wait_for_the_end_of_workers(directory)
     assert not (directory / "distill/mlp_ratio-1").exists(), "it was over before the last kill"
     done = run_command("run", path, "-o", directory, "--until", "distill")
@@ -674,7 +729,11 @@ def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
     cases = {
         f"{name} {bits}": {**short, "model": str(tmp_path / f"model {name}"), "bf16": bits == 16} for name in FAMILIES for bits in (16, 32)
     }
+    cases["swin in pieces"] = {**cases["timm Swin 32"], "micro_batch": 1}
     launch(tmp_path, 1, cases)
+    # Swin comes with stochastic depth, which would drop other blocks for every piece of the batch.
+    whole, pieces = losses(tmp_path / "timm Swin 32"), losses(tmp_path / "swin in pieces")
+    assert torch.allclose(whole, pieces, rtol=1e-4) and whole[0] != whole[1]
     for name in FAMILIES:
         (first, _), (exact, _) = (losses(tmp_path / f"{name} {bits}").tolist() for bits in (16, 32))
         assert first == pytest.approx(exact, rel=0.1), name

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command, write_recipe
+from conftest import call_command, run_command, write_recipe
 from models_table import write_internvit
 
 from dgmr_tp.dry_run import dry_run
@@ -81,7 +81,7 @@ def test_the_command_says_what_is_there_and_what_is_missing(tmp_path):
 
 
 def test_an_impossible_size_is_refused_before_anything_runs(tmp_path):
-    done = run_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
+    done = call_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
     assert done.returncode == 2 and "mlp_ratio = 5" in done.stderr and done.stderr.count("\n") == 1
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BIN, run_command, timm_tower
+from conftest import BIN, call_command, timm_tower
 from families import FAMILIES
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -165,7 +165,7 @@ def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path)
     known = run(demo, demo.module, data / "classes", tmp_path / "a.json")
     options = ["--dataset", "wds/test", "--dataset_root", data / "classes", "--task", "zeroshot_classification", "--no_amp"]
     output = ["--num_workers", 0, "--output", tmp_path / "{model}.json"]
-    done = run_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
+    done = call_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "demo.json").read_text())["metrics"] == known
     assert "Models: [('demo', 'none')]" in done.stdout, "every other argument is clip_benchmark's"
@@ -197,7 +197,7 @@ def test_the_zoo_in_two_processes_gives_one_processes_numbers(data, tmp_path):
     scenes.write_classification(tmp_path / "train", 800, seed=11)
     shutil.move(tmp_path / "train" / "test", root / "imagenet1k" / "train")
     options = ["eval", "demo", "--suite", "dgmr-zoo", "--data-root", str(root)]
-    one = run_command(*options, "-o", tmp_path / "one")
+    one = call_command(*options, "-o", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     assert re.search(r"demo +9\d\.\d +\d+\.\d +\d+\.\d", one.stdout) and "EVA-CLIP-E, DGMR 1.24 B" in one.stdout
     program = [str(BIN / "torchrun"), "--nproc_per_node", "2", str(BIN / "dgmr-tp"), *options, "-o", str(tmp_path / "two")]

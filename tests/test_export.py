@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pictures, redraw, run_command, timm_tower
+from conftest import call_command, pictures, redraw, timm_tower
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import nn
@@ -343,5 +343,5 @@ def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, 
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence():
-    done = run_command("export", "demo", "-o", "/proc/nowhere")
+    done = call_command("export", "demo", "-o", "/proc/nowhere")
     assert done.returncode == 2 and done.stderr.startswith("dgmr-tp: ") and done.stderr.count("\n") == 1

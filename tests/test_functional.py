@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from conftest import pictures, redraw, run_command, timm_tower, write_recipe
+from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS, plain_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,18 +286,18 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     recipe = write_recipe(
         tmp_path / "small.yaml", prune={"budget": budgets, "criterion": "output"}, distill=None, evaluate=None, export=None
     )
-    done = run_command("run", recipe, "-o", tmp_path / "run")
+    done = call_command("run", recipe, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank/all: done") == 1
     images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
-    told = run_command("rank", "--images", images, "--count", "60", "-o", ranked)
+    told = call_command("rank", "--images", images, "--count", "60", "-o", ranked)
     assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
     written = tmp_path / "plan.json"
     for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):
-        told = run_command("plan", "--rankings", ranked, "--budget", limits, "-o", written)
+        told = call_command("plan", "--rankings", ranked, "--budget", limits, "-o", written)
         assert told.returncode == 0, told.stderr
         assert written.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
-    both = run_command("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5,flops=0.52")
+    both = call_command("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5,flops=0.52")
     assert both.returncode == 0 and "params=0.6" in both.stdout and "params=0.5,flops=0.52" in both.stdout, both.stderr
     for command, says in (
         (("prune", "--criterion", "output", "-o", tmp_path / "out"), "looks at calibration images"),

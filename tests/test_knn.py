@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import BIN, recipe, run_command
+from conftest import BIN, call_command, recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,7 +102,7 @@ def test_two_processes_give_one_processes_numbers(folders, tmp_path):
     for i, record in enumerate(r for r in Images.find(folders / "test").records if r.class_name() in known):
         (tmp_path / "test" / record.class_name()).mkdir(parents=True, exist_ok=True)
         record.read().save(tmp_path / "test" / record.class_name() / f"{i}.png")
-    one = run_command("eval", *options, "-o", tmp_path / "one")
+    one = call_command("eval", *options, "-o", tmp_path / "one")
     assert one.returncode == 0 and "knn@20" in one.stdout, one.stderr
     program = [
         str(BIN / "torchrun"),
@@ -120,5 +120,5 @@ def test_two_processes_give_one_processes_numbers(folders, tmp_path):
 
 
 def test_the_command_wants_one_kind_of_evaluation():
-    done = run_command("eval", "demo", "--knn-train", "x")
+    done = call_command("eval", "demo", "--knn-train", "x")
     assert done.returncode == 2 and "--dataset and --root, or --knn-train and --knn-test" in done.stderr

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import recipe, run_command
+from conftest import call_command, recipe
 from families import FAMILIES
 from PIL import Image
 from safetensors.torch import save_file
@@ -126,7 +126,7 @@ def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
     assert head_accuracy(lambda images: torch.ones(len(images), 10), demo.preprocess, head=None, test=test, **how)["head@1"] == 0
     with pytest.raises(DgmrError, match="demo has no classifier of its own; give the weights of a head"):
         check_classifier(demo)
-    done = run_command("eval", "demo", "--head-test", data[1], "-o", tmp_path / "out")
+    done = call_command("eval", "demo", "--head-test", data[1], "-o", tmp_path / "out")
     assert done.returncode == 2 and "no classifier of its own" in done.stderr
     with pytest.raises(DgmrError, match="no classifier of its own"):
         Run(recipe(evaluate={"head": {"test": str(data[1])}}), tmp_path / "run").run()
@@ -150,7 +150,7 @@ def test_classes_that_cannot_be_read_are_not_fitted(demo, tmp_path):
 def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_path):
     prune(demo, criterion="random", mlp_ratio=0.25).model.save(tmp_path / "small")
     head = ["--head-train", data[0], "--head-test", data[1]]
-    done = run_command("eval", "demo", tmp_path / "small", *head, "-o", tmp_path / "out")
+    done = call_command("eval", "demo", tmp_path / "small", *head, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     fitted = fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(data[0]), **HOW)
     rows = {row["model"]: float(row["head@1"]) for row in csv.DictReader((tmp_path / "out" / "table.csv").open())}
@@ -159,7 +159,7 @@ def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_p
         rows["small"] == pytest.approx(judged(open_model(str(tmp_path / "small")), fitted, data[1])["head@1"])
         and rows["small"] < rows["demo"]
     )
-    refused = run_command("eval", "demo", "--head-train", data[0], "-o", tmp_path / "out")
+    refused = call_command("eval", "demo", "--head-train", data[0], "-o", tmp_path / "out")
     assert refused.returncode == 2 and "give --dataset" in refused.stderr and "--head-test" in refused.stderr
 
 

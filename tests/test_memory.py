@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import recipe, redraw, run_command, timm_tower, write_recipe
+from conftest import call_command, recipe, redraw, timm_tower, write_recipe
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from test_distillation import settings
@@ -26,7 +26,7 @@ def planner(given) -> Planner:
 
 def really_kept(recompute: bool, batch: int) -> int:
     """On the CPU, with values: all that autograd holds when the backward pass begins."""
-    tap = FeatureTap(as_encoder(redraw(timm_tower())), recompute=recompute).train()
+    tap = FeatureTap(as_encoder(redraw(timm_tower())), recompute=recompute)
     own = {parameter.data_ptr() for parameter in tap.parameters()}
     kept = {}
 
@@ -93,7 +93,7 @@ def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
     assert plan_memory(given, "2x0.025GB")[1] == "mlp_ratio-1 does not fit into 2x0.025GB; it would fit with distill.micro_batch: 2"
     assert "take larger devices" in plan_memory(given, "2x0.001GB")[1]
-    done = run_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.025GB")
+    done = call_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.025GB")
     assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
     with pytest.raises(DgmrError, match="--devices 8: write how many and how large, such as 8x48GB"):
         plan_memory(given, "8")

@@ -143,18 +143,18 @@ def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
     assert done.returncode == 2 and "no run directory" in done.stderr
 
 
-def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0) -> None:
-    """Start a command and kill it, and nothing else, with SIGKILL ``wait`` seconds after ``reached()`` holds."""
+def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victim=lambda process: process) -> int:
+    """Start a command, and kill it (or ``victim(it)``), nothing else, ``wait`` seconds after ``reached()`` holds. Gives its code."""
     with log.open("w") as stream:
-        process = subprocess.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
+        process = psutil.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
         deadline = time.monotonic() + 300
         while not reached():
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.02)
         time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        victim(process).send_signal(signal.SIGKILL)
+        return process.wait()
 
 
 def wait_for_the_end_of_workers(directory: Path) -> None:

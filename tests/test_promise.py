@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import recipe, run_command
+from conftest import call_command, recipe
 from families import FAMILIES
 from PIL import Image
 
@@ -197,12 +197,12 @@ def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover,
 
 @pytest.mark.slow
 def test_the_command(tmp_path, images):
-    done = run_command("prune", "--min-cosine", "0.98", "--recover", images, "--count", "160", "--held-out", "80", "-o", tmp_path / "out")
+    done = call_command("prune", "--min-cosine", "0.98", "--recover", images, "--count", "160", "--held-out", "80", "-o", tmp_path / "out")
     assert done.returncode == 0 and "mean cosine" in done.stdout and "broken" in done.stdout, done.stderr
     assert parameters(open_model(str(tmp_path / "out")).encoder.module) < 1_200_000
     for command, says in (
         (("--max-drop", "1%", "-o", tmp_path / "a"), "give --recover IMAGES"),
         (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "write it as 1% or 0.01"),
     ):
-        refused = run_command("prune", *command)
+        refused = call_command("prune", *command)
         assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1

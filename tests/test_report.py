@@ -61,13 +61,18 @@ def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
 
 def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     distilled = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
-    distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}}
+    distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
+    details = {"loss_class_token": [[1, 1.0], [3, 0.1]], "loss_patches": [[1, 1.0]], "gradient_norm": [[1, 0.1], [3, 1.0]]}
+    distilled |= {"details": details}
     data = collect(tmp_path, "run", {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
     assert 'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
     assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on images held out; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
+    assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
+    assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"
+    assert "1 images did not decode in training and were replaced by others, the first: &lt;a&gt;.png." in text
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

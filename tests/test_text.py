@@ -24,13 +24,12 @@ from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.scenes import Scene, distinct
-from dgmr_tp.distillation.data import places
+from dgmr_tp.distillation.data import distinct_places
 from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need
 from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline import Run
-from dgmr_tp.recipe import parse_recipe
 
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
@@ -172,8 +171,6 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     }
     with pytest.raises(DgmrError, match="shards behind a URL cannot be divided"):
         Run(recipe(**held_out), tmp_path / "run").run()
-    with pytest.raises(DgmrError, match="leave one of them out"):
-        parse_recipe({**SMALL, "distill": {**SMALL["distill"], "held_out": 5, "ema": 0.9}}, tmp_path / "x.yaml")
 
 
 # What follows launches processes.
@@ -195,7 +192,7 @@ def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
     for step in range(TEXT["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = TEXT["base_lr"] * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / TEXT["steps"]))).item()
-        chosen = [index for _, index in places(len(pairs), 8, 0, step)]
+        chosen = [index for _, index in distinct_places(len(pairs), 8, 0, step)]
         texts = clip.encode_text(opened.tokenizer([pairs.captions[i][0] for i in chosen]))
         texts = F.normalize(texts, dim=-1) if normalised else texts
         logits = clip.logit_scale.clamp(max=torch.tensor(100.0).log()).exp() * images[chosen] @ texts.T
@@ -252,10 +249,11 @@ def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
     record = Captioned.find(folder / "broken").images.records[7]
     content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
-    cases = {"left out": {**case, "max_broken": 0.1}, "stops": case}
+    cases = {"left out": {**case, "max_broken": 0.1}, "stops": case, "too few": {**case, "batch_size": 30, "max_broken": 0.1}}
     launch(folder, 2, {name: {**each, "captions": str(folder / "broken")} for name, each in cases.items()})
     assert torch.isfinite(load_file(folder / "left out.safetensors")["logit_scale"])
     assert "1 of 30 images do not decode, more than tune_text.max_broken" in (folder / "stops.error").read_text()
+    assert "tune_text.batch_size = 30, but" in (folder / "too few.error").read_text()
 
 
 @pytest.mark.slow

@@ -183,6 +183,9 @@ def _tar_records(path: Path) -> list[Record]:
     try:
         with tarfile.open(path, "r:") as tar:  # uncompressed: members are read by their offset
             members = [member for member in tar if member.isfile()]
+            # tarfile takes whatever is no header for the end; the real one is a block of zeros.
+            if not _is_zero_block(path, tar.offset):
+                raise tarfile.ReadError(f"it breaks off behind {len(members)} files, at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
         raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
     beside = {str(Path(m.name)): (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
@@ -193,3 +196,9 @@ def _tar_records(path: Path) -> list[Record]:
         for m in members
         if Path(m.name).suffix.lower() in EXTENSIONS
     ]
+
+
+def _is_zero_block(path: Path, offset: int) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(offset)
+        return stream.read(tarfile.BLOCKSIZE) == tarfile.NUL * tarfile.BLOCKSIZE

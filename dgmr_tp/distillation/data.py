@@ -130,6 +130,12 @@ def places(count: int, batch: int, seed: int, step: int) -> list[Place]:
     return result
 
 
+def distinct_places(count: int, batch: int, seed: int, step: int) -> list[Place]:
+    """As :func:`places`, but no sample is twice in a batch: what an epoch leaves of one is not used."""
+    epoch, position = divmod(step, count // batch)
+    return [(epoch, int(index)) for index in _order(count, seed, epoch)[position * batch : (position + 1) * batch]]
+
+
 @lru_cache(maxsize=2)
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(count)

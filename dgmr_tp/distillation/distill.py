@@ -59,6 +59,7 @@ def distill(
         tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
         probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
         answers, release = _teacher(FeatureTap(teacher.encoder, settings.loss), probe, settings, directory)
+        asked = True  # whether the teacher computed for the last batch
 
         def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
             batch = sample.images.to(device, precision, non_blocking=True)
@@ -66,9 +67,12 @@ def distill(
 
         @torch.no_grad()
         def wanted(batch: Tensor, rows: list[int]) -> Features:
+            nonlocal asked
             if kept is None:
                 return answers(batch)
-            if (known := kept.read(rows)) is not None:
+            known = kept.read(rows)
+            asked = known is None
+            if known is not None:
                 return {name: value.to(device, non_blocking=True) for name, value in known.items()}
             found = answers(batch)
             kept.write(rows, found)
@@ -99,7 +103,7 @@ def distill(
             total=settings.loss.total,
             count=count,
             place=place,
-            flops=(4 if settings.recompute else 3) * forward[0] + forward[1],
+            flops=lambda: (4 if settings.recompute else 3) * forward[0] + asked * forward[1],
             scores=scores,
         )
         step, broken = train(task, settings, directory, stop)

@@ -19,6 +19,8 @@ from dgmr_tp.pruning.meta import meta_copy
 
 BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed reduces at a time, where there are so many."""
+OFFLOADS = {"zero_optimization.offload_optimizer": "optimizer", "zero_optimization.offload_param": "all"}
+"""What of a DeepSpeed file the recipe has to say, for the memory plan and the optimiser to know."""
 PATIENCE = timedelta(hours=2)
 """How long the processes wait for one of them: the conversion of a large checkpoint takes its time."""
 
@@ -59,6 +61,7 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
+    own_defaults = {"steps_per_print": 10**9, "wall_clock_breakdown": False}
     ours = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": settings.batch_size // world // micro,
@@ -72,11 +75,9 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
             "buffer_dtype": "bf16" if settings.bf16 else None,  # as the teacher's: EVA's biases and Swin's masks meet the activations
         },
         "csv_monitor": {"enabled": True, "output_path": str(directory), "job_name": "log"},
-        "steps_per_print": 10**9,
-        "wall_clock_breakdown": False,
     }
     if settings.deepspeed is None:
-        return ours
+        return {**own_defaults, **ours}
     path = Path(settings.deepspeed)
     try:
         theirs = json.loads(path.read_text())
@@ -84,7 +85,7 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
         raise DgmrError(f"{settings.section}.deepspeed: cannot read {path}: {error}") from error
     if not isinstance(theirs, dict):
         raise DgmrError(f"{settings.section}.deepspeed: {path} is no JSON object")
-    return _joined(ours, theirs, path, settings.section)
+    return {**own_defaults, **_joined(ours, theirs, path, settings.section)}
 
 
 def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: str, where: str = "") -> dict[str, Any]:
@@ -97,12 +98,16 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: s
             raise DgmrError(
                 f"{path}: {name} is not for DeepSpeed to say: the recipe has the optimiser, schedule, batch and precision; remove it"
             )
+        if name in OFFLOADS and key not in ours and isinstance(value, dict) and value.get("device", "none") != "none":
+            raise DgmrError(f"{path}: {name}, but the recipe's {section} section does not say offload: {OFFLOADS[name]}; say it there")
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
             result[key] = _joined(ours.get(key, {}), value, path, section, f"{name}.")
         elif key not in ours or value == ours[key]:
             result[key] = value
         else:
-            raise DgmrError(f"{path}: {name} = {value!r}, but the recipe's {section} section makes it {ours[key]!r}; remove one of them")
+            raise DgmrError(
+                f"{path}: {name} = {value!r}, but {section} in the recipe makes it {ours[key]!r}; remove it here or change it there"
+            )
     return result
 
 

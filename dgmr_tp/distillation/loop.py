@@ -74,8 +74,8 @@ class Task:
     """Samples in an epoch; None for a stream, which does not know."""
     place: Callable[[Checkpoint], str] = lambda _: ""
     """Where a run goes on, in words, beside the step."""
-    flops: float | None = None
-    """Operations that a sample costs, backward pass included."""
+    flops: Callable[[], float] | None = None
+    """Operations that a sample of the last step cost, backward pass included."""
     scores: Callable[[Callable[..., Any]], dict[str, float]] | None = None
     """How good the module is on what it is not trained on, ``score`` (higher is better) and other curves. Called in every process."""
 
@@ -135,7 +135,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     deepspeed = require("deepspeed", "distill")
     rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
     config = deepspeed_config(settings, world, directory)
-    module = task.module.train()
+    module = task.module.eval()  # no dropout, no stochastic depth: the teacher's features are to be hit, and the same for any batch
     freeze_what_outputs_do_not_need(module, task.probe)
     untouched = {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()] if not t.requires_grad}
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
@@ -153,6 +153,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     with checkpoints.for_processes(folder, found) if found else nullcontext((None, False)) as (tag, universal):
         config.setdefault("checkpoint", {})["load_universal"] = universal
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        engine.eval()
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
         for state in optimizer.state.values() if universal else ():  # ZeRO-3 reads one counter for all groups, which would all advance it
@@ -197,16 +198,15 @@ def _steps(
     rank, world, device, folder = distributed.get_rank(), distributed.get_world_size(), device_here(), directory / CHECKPOINTS
     accumulated = engine.gradient_accumulation_steps()
     loader = task.samples(done)
-    speed = Speed(settings.batch_size, task.flops, world * peak_flops(device, settings.precision) if task.flops else 0.0)
+    speed = Speed(settings.batch_size, world * peak_flops(device, settings.precision) if task.flops else 0.0)
     broken, shards = dict(done.broken), {}
 
     def judged(step: int) -> dict[str, float]:
         if task.scores is None or (step % settings.evaluate_every and step < settings.steps):
             return {}
-        engine.eval()
         scores = task.scores(engine)
-        engine.train()
-        best.keep(scores["score"], step, whole_parameters(engine.module))
+        if average is None:
+            best.keep(scores["score"], step, whole_parameters(engine.module))
         return scores
 
     def draw(step: int, curves: dict[str, float]) -> None:
@@ -217,7 +217,6 @@ def _steps(
         draw(0, judged(0))
     with contextlib.closing(loader), Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
         for step in range(done.step + 1, settings.steps + 1):
-            _seed(device, settings.seed, step, rank)
             started = time.monotonic()
             losses: Losses = {}
             met: dict[str, str] = {}
@@ -240,26 +239,27 @@ def _steps(
             # Both groups: ZeRO-3 reads a universal checkpoint with the first group's values in all of them.
             for group, decay in zip(optimizer.param_groups, (settings.decay(step - 1), 0.0), strict=True):
                 group["weight_decay"] = decay
-            if not _step(engine, settings):
+            norm = _step(engine, settings)
+            if not 0 <= norm < math.inf:
                 raise DgmrError(_not_finite("gradient is not finite", step, names, folder, settings))
             if average:
                 average.update()
             if any_broken:
                 broken |= checkpoints.all_of(met)
                 check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
-            reached = speed.step()
+            reached = speed.step(task.flops() if task.flops else None)
             if meter:
-                meter.step(step, f"loss {total:.4f} {in_words(reached)}")
+                parts = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
+                meter.step(step, f"loss {total:.4f} {in_words(reached)}", f"{parts}, gradient {norm:.3g}")
             curves = judged(step)
             if step % settings.log_every == 0 or step == settings.steps:
                 curves |= {
                     "loss": total,
                     "learning_rate": settings.learning_rate(step - 1),
+                    "gradient_norm": norm,
                     **{f"loss_{name}": float(value) for name, value in means.items()},
                     **reached,
                 }
-                if (norm := engine.get_global_grad_norm()) is not None:
-                    curves["gradient_norm"] = float(norm)
             draw(step, curves)
             first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
@@ -292,24 +292,20 @@ def save_in_words(folder: Path, seconds: float, leaving: float) -> str:
     )
 
 
-def _seed(device: torch.device, *parts: int) -> None:
-    """For dropout and stochastic depth, where a tower has them. (torch.manual_seed stores every call until CUDA is in use.)"""
-    for generator in (torch.default_generator, *([torch.cuda.default_generators[device.index or 0]] if device.type == "cuda" else [])):
-        generator.manual_seed(hash(parts))
+def _step(engine: Any, settings: Settings) -> float:
+    """The optimiser's step; gives the norm of the gradient. Where that is not finite, or negative, nothing may be kept of the engine.
 
-
-def _step(engine: Any, settings: Settings) -> bool:
-    """The optimiser's step; False where the gradient was not finite, and then nothing may be kept of the engine.
-
-    In bf16 ZeRO skips such a step; in float32 it takes it, and tells of it in the gradient's norm (negative or not finite).
+    In bf16 ZeRO skips such a step; in float32 it takes it.
     """
+    norm = torch.tensor(0.0)
     if settings.zero_stage == 0:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            return False
+        if not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
+            return math.nan
     engine.step()
-    norm = engine.get_global_grad_norm()
-    return engine.was_step_applied() and (norm is None or 0 <= float(norm) < math.inf)
+    if not engine.was_step_applied():
+        return math.nan
+    return float(norm if settings.zero_stage == 0 else engine.get_global_grad_norm())
 
 
 def _agree(losses: Losses, stop: bool, broken: bool, device: torch.device) -> tuple[Losses, bool, bool]:
@@ -354,7 +350,7 @@ def check_broken(broken: dict[str, str], count: int, settings: Settings) -> None
         name, error = next(iter(broken.items()))
         raise DgmrError(
             f"{len(broken)} of {count} images do not decode, more than {settings.section}.max_broken = {settings.max_broken:g}; first: "
-            f"{name}: {error}; repair or remove them, or raise the limit"
+            f"{name}: {error}; raise the limit to go on, or repair or remove them and begin with --redo {settings.section}"
         )
 
 
@@ -366,6 +362,11 @@ def _not_finite(what: str, step: int, mine: list[str], folder: Path, settings: S
         f"the {what} at step {step} (images {shown}); nothing of it is kept; lower {settings.section}.base_lr or look at these "
         f"images; the last checkpoint is kept in {folder}"
     )
+
+
+def curves_of(directory: Path) -> list[str]:
+    """The names of what DeepSpeed's monitor wrote."""
+    return sorted(path.stem.removeprefix(f"{CURVES}_") for path in directory.glob(f"log/{CURVES}_*.csv"))
 
 
 def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:

@@ -76,7 +76,7 @@ class FeatureTap(nn.Module):
         found: Features = {}
         state = walk.stem(images)
         for number, block in enumerate(walk.blocks(), start=1):
-            recomputed = self.recompute and self.training and state.requires_grad
+            recomputed = self.recompute and state.requires_grad
             state = checkpoint(block, state, use_reentrant=False) if recomputed else block(state)
             if wanted.layers.get(number):
                 found[f"layer {number}"] = state

@@ -80,7 +80,7 @@ class Planner:
         self.trained = _total(parameter for parameter in tap.parameters() if parameter.requires_grad)
         self.teacher = _total(teacher.module.parameters())
         kept = [
-            _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(settings.precision).train(), probe)
+            _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(settings.precision).eval(), probe)
             for again in (False, True)
         ]
         once, of_teacher = (_one_block(tower, probe) for tower in (student, teacher))
@@ -150,7 +150,7 @@ def _total(parameters: Iterator[nn.Parameter]) -> int:
 def _one_block(encoder: Encoder, probe: Tensor) -> int:
     """What autograd would keep of the block that keeps most."""
     tap = FeatureTap(encoder)
-    walk = meta_copy(tap).to(probe.dtype).train().walk
+    walk = meta_copy(tap).to(probe.dtype).eval().walk
     with torch.no_grad():
         state = walk.stem(probe)
     most = 0

@@ -22,7 +22,7 @@ from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import Checkpoint, from_first
-from dgmr_tp.distillation.data import Sample, check_seen_alike, places
+from dgmr_tp.distillation.data import Sample, check_seen_alike, distinct_places
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
 from dgmr_tp.distillation.settings import TextSettings
@@ -44,7 +44,8 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
 
     Args:
         model: opened on the CPU; its text tower is trained in place.
-        pairs: an image is met once an epoch, with its first caption or with one drawn for the epoch.
+        pairs: an image is met at most once an epoch, with its first caption or with one drawn for the epoch; what is left of an epoch
+            when no whole batch is, is not used.
         settings: see :class:`TextSettings`.
         directory: the images' embeddings, checkpoints and the curves (``log/``, CSV) go here.
 
@@ -52,7 +53,7 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
         On rank 0 the figures of the run, None elsewhere.
 
     Raises:
-        DgmrError: the model has no text tower; and those of ``train``.
+        DgmrError: the model has no text tower; there are fewer images than a batch has; and those of ``train``.
     """
     if not has_text_tower(model):
         raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
@@ -62,6 +63,11 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
         known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings, stop)
         broken = {pairs.images.records[i].name: _why(pairs.images, i) for i in known.broken}
         check_broken(broken, len(pairs), settings)
+        if settings.batch_size > len(known.readable):
+            raise DgmrError(
+                f"tune_text.batch_size = {settings.batch_size}, but {pairs.images.source} has {len(known.readable)} images with captions, "
+                "and none may be twice in a batch; set it to that many at most"
+            )
         tower, device = TextTower(model.module), device_here()
         loss = require("open_clip", "encoders").loss.ClipLoss(gather_with_grad=True, cache_labels=True, rank=rank, world_size=world)
 
@@ -197,7 +203,7 @@ def _samples(
     """This process's part of every global batch from ``done`` on."""
     rank, world = distributed.get_rank(), distributed.get_world_size()
     for step in range(done.step, settings.steps):
-        mine = places(len(known.readable), settings.batch_size, settings.seed, step)[rank::world]
+        mine = distinct_places(len(known.readable), settings.batch_size, settings.seed, step)[rank::world]
         chosen = [int(known.readable[i]) for _, i in mine]
         texts = [_caption(pairs.captions[at], settings, epoch, at) for at, (epoch, _) in zip(chosen, mine, strict=True)]
         yield Sample(known[chosen], [pairs.images.records[at].name for at in chosen], {}, texts=tokenizer(texts))

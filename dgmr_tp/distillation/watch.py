@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import resource
 import time
 from collections import deque
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed
 
@@ -23,6 +22,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import from_first, writing
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import sha256, write_whole
 from dgmr_tp.neighbours import QUERIES, nearest, vote
 
 WINDOW = 20
@@ -30,7 +30,8 @@ WINDOW = 20
 NEIGHBOURS = 20
 PER_CLASS = 10
 """Images of a class, in the mean, with fewer of which neighbours tell little."""
-BEST = "best.safetensors"
+BEST = "best.json"
+"""Which file holds the best weights, and its SHA-256."""
 
 
 class Speed:
@@ -38,22 +39,22 @@ class Speed:
 
     Args:
         samples: in a step, over all processes.
-        flops: operations that one of them costs; None where nobody counted.
         peak: operations a second that the processes could reach together.
     """
 
-    def __init__(self, samples: int, flops: float | None, peak: float) -> None:
-        self.samples, self.flops, self.peak = samples, flops, peak
+    def __init__(self, samples: int, peak: float) -> None:
+        self.samples, self.peak = samples, peak
         self.ends = deque([time.monotonic()], maxlen=WINDOW + 1)
 
-    def step(self) -> dict[str, float]:
-        """At the end of a step: ``samples_per_second``, ``memory_gb`` and, where they are counted, ``tflops`` and ``share_of_peak``."""
+    def step(self, flops: float | None) -> dict[str, float]:
+        """At the end of a step: ``samples_per_second``, ``memory_gb`` and, where ``flops``, a sample's operations, were counted,
+        ``tflops`` and ``share_of_peak``."""
         self.ends.append(time.monotonic())
         rate = self.samples * (len(self.ends) - 1) / max(1e-9, self.ends[-1] - self.ends[0])
         found = {"samples_per_second": rate, "memory_gb": _memory() / 1e9}
-        if self.flops is None:
+        if flops is None:
             return found
-        return {**found, "tflops": rate * self.flops / 1e12, "share_of_peak": rate * self.flops / self.peak}
+        return {**found, "tflops": rate * flops / 1e12, "share_of_peak": rate * flops / self.peak}
 
 
 def in_words(speed: dict[str, float]) -> str:
@@ -142,19 +143,21 @@ class HeldOut:
 
 
 class Best:
-    """The weights with the highest score so far, in a file beside the checkpoints."""
+    """The weights with the highest score so far, in a file beside the checkpoints; one that is damaged does not count."""
 
     def __init__(self, directory: Path) -> None:
-        self.file = directory / BEST
+        self.directory, self.seal = directory, directory / BEST
         self.score, self.step = from_first(self._read)
 
     def _read(self) -> tuple[float, int]:
         try:
-            with safe_open(self.file, "pt") as file:
-                said = file.metadata()
-            return float(said["score"]), int(said["step"])
-        except (OSError, SafetensorError):  # not there yet, or damaged
-            return -float("inf"), -1
+            said = json.loads(self.seal.read_text())
+            if said["sha256"] == sha256(self._file(said["step"])):
+                return said["score"], said["step"]
+            print(f"  the best weights so far, of step {said['step']}, are damaged: the best of what follows is used", flush=True)
+        except OSError:  # there is none yet
+            pass
+        return -float("inf"), -1
 
     def keep(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Keep these weights if they are better. Every process has to call it; the first one writes."""
@@ -162,13 +165,18 @@ class Best:
             return
         self.score, self.step = score, step
         whole = {name: value.cpu().contiguous() for name, value in weights if distributed.get_rank() == 0}
-        with writing(self.file):
+        with writing(self._file(step)):
             if whole:
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                aside = self.file.with_suffix(".partial")
-                save_file(whole, aside, {"score": repr(score), "step": str(step)})
-                os.replace(aside, self.file)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                save_file(whole, self._file(step))
+                write_whole(self.seal, json.dumps({"score": score, "step": step, "sha256": sha256(self._file(step))}))
+                for other in self.directory.glob(self._file("*").name):
+                    if other != self._file(step):
+                        other.unlink()
 
     def weights(self) -> dict[str, Tensor]:
         """What was kept."""
-        return load_file(self.file)
+        return load_file(self._file(self.step))
+
+    def _file(self, step: object) -> Path:
+        return self.directory / f"best-{step}.safetensors"
