@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 import safetensors
@@ -36,8 +35,8 @@ from dgmr_tp.pruning import (
     rank_encoder,
     sites_in_blocks,
 )
-from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
-from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, search_widths, weight_gradients
+from dgmr_tp.pruning.allocation import check_budget, fitted_widths, keep_counts
+from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, put, search_widths, weight_gradients
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
@@ -191,10 +190,13 @@ def make_plan(
     tower, sites = tower_of(model), block_sites(model)
     if isinstance(criterion, str) and criterion in SEEING:
         # Only a budget needs the whole curves.
+        check_amount(model, **amount)
         picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower), **_or_default(amount))
         return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(model, **amount)
     with ExitStack() as stack:
         if isinstance(criterion, str) and criterion in DIFFERENTIATING:
+            if not amount.get("budget"):
+                check_amount(model, **amount)
             groups = candidate_groups(criterion, images, model, calibration, seed, CANDIDATES, at_least=False)
             if criterion == "amp":
                 rule: tp.importance.Importance = GivenScores(tower, gate_scores(encoder_of(model), groups), "amp")
@@ -216,6 +218,17 @@ def make_plan(
             remember(pruner.plan_of(decided))
             progress("select", len(decided), len(pruner.sites))
     return pruner.plan_of(decided)
+
+
+def check_amount(model: OpenedModel | nn.Module, **amount: Unpack[Amount]) -> None:
+    """Raises DgmrError if an encoder, perhaps one without weights, cannot be cut to this; a budget's latency is not looked at."""
+    sites, budget = block_sites(model) or find_sites(tower_of(model)), amount.get("budget")
+    if not budget or len(asked(amount)) > 1:
+        keep_counts(sites, **_or_default(amount))
+        return
+    size = model.image_size if isinstance(model, OpenedModel) else None
+    counted = {key: limit for key, limit in budget.items() if key != "latency"}
+    check_budget(sites, counted, costs(tower_of(model), sites, size), amount.get("round_to", 1))
 
 
 class Found(NamedTuple):
@@ -247,7 +260,7 @@ def search(
     Under torch.distributed the groups of candidates are shared out; every process returns the same, and only the first writes.
 
     Args:
-        model: the original; a copy of it is cut during the search.
+        model: the original; its MLPs are cut during the search and whole again behind it.
         images: unlabelled images, apart from those the result will be judged by.
         threshold: how much each site may raise the entropy, nats (the paper: 0.01, 2e-4, 2e-3, 0.02).
         two_sided: a fall of the entropy counts too; the paper lets it pass.
@@ -277,18 +290,22 @@ def search(
     state = [_read_search(journal, request)]
     if distributed.is_initialized():  # the journal may lie on the first process's disk alone
         distributed.broadcast_object_list(state)
-    copied = model.copy().encoder if isinstance(model, OpenedModel) else as_encoder(copy.deepcopy(model))
     scores = gate_scores(encoder, groups, objective)
-    end = search_widths(
-        copied,
-        scores,
-        groups,
-        **test,
-        objective=objective,
-        state=state[0],
-        remember=remember,
-        progress=partial(progress, "search"),
-    )
+    whole = {name: encoder.module.get_submodule(name) for name in sites}
+    try:  # not on a copy: there may be no room for a second tower
+        end = search_widths(
+            encoder,
+            scores,
+            groups,
+            **test,
+            objective=objective,
+            state=state[0],
+            remember=remember,
+            progress=partial(progress, "search"),
+        )
+    finally:
+        for name, mlp in whole.items():
+            put(encoder.module, name, mlp)
     assert end.baseline is not None
     decided = {name: SitePlan(site.width, site.hidden, end.kept[name], sha[name]) for name, site in sites.items()}
     return Found(Plan(encoder.name, "amp", decided), end.baseline, end.image_blocks)
@@ -389,4 +406,13 @@ def batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Modul
         if not isinstance(model, OpenedModel):
             raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
         found = find_images(images).sample(count, seed, model.preprocess)
-    return (batch.to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]
+    return (_batch(batch).to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]
+
+
+def _batch(given: Any) -> Tensor:
+    if isinstance(given, Tensor) and given.ndim == 4:
+        return given
+    kind = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    raise DgmrError(
+        f"a batch of images is a tensor [batch, 3, height, width], this is {kind}; leave out labels, and put a batch that is alone into a list"
+    )

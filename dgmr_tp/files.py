@@ -18,8 +18,22 @@ class Held(DgmrError):
 def write_whole(path: Path, text: str) -> None:
     """Write aside, then rename: a reader or a kill never meets half of it."""
     aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text)
+    aside.write_text(text, errors="surrogateescape")  # names of files may be no UTF-8
     os.replace(aside, path)
+
+
+def files_below(source: Path) -> list[Path]:
+    """All files of a folder, by name, through links to folders too; a file alone is itself."""
+    if not source.is_dir():
+        return [source]
+    found, known = [], set()
+    for folder, inside, names in os.walk(source, followlinks=True):
+        if (real := os.path.realpath(folder)) in known:  # a link to what it lies in
+            inside.clear()
+            continue
+        known.add(real)
+        found += [Path(folder, name) for name in names]
+    return sorted(path for path in found if path.is_file())
 
 
 def sha256(path: Path) -> str:

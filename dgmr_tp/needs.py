@@ -82,6 +82,16 @@ def _check_model(recipe: Recipe) -> None:
     keys = [key for key, asked in speaking.items() if asked]
     if keys and (shapes().text is None or (shapes().library == "transformers" and shapes().tokenizer is None)):
         raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
+    if not recipe.prune.promises and recipe.prune.threshold is None:
+        from dgmr_tp.decide import SEEING, check_amount
+
+        for size, amount in recipe.prune.sizes.items():
+            if amount.get("budget") and recipe.prune.criterion not in SEEING:
+                continue  # met or refused at once, without images
+            try:
+                check_amount(shapes(), **amount)
+            except DgmrError as error:
+                raise DgmrError(f"prune, {size}: {error}") from error
     if recipe.tune_text:
         from dgmr_tp.distillation.text import has_text_tower
 

@@ -76,13 +76,13 @@ def prune(
         DgmrError: bad input; says what and what to do.
     """
     opened = open_model(model, pretrained) if isinstance(model, str) else model
-    result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
     images = images if images is None or isinstance(images, str | Path) else list(images)  # read twice by criteria that see them
     if plan is None:
         criterion = criterion or ("dgmr" if images is None else "output")
         plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, progress=progress, **amount)
     elif asked(amount):
         raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(asked(amount))}")
+    result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)  # late: deciding may need the memory
     MLPPruner(tower_of(result)).apply(plan)
 
     errors = {}

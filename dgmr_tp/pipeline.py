@@ -25,7 +25,7 @@ from dgmr_tp.files import hold, sha256, write_whole
 from dgmr_tp.needs import check_needs
 from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import Dataset, Recipe, Training, parse_recipe
+from dgmr_tp.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
 from dgmr_tp.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
@@ -48,7 +48,8 @@ class Run(RunDirectory):
         self.recipe = recipe
         super().__init__(directory)
         marker = self.directory / "recipe.json"
-        if self.directory.exists() and not marker.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+        begun = self.directory.is_dir() and all(path.name == "lock" for path in self.directory.iterdir())
+        if self.directory.exists() and not marker.exists() and not begun:
             raise DgmrError(f"{self.directory} is no run directory (it has no recipe.json) and is not empty; name a new one with -o")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,6 +107,8 @@ class Run(RunDirectory):
         """All steps of the recipe in the order in which they run."""
         recipe, seed = self.recipe, self.recipe.seed
         model: dict[str, Any] = {"model": recipe.model.model_dump(), "files": fingerprint(recipe.model.source)}
+        if recipe.model.pretrained:
+            model["pretrained_files"] = fingerprint(recipe.model.pretrained)
         images: dict[str, Any] = {"images": recipe.images, "seed": seed}
         data = ("scenes/all",) if recipe.scenes else ()
         if not recipe.images.startswith("scenes:"):
@@ -113,7 +116,8 @@ class Run(RunDirectory):
         steps = []
         if recipe.scenes:
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
-        evaluated = recipe.evaluate.model_dump() if recipe.evaluate else None
+        machine: Any = {"batch_size": True, "knn": {"workers"}, "head": {"workers"}}
+        evaluated = recipe.evaluate.model_dump(exclude=machine) if recipe.evaluate else None
         if evaluated and recipe.evaluate and recipe.evaluate.head and (head := Path(recipe.evaluate.head.weights or "")).is_file():
             evaluated["head_sha256"] = sha256(head)  # another head has the same name and size
         if evaluated:  # first: a model or data set that cannot be evaluated shows before anything is computed
@@ -161,9 +165,9 @@ class Run(RunDirectory):
             for size in last:
                 steps.append(Step("compare", size, section, (last[size], *data), partial(self._compare, size=size)))
         if recipe.export:
-            section = {**recipe.export.model_dump(), **images}
+            section = {**recipe.export.model_dump(exclude={"measure"}), **images}
             steps.append(Step("export", ORIGINAL, {**section, **model}, data, self._export_original))
-            section["evaluate"] = evaluated
+            section["evaluate"] = evaluated if recipe.export.measure else None
             for size in last:
                 inputs = (last[size], f"export/{ORIGINAL}", *data)
                 steps.append(Step("export", size, section, inputs, partial(self._export, size=size)))
@@ -429,7 +433,8 @@ class Run(RunDirectory):
         model = self._final(size)
         figures = self._bundle(model, folder, f"../../{self._last(size)}/model", original=self.folder(f"export/{ORIGINAL}"))
         figures["metrics"] = {}
-        for name, entry in figures["towers"]["image"]["files"].items() if self.recipe.evaluate else ():
+        measured = self.recipe.evaluate and self.recipe.export.measure
+        for name, entry in figures["towers"]["image"]["files"].items() if measured else ():
             # What is PyTorch's own code in another file computes what PyTorch does; other runtimes and precisions are measured.
             if not FORMATS[name].code and entry["file"] not in failures(figures):
                 exported = open_exported(folder / entry["file"])
@@ -443,12 +448,13 @@ class Run(RunDirectory):
         section = self.recipe.export
         assert section
         images = torch.cat(list(find_images(self._images).sample(EXAMPLES, self.recipe.seed, model.preprocess)))
-        return export_model(model, images, folder, source=source, **section.model_dump(), **options)
+        return export_model(model, images, folder, source=source, **section.model_dump(exclude={"measure"}), **options)
 
     def _measure(
         self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str
     ) -> dict[str, dict[str, float]]:
-        """clip_benchmark's metrics on every data set of the recipe, by data set, and the accuracy by k-NN and by a linear head."""
+        """clip_benchmark's metrics on every data set of the recipe, by data set, and, but for exported files, the accuracy by k-NN and by a
+        linear head, which look at far more images."""
         from dgmr_tp.evaluation.knn import knn_accuracy
         from dgmr_tp.evaluation.linear_head import head_accuracy, read_head
         from dgmr_tp.evaluation.zero_shot import evaluate
@@ -457,12 +463,13 @@ class Run(RunDirectory):
         section = self.recipe.evaluate
         assert section
         metrics: dict[str, dict[str, float]] = {}
-        device = "cpu" if label.startswith("onnx") else self.device
+        exported = label in FORMATS
+        device = "cpu" if exported else self.device
         clip = clip.to(device).eval()
         on_images: list[tuple[str, Any, Callable[..., dict[str, float]]]] = []
-        if asked := section.knn:
+        if (asked := section.knn) and not exported:
             on_images.append(("knn", asked, partial(knn_accuracy, train=Images.find(self.data_path(asked.train)))))
-        if judged := section.head:
+        if (judged := section.head) and not exported:
             on_images.append(("head", judged, partial(head_accuracy, head=read_head(Path(judged.weights)) if judged.weights else None)))
         for name, given, measure in on_images:
             options = {"device": device, "batch_size": section.batch_size, "workers": given.workers}

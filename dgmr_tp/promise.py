@@ -140,9 +140,11 @@ def prune_to_promise(
         pruned, made = trial(count)
         trials.append(made)
         if made.kept:
+            pruned.model.module.cpu()  # the device is for the original and one trial
             best, high = pruned, count
         else:
             low = count
+        del pruned
         if high == fewest:
             break
         count = (low + high) // 2
@@ -152,6 +154,7 @@ def prune_to_promise(
             f"{name} = {limit} is not kept even at {closest.parameters:,} of {cost.total:,} parameters: {closest.value:.4f}, "
             f"interval to {closest.bound:.4f}; hold out more images, or promise less"
         )
+    best.model.module.to(pictures.device)
     return Promise(best, trials)
 
 

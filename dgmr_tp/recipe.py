@@ -48,6 +48,7 @@ class Scenes(Section):
 
 
 AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold", "min_cosine", "max_drop")
+BUDGETS = ("params", "flops", "latency")
 PROMISES = ("min_cosine", "max_drop")
 
 
@@ -102,11 +103,15 @@ class Prune(Section):
         if given[0] not in PROMISES and self.held_out != Prune.model_fields["held_out"].default:
             raise ValueError("held_out judges min_cosine or max_drop; give one of them instead of another amount, or leave held_out out")
         for amount in self._amounts:
+            if isinstance(amount, dict) and (not amount or not amount.keys() <= set(BUDGETS)):
+                raise ValueError(f"a budget has one or more of {', '.join(BUDGETS)}, got {amount}")
             for key, number in amount.items() if isinstance(amount, dict) else [(given[0], amount)]:
                 if number <= 0:
                     raise ValueError(f"{key} must be above 0, got {number}")
                 if key in PROMISES and number >= 1:
                     raise ValueError(f"{key} must be below 1, got {number}")
+                if key == "keep_ratio" and number > 1:
+                    raise ValueError(f"keep_ratio must be 1 at most, got {number}")
         return self
 
     @property
@@ -268,6 +273,8 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _something(self) -> Evaluate:
+        if twice := {entry.dataset for entry in self.datasets if [other.dataset for other in self.datasets].count(entry.dataset) > 1}:
+            raise ValueError(f"datasets names {', '.join(sorted(twice))} twice")
         if not self.datasets and not self.knn and not self.head:
             raise ValueError("nothing is evaluated; give datasets, knn or head")
         return self
@@ -320,6 +327,8 @@ class Export(Section):
     """Whether a CLIP's text tower is exported too."""
     layout: Literal["plain", "huggingface", "immich"] = "plain"
     """Names, folders and side files; see dgmr_tp.export.layouts."""
+    measure: bool = True
+    """Whether the ONNX files are evaluated on the data sets too, on a CPU, as they are served: hours for a large tower."""
     tolerance: dict[Literal[FORMATS], float] = Field(default_factory=dict)  # type: ignore[valid-type]
     """By format, the largest relative error of an output that is allowed."""
 

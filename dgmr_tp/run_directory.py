@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import sha256, write_whole
+from dgmr_tp.files import files_below, sha256, write_whole
 
 PACKAGES = (
     "dgmr-tp",
@@ -106,7 +106,7 @@ class RunDirectory:
         aside = self.aside(step)
         made_from = self._made_from(step)
         note = aside / "made_from.json"
-        goes_on = step.stage in TRAININGS or (aside / JOURNAL).exists()
+        goes_on = step.stage in TRAININGS or (aside / JOURNAL).exists() or (aside / "manifest.json").exists()
         if aside.exists() and not (goes_on and note.exists() and json.loads(note.read_text()) == made_from):
             shutil.rmtree(aside)
         aside.mkdir(parents=True, exist_ok=True)
@@ -122,11 +122,14 @@ class RunDirectory:
     def do(self, step: Step) -> None:
         """Do its work and give its folder the final name."""
         folder = self.partial(step)
-        figures = step.work(folder)
-        (folder / "made_from.json").unlink()
-        write_whole(folder / "manifest.json", json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
+        manifest = folder / "manifest.json"
+        if not manifest.exists():  # otherwise all was done but the rest of this
+            figures = step.work(folder)
+            write_whole(manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.folder(step.key), ignore_errors=True)  # one whose manifest was taken away
         os.rename(folder, self.folder(step.key))
+        (self.folder(step.key) / "made_from.json").unlink(missing_ok=True)
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -145,8 +148,7 @@ def fingerprint(source: str) -> str | None:
     path = Path(source.removeprefix("local-dir:"))
     if not path.exists():
         return None
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return digest([(str(p.relative_to(path)), p.stat().st_size) for p in files])
+    return digest([(str(p.relative_to(path)), p.stat().st_size) for p in files_below(path)])
 
 
 def digest(value: Any) -> str:

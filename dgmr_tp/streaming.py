@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from dgmr_tp.decide import SEEING, Progress, make_plan
+from dgmr_tp.decide import DIFFERENTIATING, SEEING, Progress, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.errors import DgmrError
@@ -59,7 +59,7 @@ def prune_streaming(
     """
     directory = Path(directory)
     aside = unfinished(directory)
-    if criterion in SEEING:
+    if isinstance(criterion, str) and criterion in (*SEEING, *DIFFERENTIATING):
         raise DgmrError(f"criterion {criterion} runs the tower on images, which streaming does not do")
     opened = open_model(source, pretrained, weights="disk")
     rule = criterion if isinstance(criterion, str) else type(criterion).__name__

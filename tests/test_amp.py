@@ -107,6 +107,14 @@ def test_bf16_weights_give_much_the_same(criterion):
         assert len(set(site.kept) & set(half.sites[name].kept)) > (36 if criterion != "output" else 24)  # 12 by chance
 
 
+def test_small_gradients_do_not_vanish_in_half_precision():
+    tower, images = redraw(timm_tower()).half(), pictures(16).half()
+    small = lambda embeddings, group: 1e-6 * entropy()(embeddings, group)  # noqa: E731
+    for name, scores in gate_scores(as_encoder(tower), [[images]], small).items():
+        large = gate_scores(as_encoder(tower), [[images]])[name]
+        assert (scores > 0).all() and torch.allclose(scores, 1e-6 * large, rtol=0.05, atol=1e-8 * float(large.max()))
+
+
 def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
     """Algorithm 1 with nothing kept between trials: every trial prunes the original anew and runs all of it."""
     names = list(scores)

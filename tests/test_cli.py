@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import call_command, run_command, write_recipe
 from PIL import Image
 
@@ -105,6 +106,25 @@ def test_truncated_checkpoint(tmp_path):
         data = file.read_bytes()
         (tmp_path / "model" / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
     refused("prune", "--model", tmp_path / "model", "-o", tmp_path / "out", says="open_clip_model.safetensors")
+
+
+def test_memory_of_a_gpu_that_is_too_small(monkeypatch, tmp_path):
+    def none(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+
+    monkeypatch.setattr("dgmr_tp.oneshot.prune", none)
+    refused(
+        "prune", "-o", tmp_path / "out", says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB.; take fewer images"
+    )
+
+
+def test_evaluations_that_are_asked_for_by_half(tmp_path):
+    for options in (
+        ["--dataset", "wds/x"],
+        ["--knn-train", "a", "--knn-test", "b", "--root", "c"],
+        ["--knn-train", "a", "--head-test", "b"],
+    ):
+        refused("eval", "demo", *options, "-o", tmp_path / "out", says="give --dataset and --root, or --knn-train and --knn-test")
 
 
 def test_plan_for_another_model(tmp_path):

@@ -1,6 +1,7 @@
 """Generated scenes and image sources."""
 
 import io
+import os
 import tarfile
 from itertools import islice
 
@@ -15,6 +16,7 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
 from dgmr_tp.data.streams import find_images
 from dgmr_tp.distillation.data import Crops, StreamCrops, batches, distinct_places, places, stream_batches, training_transform
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import write_whole
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -89,6 +91,31 @@ def test_a_sample_depends_on_the_seed_alone(folder):
     take = lambda seed, size: torch.cat(list(Images.find(folder).sample(5, seed, to_tensor, batch_size=size)))  # noqa: E731
     assert torch.equal(take(1, 2), take(1, 5))
     assert not torch.equal(take(1, 5), take(2, 5))
+
+
+def test_pictures_of_sixteen_bits_keep_their_shades_and_those_without_a_range_are_broken(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    Image.fromarray(ramp).save(tmp_path / "b.tif")
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "c.tif")
+    images = Images.find(tmp_path)
+    for place in (0, 1):
+        found = np.asarray(images.read(place)).astype(int)
+        assert found.shape == (16, 16, 3) and (found == np.arange(256).reshape(16, 16, 1)).all()
+    assert images.read(2) is None and "mode F" in images.broken[str(tmp_path / "c.tif")]
+
+
+def test_linked_folders_are_folders_and_names_need_not_be_utf_8(folder, tmp_path_factory):
+    place = tmp_path_factory.mktemp("linked")
+    (place / "first").symlink_to(folder)
+    (place / "again").symlink_to(place)
+    latin = os.fsencode(place) + b"/caf\xe9.png"
+    with open(latin, "wb") as file:
+        file.write((folder / "0.png").read_bytes())
+    images = Images.find(place)
+    assert len(images) == 13 and {record.class_name() for record in images.records} == {"first", "sub", None}
+    write_whole(place / "names.txt", "\n".join(record.name for record in images.records))
+    assert b"caf\xe9.png" in (place / "names.txt").read_bytes()
 
 
 def test_nothing_readable_is_an_error(tmp_path):

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold
 from dgmr_tp.pipeline import Run
+from dgmr_tp.run_directory import RunDirectory, Step
 
 
 def weights(run: Path, stage: str = "distill"):
@@ -108,6 +109,43 @@ def test_what_the_last_stage_needs_is_missed_before_the_first(tmp_path):
     missing = {"datasets": [{"dataset": "wds/x", "root": str(tmp_path / "nowhere")}]}
     with pytest.raises(DgmrError, match=r"evaluate\.datasets\.0\.root: .*nowhere does not exist"):
         Run(recipe(evaluate=missing), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_path, monkeypatch):
+    calls = []
+    step = Step("prune", "a", {}, (), lambda folder: calls.append(folder) or {"figure": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        RunDirectory(tmp_path).do(step)
+    monkeypatch.undo()
+    (tmp_path / "prune" / "a").mkdir()  # whose manifest somebody took away
+    run = RunDirectory(tmp_path)
+    run.do(step)
+    assert len(calls) == 1 and run.figures("prune/a") == {"figure": 1} and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
+    run.do(Step("prune", "a", {"other": 1}, (), step.work))
+    assert len(calls) == 2, "another recipe's step is another"
+
+
+def test_a_directory_that_was_only_locked_is_begun(tmp_path):
+    (tmp_path / "lock").touch()
+    Run(recipe(), tmp_path)
+    (tmp_path / "other").touch()
+    with pytest.raises(DgmrError, match="is no run directory"):
+        Run(recipe(), tmp_path)
+
+
+def test_impossible_sizes_are_refused_before_anything_runs(tmp_path):
+    for prune, says in (
+        ({"mlp_ratio": 100}, r"prune, mlp_ratio-100: mlp_ratio = 100.* keeps 12800 neurons"),
+        ({"criterion": "output", "budget": {"params": 0.1}}, r"prune, params-0.1: budget params = 0.1 cannot be met"),
+    ):
+        with pytest.raises(DgmrError, match=says):
+            Run(recipe(prune=prune), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
 

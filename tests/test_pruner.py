@@ -4,12 +4,14 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 import torch_pruning as tp
 from conftest import pictures, redraw, timm_tower
 from torch import nn
 
-from dgmr_tp import DGMRImportance, MLPPruner
+from dgmr_tp import DGMRImportance, MLPPruner, prune
+from dgmr_tp.decide import make_plan
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, find_sites, last_state
@@ -121,6 +123,28 @@ def test_keep_counts_by_pattern():
     assert list(MLPPruner(model, keep={"blocks.0.*": 8, "blocks.2.mlp": 16}).keep.values()) == [8, 192, 16]
 
 
+def test_patterns_that_match_nothing_are_refused():
+    with pytest.raises(DgmrError, match=r"no site matches 'layers\.\*'; sites: blocks\.0\.mlp"):
+        make_plan(timm_tower(), keep={"blocks.0.*": 3, "layers.*": 5})
+
+
+def test_batches_that_are_none_are_refused():
+    tower = redraw(timm_tower())
+    with pytest.raises(DgmrError, match=r"this is a list; leave out labels"):
+        prune(tower, [[pictures(4), torch.zeros(4)]], keep=8)
+    with pytest.raises(DgmrError, match=r"shape \[3, 32, 32\]; .* put a batch that is alone into a list"):
+        prune(tower, pictures(20), keep=8)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_looking_for_sites_leaves_no_hook_behind(inference):
+    """Attention with Linears of its own fails in torch-pruning, which leaves its hooks on them."""
+    tower = redraw(timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10))
+    with torch.inference_mode(inference):
+        assert len(find_sites(tower)) == 2
+    assert not any(module._forward_hooks for module in tower.modules())
+
+
 @pytest.mark.parametrize(
     "options", [{"keep": 0}, {"keep": 193}, {"mlp_ratio": 4.1}, {"keep_ratio": 0.001}, {}, {"keep": 8, "mlp_ratio": 1}]
 )
@@ -151,6 +175,8 @@ def edited(plan, **changes):
         ({"kept": [5, 3]}, "ascending"),
         ({"kept": [0, 192]}, "192"),
         ({"kept": [-1, 2]}, "-1"),
+        ({"kept": [0.0, 1.0]}, "whole numbers"),
+        ({"kept": ["0", "1"]}, "whole numbers"),
         ({"hidden": 100}, "100"),
         ({"sha256": "0"}, "another checkpoint"),
     ],

@@ -58,6 +58,10 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
             r"prune.search: images = 9 make no group of candidates = 512",
         ),
         ("mlp_ratio: 1", "budget: {params: 0}", r"line 4: prune: params must be above 0, got 0"),
+        ("mlp_ratio: 1", "budget: {parameters: 0.5}", r"line 4: prune: a budget has one or more of params, flops, latency, got"),
+        ("mlp_ratio: 1", "budget: {}", r"line 4: prune: a budget has one or more of params, flops, latency, got {}"),
+        ("mlp_ratio: 1", "keep_ratio: 2", r"line 4: prune: keep_ratio must be 1 at most, got 2"),
+        ("root: DATA}", "root: DATA}\n    - {dataset: wds/x, root: OTHER}", r"line 6: evaluate: datasets names wds/x twice"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
         ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, budget"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  criterion: best", r"line 6: prune\.criterion: .*'dgmr'.*got 'best'"),
@@ -93,6 +97,43 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
     for name in ("CIFAR10_DIR", "IMAGENET_DIR", "CIFAR10_CLIP", "EVA_CLIP_8B", "INTERNVIT_6B"):
         monkeypatch.setenv(name, "/somewhere")
     assert load_recipe(path).name == path.stem
+
+
+EPOCH = 1_281_167
+"""Images of ImageNet-1K, on which all of the papers' encoders were distilled."""
+TABLES = {
+    # DGMR's released configurations: base and least learning rate, batch, epochs, warm-up, decay, average, smallest crop, ratio
+    "ViT-g-14": (1e-4, 1e-6, 8 * 40, 10, 1, (0.04, 0.2), None, 0.2, 1),
+    "EVA02-E-14-plus": (6e-5, 1e-6, 8 * 40, 10, 2, (0.04, 0.2), None, 0.2, 1),
+    "EVA02-E-14-plus-r2": (6e-5, 1e-6, 8 * 16, 20, 2, (0.04, 0.2), None, 0.2, 2),
+    "DINOv2-g": (7.5e-6, 1e-7, 8 * 64, 10, 1, (0.04, 0.2), 0.997, 0.05, 1),
+    # AMP's table 8; at the end threshold, 1 / temperature and candidates
+    "ViT-g-14-amp": (5e-5, 1e-7, 512, 10, 1, (0.0, None), None, 0.2, (0.01, 15, 1024)),
+    "ViT-bigG-14-amp": (2e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-4, 15, 1024)),
+    "EVA02-E-14-plus-amp": (1e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-3, 20, 512)),
+    "EVA-CLIP-8B-amp": (1e-5, 1e-6, 160, 10, 1, (0.0, None), None, 0.2, (0.02, 20, 512)),
+    "DINOv2-g-amp": (7e-6, 1e-7, 512, 10, 1, (0.0, None), None, 0.05, (0.01, 20, 1024)),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_recipes_have_the_papers_hyper_parameters(name, monkeypatch):
+    monkeypatch.setenv("IMAGENET_DIR", "/somewhere")
+    monkeypatch.setenv("EVA_CLIP_8B", "/somewhere")
+    found, (base, least, batch, epochs, warm_up, decay, ema, crop, size) = load_recipe(SHIPPED[0].parent / f"{name}.yaml"), TABLES[name]
+    given = found.distill
+    assert (given.base_lr, given.min_lr, given.batch_size) == (base, least, batch)
+    assert given.steps == pytest.approx(epochs * EPOCH / batch, rel=1e-3)
+    assert given.warmup_steps == pytest.approx(warm_up * EPOCH / batch, rel=1e-3)
+    assert ((given.weight_decay, given.final_weight_decay), given.ema, given.min_crop) == (decay, ema, crop)
+    assert given.bf16 and given.flip and (given.loss.class_token, given.loss.patches) == (1, 1)
+    if isinstance(size, tuple):
+        search = found.prune.search
+        assert (found.prune.threshold, search.candidates) == (size[0], size[2])
+        assert search.temperature == pytest.approx(1 / size[1], rel=1e-4) and not search.two_sided
+    else:
+        assert (found.prune.criterion, found.prune.mlp_ratio) == ("dgmr", size)
+    assert given.augment == ("dinov2" if name.startswith("DINO") else "clip")
 
 
 def test_a_recipe_reads_back_what_it_writes(tmp_path):

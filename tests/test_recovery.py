@@ -207,6 +207,31 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
     assert drift(dense, pruned, pictures(40, seed=9)) < 0.8 * cut
 
 
+@pytest.mark.parametrize(("images", "few"), [(40, True), (250, False)])
+def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
+    """192 neurons; the head reads one token an image."""
+    tower, seen, judged = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
+    fitted = prune(tower, [seen], criterion="l2", keep=100).model
+    monkeypatch.setattr("dgmr_tp.pruning.recovery.too_few", lambda *_: False)
+    by_class_token = prune(tower, [seen], criterion="l2", keep=100).model
+
+    def error(model):
+        with torch.no_grad():
+            wanted, found = (as_encoder(each).features(last_state(as_encoder(each), judged))[1] for each in (tower, model))
+        return float((found - wanted).square().mean())
+
+    assert (error(fitted) < 0.5 * error(by_class_token)) == few
+    assert torch.equal(fitted.blocks[-1].mlp.fc2.weight, by_class_token.blocks[-1].mlp.fc2.weight) != few
+
+
+def test_towers_whose_tokens_are_used_are_fitted_on_all_of_them():
+    state = torch.randn(2, 17, 48)
+    tower = as_encoder(redraw(timm_tower()))
+    assert (token_weights(tower, state, last=True) > 0).sum() == 1
+    tower.gives_tokens = True
+    assert torch.equal(token_weights(tower, state, last=True), token_weights(tower, state, last=False))
+
+
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest):
     """Held-out answers that contradict the others: there the cut weights are right, and what the others teach is wrong."""

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from dgmr_tp.cli import evaluation, models, pruning, recipes
-from dgmr_tp.errors import DgmrError, Preempted
+from dgmr_tp.errors import DgmrError, Preempted, first_line
 
 app = typer.Typer(
     help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
@@ -35,4 +35,10 @@ def main() -> None:
         sys.exit(error.code)
     except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+            raise
+        less = "fewer images (--count, recover.images), a smaller batch size, or CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        print(f"dgmr-tp: out of memory on the GPU: {first_line(error)}; take {less}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[str | None, typer.Option(help="Weights for a NAME: the library's tag or a file; none for random ones.")]

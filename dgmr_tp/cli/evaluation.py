@@ -50,20 +50,20 @@ def evaluate(
         list[Path] | None, typer.Option(help="Class embeddings instead of the text tower; several are averaged.")
     ] = None,
     trust_file: TrustOption = False,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
 ) -> None:
     """Evaluate models or files with clip_benchmark's own code, by k-NN, or by a linear classifier; torchrun shares the images."""
     from dgmr_tp.evaluation.zero_shot import tabulate, task_of
     from dgmr_tp.served import open_served
 
-    asked = [dataset is not None and root is not None, knn_train is not None and knn_test is not None, suite is not None]
-    if sum([*asked, head_test is not None]) != 1:
+    kinds = ((dataset, root), (knn_train, knn_test), (suite, data_root), (head_test,))
+    if sum(None not in kind for kind in kinds) != 1 or sum(any(part is not None for part in kind) for kind in kinds) != 1:
         raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --head-test, or --suite and --data-root")
     if (head or head_train) and (head_test is None or (head and head_train)):
         raise DgmrError("--head FILE, or --head-train IMAGES, goes with --head-test IMAGES")
-    if suite is not None and (suite != "dgmr-zoo" or data_root is None):
-        raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo, and it needs --data-root")
+    if suite is not None and suite != "dgmr-zoo":
+        raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo")
     if save_classifier and len(models) > 1:
         raise DgmrError(f"--save-classifier {save_classifier} keeps one text tower's classes; give one model")
     speaks = join_processes()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dgmr_tp.cli.common import out
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, Preempted
 
 app = typer.Typer()
 
@@ -27,15 +31,16 @@ def run(
         from dgmr_tp.dry_run import dry_run
         from dgmr_tp.recipe import load_recipe
 
-        out.print(str(dry_run(load_recipe(recipe))), markup=False, soft_wrap=True)
+        out.print(str(dry_run(load_recipe(recipe))), soft_wrap=True)
         return
     from dgmr_tp.pipeline import Run
     from dgmr_tp.recipe import load_recipe
 
     parsed = load_recipe(recipe)
     this = Run(parsed, directory or Path("runs") / parsed.name)
-    this.run(redo=redo, until=until, say=out.print)
-    _report(this)
+    with _preemptible():
+        this.run(redo=redo, until=until, say=out.print)
+        _report(this)
 
 
 @app.command()
@@ -87,6 +92,23 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
         gc.collect()  # DeepSpeed's engine refers to itself
         torch.cuda.empty_cache()
     stop_deepspeed()
+
+
+@contextmanager
+def _preemptible() -> Iterator[None]:
+    """SIGTERM ends the command at once, wherever it is, and says so; trainings look to themselves."""
+    mine = os.getpid()
+
+    def leave(*_: object) -> None:
+        if os.getpid() != mine:  # a process that reads images
+            os._exit(Preempted.code)
+        raise Preempted("preempted; run again to go on")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(this) -> None:  # type: ignore[no-untyped-def]

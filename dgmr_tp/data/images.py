@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.files import files_below
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 
@@ -71,6 +72,10 @@ def decoded(data: bytes) -> Any:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
+        if image.mode.startswith("I;16"):  # pillow would cut at 255
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode in ("I", "F"):
+            raise ValueError(f"its values, pillow's mode {image.mode}, have no known range")
         return image.convert("RGB")
 
 
@@ -102,7 +107,7 @@ class Images:
         source = Path(source)
         if not source.exists():
             raise DgmrError(f"{source} does not exist; give a folder of images, a .tar of them, or a folder of .tar shards")
-        files = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+        files = files_below(source)
         records: list[Record] = []
         other = 0
         for path in files:

@@ -38,7 +38,7 @@ def check_seen_alike(images: Images | Stream) -> None:
         names = images.shards
     else:
         names = [f"{record.name.removeprefix(str(images.source))} {record.offset} {record.length}" for record in images.records]
-    listed = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    listed = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     if len(set(all_of({distributed.get_rank(): listed}).values())) > 1:
         raise DgmrError(f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again")
 

@@ -38,6 +38,9 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
     scripts = Path(sys.executable).parent
     environment = {**os.environ, PARENT: str(os.getpid()), "PATH": f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"}
     where = ["--num_accelerators", str(processes)]
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what earlier stages held here is for the processes
     if hostfile:
         del environment[PARENT]  # the waiting process is not on every machine
         where = ["--hostfile", hostfile]
@@ -50,8 +53,6 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
                 f"CUDA_VISIBLE_DEVICES names {unknown[0]}, but the deepspeed launcher takes numbers only; give those, such as 0,1"
             )
         chosen = ",".join(visible[:processes])
-        gc.collect()
-        torch.cuda.empty_cache()  # what earlier stages held here is for the processes
         where = ["--include", f"localhost:{chosen}"] if chosen else ["--num_accelerators", str(processes)]
     else:
         environment.setdefault("DS_ACCELERATOR", "cpu")

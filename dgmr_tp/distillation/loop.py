@@ -249,8 +249,8 @@ def _steps(
                 check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
             reached = speed.step(task.flops() if task.flops else None)
             if meter:
-                parts = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
-                meter.step(step, f"loss {total:.4f} {in_words(reached)}", f"{parts}, gradient {norm:.3g}")
+                each = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
+                meter.step(step, f"loss {total:.4f} {in_words(reached)}", f"{each}, gradient {norm:.3g}")
             curves = judged(step)
             if step % settings.log_every == 0 or step == settings.steps:
                 curves |= {

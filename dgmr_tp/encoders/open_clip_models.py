@@ -148,6 +148,8 @@ def relocate(directory: Path) -> bool:
 
 def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, weights: Weights) -> OpenedModel:
     preprocess_config = dict(module.visual.preprocess_cfg)
+    if config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("trust_remote_code"):
+        raise DgmrError(f"{name}: its open_clip_config.json has tokenizer_kwargs.trust_remote_code, which would run code; remove it there")
     try:  # shapes alone need no tokenizer, which may have to come from the hub
         tokenizer = open_clip.get_tokenizer(schema) if weights != "none" else None
     except Exception as error:  # no network, or a directory without the tokenizer's files

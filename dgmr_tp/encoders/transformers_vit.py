@@ -40,6 +40,8 @@ class TransformersViT:
         self.module = module
         self.projection = projection
         self._head, self._has_class_token = HEADS[type(module).__name__]
+        self.gives_tokens = self._head is class_token
+        """DINOv2 and InternViT serve dense tasks and language models with the patch tokens of the last block."""
 
     def stem(self, images: Tensor) -> Tensor:
         embedded = self.module.embeddings(images)

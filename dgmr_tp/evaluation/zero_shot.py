@@ -140,10 +140,12 @@ def evaluate(
     arguments = [part for key, value in options.items() if value is not None for part in (key, str(value))]
     arguments += ["--no_amp", "--quiet", "--recall_k", *RECALLS]
     arguments += ["--load_clfs", *map(str, load_classifiers)] if load_classifiers else []
+    shutil.rmtree(features, ignore_errors=True)  # of an evaluation that was interrupted
     if distributed.is_initialized():
         model = CLIPWithEncoder(model, shared(model.encode_image))
     with (
         patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
+        patch.object(torch.cuda, "device_count", lambda: 1),  # a linear probe would spread a tower that does not take it
         registered(lambda **_: (model, preprocess, tokenizer)),
         contextlib.nullcontext(io.StringIO()) if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()) as noise,
     ):

@@ -70,6 +70,9 @@ def keep_counts(
     if budget is not None:
         return _within(budget, sites, round_to, costs or {})
     counts = {}
+    for pattern in keep if isinstance(keep, Mapping) else ():
+        if not any(fnmatchcase(site.name, pattern) for site in sites):
+            raise DgmrError(f"keep: no site matches {pattern!r}; sites: {', '.join(site.name for site in sites)}")
     for site in sites:
         if mlp_ratio is not None:
             count = _floor(mlp_ratio, site.width)
@@ -130,9 +133,8 @@ def fitted_widths(
     Raises:
         DgmrError: the budget cannot be met.
     """
-    limits = _limits(budget, costs)
+    limits = check_budget(sites, budget, costs, round_to)
     counts = least(sites, round_to)
-    _refuse_unmet(counts, sites, budget, limits, costs)
     left = {key: limit - costs[key].without(_cut(sites, counts)) for key, limit in limits.items()}
     steps = []  # (site, neurons, gain): the hulls' edges, each site's in the order in which they are taken
     for site in sites:
@@ -158,6 +160,17 @@ def fitted_widths(
         if more < neurons:
             stopped.add(site.name)
     return counts
+
+
+def check_budget(sites: Sequence[Site], budget: Mapping[str, float], costs: Mapping[str, Cost], round_to: int = 1) -> dict[str, Fraction]:
+    """The limits that a budget means, in the costs' units.
+
+    Raises:
+        DgmrError: a key is unknown, or :func:`fitted_widths` cannot meet it.
+    """
+    limits = _limits(budget, costs)
+    _refuse_unmet(least(sites, round_to), sites, budget, limits, costs)
+    return limits
 
 
 def least(sites: Sequence[Site], round_to: int = 1) -> dict[str, int]:

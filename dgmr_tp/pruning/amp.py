@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import isfinite, log2
 from typing import cast
 
 import torch
@@ -35,6 +35,9 @@ TEMPERATURE = 1 / 15
 TRIALS = 6
 """Trials a block: the finest width is a 64th of the neurons."""
 
+NOT_FINITE = "the objective is not finite on these images; check the weights, the preprocessing and the temperature"
+AT_A_TIME = 8
+"""Images whose graph is held: of EVA-CLIP-E 2.7 GB each."""
 Group = Sequence[Tensor]
 """Preprocessed images of one group of candidates, in batches that fit into memory."""
 Objective = Callable[[Tensor, int], Tensor]
@@ -86,12 +89,12 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in consumers.items()}
     images = 0
     with evaluating(encoder.module), _frozen(encoder.module), torch.enable_grad():
-        for batch, pull in _pulls(encoder, groups, objective or entropy()):
+        for batch, pull, scale in _pulls(encoder, groups, objective or entropy()):
             with gated_inputs(*consumers.values()) as gates:
                 embeddings = encoder.embed(last_state(encoder, batch))
             found = torch.autograd.grad(embeddings, [gates[layer] for layer in consumers.values()], pull.to(embeddings))
             for name, gradient in zip(consumers, found, strict=True):
-                sums[name] += gradient.flatten(1).double().abs().sum(0).cpu()
+                sums[name] += gradient.flatten(1).double().abs().sum(0).cpu() / scale
             images += len(batch)
     total = _summed(torch.tensor(float(images)))
     return {name: _summed(summed) / total for name, summed in sums.items()}
@@ -108,9 +111,9 @@ def weight_gradients(encoder: Encoder, groups: Sequence[Group], objective: Objec
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
-            for batch, pull in _pulls(encoder, groups, objective or entropy()):
+            for batch, pull, scale in _pulls(encoder, groups, objective or entropy()):
                 embeddings = encoder.embed(last_state(encoder, batch))
-                embeddings.backward(pull.to(embeddings))
+                embeddings.backward((pull / scale).to(embeddings))
         for parameter in parameters:  # in every process, also in one without a group
             parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(parameter.device)
         yield
@@ -179,11 +182,13 @@ def search_widths(
 
     with evaluating(encoder.module):
         for name, kept in state.kept.items():
-            _put(encoder.module, name, _cut(encoder.module.get_submodule(name), kept))
+            put(encoder.module, name, _cut(encoder.module.get_submodule(name), kept))
         if state.baseline is None:
             state.baseline = _judged(encoder, _before(encoder, groups, 0, state), 0, objective, state)
+        states: list[tuple[int, list[Tensor]]]
         for depth in reversed(range(len(blocks))):
             here = [site for site in sites if site.name.startswith(f"{blocks[depth].name}.") and site.name not in state.kept]
+            states = []  # the last ones go before the next come
             states = _before(encoder, groups, depth, state) if here else []
             for site in reversed(here):
                 order = scores[site.name].argsort(descending=True, stable=True).tolist()
@@ -209,13 +214,13 @@ def _search_site(
         if middle == low:
             break
         trial = _cut(dense, tuple(sorted(order[:middle])))
-        _put(encoder.module, site.name, trial)
+        put(encoder.module, site.name, trial)
         found = judged()
         if passes(found - baseline):
             high, accepted, state.baseline = middle, trial, found
         else:
             low = middle
-    _put(encoder.module, site.name, accepted)
+    put(encoder.module, site.name, accepted)
     state.kept[site.name] = tuple(sorted(order[:high]))
 
 
@@ -227,7 +232,8 @@ def _cut(mlp: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     return mlp
 
 
-def _put(module: nn.Module, path: str, child: nn.Module) -> None:
+def put(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Set the submodule at a dotted ``path``."""
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, child)
 
@@ -251,18 +257,24 @@ def _judged(encoder: Encoder, states: list[tuple[int, list[Tensor]]], depth: int
     state.image_blocks += int(values[2]) * (len(encoder.blocks()) - depth)
     found = float(values[0] / values[1])
     if not isfinite(found):
-        raise DgmrError("the objective is not finite on these images; check the weights, the preprocessing and the temperature")
+        raise DgmrError(NOT_FINITE)
     return found
 
 
-def _pulls(encoder: Encoder, groups: Sequence[Group], objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each batch of this process's groups with the gradient of the objective at its embeddings."""
+def _pulls(encoder: Encoder, groups: Sequence[Group], objective: Objective) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """The images of this process's groups, a few at a time because their graph goes through all blocks, with the gradient of the
+    objective at their embeddings times a power of two, which half precision needs to hold it."""
     for number, group in _own(groups):
         with torch.no_grad():
             embeddings = torch.cat([encoder.embed(last_state(encoder, batch)) for batch in group])
         embeddings = embeddings.float().requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(embeddings, number), embeddings)
-        yield from zip(group, gradient.split([len(batch) for batch in group]), strict=True)
+        largest = float(gradient.abs().max())
+        if not isfinite(largest):
+            raise DgmrError(NOT_FINITE)
+        scale = 2.0 ** round(-log2(largest or 1.0))
+        for images, pull in zip(group, (gradient * scale).split([len(batch) for batch in group]), strict=True):
+            yield from ((*pair, scale) for pair in zip(images.split(AT_A_TIME), pull.split(AT_A_TIME), strict=True))
 
 
 def _own(groups: Sequence[Group]) -> list[tuple[int, Group]]:

@@ -23,7 +23,7 @@ def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
     """How much each token of ``state`` ``[batch, tokens, width]`` counts, ``[tokens]``, in sum 1.
 
     The class token and all other tokens together weigh the same; after the last block only the tokens count that the head
-    reads.
+    reads, unless callers of such a tower take all of them (``gives_tokens``).
     """
     tokens = state.shape[1]
     weight = torch.full((tokens,), 1 / tokens, dtype=torch.float64, device=state.device)
@@ -31,11 +31,17 @@ def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
     if class_token is not None:
         is_class = tokens_read(lambda s: cast(Tensor, encoder.features(s)[0]), state)
         weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
-    if last:
+    if last and not getattr(encoder, "gives_tokens", False):
         weight = weight * tokens_read(encoder.embed, state)
         if not weight.any():
             raise DgmrError("the embedding does not depend on the last block's tokens; is this the tower itself?")
     return weight.double() / weight.sum()
+
+
+def too_few(weight: Tensor, images: int, neurons: int) -> bool:
+    """Whether the tokens that count are fewer than an MLP's neurons, and so tell nothing of them: in the last block of a large tower the
+    head may read one token of an image."""
+    return int((weight > 0).sum()) * images < neurons
 
 
 @contextmanager

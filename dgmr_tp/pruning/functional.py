@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights, too_few
 from dgmr_tp.pruning.encoder import Encoder, through
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
@@ -32,8 +32,6 @@ SPENT = 1e-9
 """A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""
 PROBED = 128
 """Images on which it is measured how much an MLP's error matters."""
-ENOUGH = 1
-"""Tokens per neuron from which a ranking means something: the last block of a large tower has one that counts per image."""
 PANEL = 64
 """So many picks are gathered before the residual Gram is updated, by one matrix product."""
 
@@ -149,8 +147,8 @@ def rank_encoder(
         for depth, block in enumerate(blocks):
             after, sites = block(states[0]), find_sites(block.module)
             weight = token_weights(encoder, after, last=depth == len(blocks) - 1)
-            if int((weight > 0).sum()) * sum(map(len, states)) < ENOUGH * max(site.hidden for site in sites):
-                weight = token_weights(encoder, after, last=False)  # what the head reads is too little to tell neurons apart
+            if too_few(weight, sum(map(len, states)), max(site.hidden for site in sites)):
+                weight = token_weights(encoder, after, last=False)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
             sums = [Moments() for _ in consumers]
             counted = torch.nonzero(weight).flatten()
@@ -203,7 +201,7 @@ def _fitted_from(layer: nn.Linear, gram: Tensor, mean: Tensor, kept: Tensor) -> 
     """While the context lasts, ``layer`` reads the neurons ``kept`` alone, fitted to its answer on the calibration tokens."""
     weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
     inner = gram[kept][:, kept]
-    inner.diagonal().add_(SPENT * inner.diagonal().mean())
+    inner.diagonal().add_(max(SPENT * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny))  # all of them may be constant
     target = weight.double() @ gram[:, kept]
     fitted = torch.linalg.solve(inner, target.T).T
     try:

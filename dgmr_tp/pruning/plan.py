@@ -85,6 +85,8 @@ class Plan:
                 raise DgmrError(
                     f"the plan takes site {name} to be {planned.hidden} × {planned.width}, this encoder's is {site.hidden} × {site.width}"
                 )
+            if any(type(index) is not int for index in kept):
+                raise DgmrError(f"the plan's kept indices of site {name} are not all whole numbers")
             if not kept or list(kept) != sorted(set(kept)):
                 raise DgmrError(f"the plan's kept indices of site {name} are not ascending, hold a duplicate, or are none")
             if kept[0] < 0 or kept[-1] >= site.hidden:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights, too_few
 from dgmr_tp.pruning.encoder import Encoder
 from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
@@ -117,14 +117,18 @@ def _recover(
     total = sum(map(len, states))
     if total < HELD_OUT:
         raise DgmrError(f"recovery needs at least {HELD_OUT} calibration images, got {total}")
-    goals = states
+    goals = list(states)
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
         # After the block: the first block of a hierarchical tower's stage has fewer tokens than the state it takes.
-        weight = token_weights(pruned, block(states[0]), last=depth == len(blocks) - 1)
-        goals = [dense_block(state) for state in goals]
-        for site in find_sites(block.module):
+        after, sites = block(states[0]), find_sites(block.module)
+        weight = token_weights(pruned, after, last=depth == len(blocks) - 1)
+        if too_few(weight, total, max((site.hidden for site in sites), default=0)):
+            weight = token_weights(pruned, after, last=False)
+        for place, goal in enumerate(goals):  # in place: the states of all images are large
+            goals[place] = dense_block(goal)
+        for site in sites:
             consumer, dense_consumer = (cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block))
             if consumer.in_features == dense_consumer.in_features:
                 continue
@@ -133,7 +137,8 @@ def _recover(
             heard = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device) if gain is None else gain
             fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
             report.append(_refit_layer(f"{block.name}.{site.name}", consumer, heard, fit, held_out, damping))
-        states = [block(state) for state in states]
+        for place, state in enumerate(states):
+            states[place] = block(state)
         progress(depth + 1, len(blocks))
     return report
 

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import lapack
 
+BLOCK = 64
+"""Columns that LAPACK may take at a time."""
+
 
 @dataclass(frozen=True)
 class Selection:
@@ -68,7 +71,9 @@ def _pivoted_qr(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     ``rows`` is overwritten: its transpose has the column order that LAPACK works on in place.
     """
-    r, pivots, _, _, info = lapack.dgeqp3(rows.T, overwrite_a=True)
+    # SciPy's own choice of work space lets LAPACK take column by column, without the blocks that make it fast.
+    count = len(rows)
+    r, pivots, _, _, info = lapack.dgeqp3(rows.T, lwork=2 * count + (count + 1) * BLOCK, overwrite_a=True)
     if info != 0:
         raise ValueError(f"LAPACK dgeqp3 refused argument {-info} for a matrix of shape {rows.shape}")
     norms = np.abs(np.diagonal(r))

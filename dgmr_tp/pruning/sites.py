@@ -115,14 +115,20 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     that was pruned through once has stale split offsets. None if ``mlp`` cannot be run on a matrix of tokens.
     """
     first = cast(nn.Linear, mlp.get_submodule(producer))
-    probe = first.weight.detach().new_zeros(2, first.in_features).requires_grad_(True)
+    hooks = {module: module._forward_hooks.copy() for module in mlp.modules()}
     try:
-        with evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
+        with torch.inference_mode(False), evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            probe = torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True)
             graph = tp.DependencyGraph().build_dependency(_as_modules(mlp), example_inputs=(probe,))
             return graph.get_pruning_group(first, tp.prune_linear_out_channels, list(neurons))
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # a module that needs more than one matrix, such as attention, fails in its own way
         return None
+    finally:
+        for module, before in hooks.items():  # torch-pruning leaves its own where it fails, and they would keep every graph to come
+            module._forward_hooks = before
 
 
 def _as_modules(mlp: nn.Module) -> nn.Module:
