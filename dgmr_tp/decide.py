@@ -414,5 +414,5 @@ def _batch(given: Any) -> Tensor:
         return given
     kind = f"a tensor of shape {list(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
     raise DgmrError(
-        f"a batch of images is a tensor [batch, 3, height, width], this is {kind}; leave out labels, and put a batch that is alone into a list"
+        f"a batch of images is a tensor [batch, 3, height, width], this is {kind}; leave out labels, and put a lone batch into a list"
     )

@@ -132,7 +132,7 @@ def test_batches_that_are_none_are_refused():
     tower = redraw(timm_tower())
     with pytest.raises(DgmrError, match=r"this is a list; leave out labels"):
         prune(tower, [[pictures(4), torch.zeros(4)]], keep=8)
-    with pytest.raises(DgmrError, match=r"shape \[3, 32, 32\]; .* put a batch that is alone into a list"):
+    with pytest.raises(DgmrError, match=r"shape \[3, 32, 32\]; .* put a lone batch into a list"):
         prune(tower, pictures(20), keep=8)
 
 
