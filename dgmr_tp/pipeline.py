@@ -421,7 +421,9 @@ class Run(RunDirectory):
 
     def _export_original(self, folder: Path) -> dict[str, Any]:
         model = self.original()
-        source = os.path.relpath(model.source, self.folder(f"export/{ORIGINAL}")) if model.source else self.recipe.model.source
+        source = self.recipe.model.source
+        if model.source:
+            source = os.path.relpath(Path(model.source).resolve(), self.folder(f"export/{ORIGINAL}").resolve())
         return self._bundle(model, folder, source, latency_batches=())
 
     def _export(self, folder: Path, size: str) -> dict[str, Any]:

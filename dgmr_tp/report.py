@@ -14,6 +14,8 @@ from dgmr_tp.extras import require
 from dgmr_tp.files import write_whole
 
 LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
+AT_A_TIME = 3
+"""Columns of figures that 80 characters hold beside size, stage and cost."""
 TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
 SHORT = {
     "acc1": "top-1",
@@ -93,19 +95,8 @@ def _details(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]
 
 def print_table(data: dict[str, Any], console: Console) -> None:
     """Parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("size", no_wrap=True)
-    table.add_column("stage", no_wrap=True)
-    for heading in ("M params", "GFLOPs", *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"])):
-        table.add_column(heading, justify="right")
-    table.add_row("original", "", *_cost(data["original"]["cost"]), *map(percent, data["original"]["metrics"]))
-    for size in data["sizes"]:
-        rows = size["rows"] or [{"label": "pruned", "metrics": []}]
-        for i, row in enumerate(rows):
-            table.add_row(
-                size["name"] if i == 0 else "", row["label"], *(_cost(size["cost"]) if i == 0 else ("", "")), *map(percent, row["metrics"])
-            )
-    console.print(table)
+    for first in range(0, max(1, len(data["columns"])), AT_A_TIME):
+        console.print(_table(data, slice(first, first + AT_A_TIME), with_cost=first == 0))
     for size in data["sizes"]:
         if size["promise"]:
             console.print(f"{size['name']}: {size['promise']}", highlight=False, soft_wrap=True)
@@ -123,6 +114,22 @@ def print_table(data: dict[str, Any], console: Console) -> None:
                         f"{size['name']}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
                         f"({before / after:.2f} ×, {size['threads']} threads)"
                     )
+
+
+def _table(data: dict[str, Any], shown: slice, with_cost: bool) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("size", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
+    costs = ("M params", "GFLOPs") if with_cost else ()
+    for heading in (*costs, *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"][shown])):
+        table.add_column(heading, justify="right")
+    table.add_row("original", "", *_cost(data["original"]["cost"])[: len(costs)], *map(percent, data["original"]["metrics"][shown]))
+    for size in data["sizes"]:
+        rows = size["rows"] or [{"label": "pruned", "metrics": []}]
+        for i, row in enumerate(rows):
+            cost = _cost(size["cost"])[: len(costs)] if i == 0 else [""] * len(costs)
+            table.add_row(size["name"] if i == 0 else "", row["label"], *cost, *map(percent, row["metrics"][shown]))
+    return table
 
 
 def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2") -> Path:

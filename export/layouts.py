@@ -56,6 +56,8 @@ def export_model(
         outputs, normalised, text: see :func:`~dgmr_tp.export.towers.parts_of`.
         options: of :func:`~dgmr_tp.export.bundle.export_bundle`, which says what is returned and raised.
     """
+    if len(images) < 2:
+        raise DgmrError("a file that takes any number of images is proved on two or more; give more images")
     if layout == "immich" and model.library != "open_clip":
         raise DgmrError(f"immich takes CLIPs of open_clip's, {model.name} is one of {model.library}'s; use another layout")
     processor = getattr(model.preprocess, "processor", None)

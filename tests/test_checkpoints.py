@@ -19,6 +19,7 @@ from dgmr_tp import DgmrError, MLPPruner, open_model
 from dgmr_tp.encoders.checkpoint import load_by_shape, read_tensors
 from dgmr_tp.encoders.open_clip_models import _load_release
 from dgmr_tp.encoders.timm_models import in_timms_names
+from dgmr_tp.pruning import find_sites
 
 IMAGES = pictures(3)
 
@@ -30,7 +31,8 @@ def output(tower):
 def narrowed(tower, keep=40):
     """A pruned copy, as the papers' checkpoints hold them."""
     tower = copy.deepcopy(tower)
-    pruner = MLPPruner(tower, keep={"*blocks.*": keep, "encoder.*": keep})
+    blocks = [site for site in find_sites(tower) if "blocks." in site.name or site.name.startswith("encoder.")]
+    pruner = MLPPruner(tower, keep=keep, sites=blocks)
     pruner.apply(pruner.plan())
     return tower
 

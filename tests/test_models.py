@@ -81,9 +81,8 @@ PLAIN = {
 }
 
 
-@pytest.mark.parametrize("keep", [88, 240, 29])
-def test_the_plain_library_opens_a_uniform_width_without_this_package(directory, tmp_path, keep):
-    model, plan, _ = prune(open_model(str(directory)), keep=keep)
+def test_the_plain_library_opens_a_uniform_width_without_this_package(directory, tmp_path):
+    model, plan, _ = prune(open_model(str(directory)), keep=240)  # int(88 · 240 / 88) is 239: the ratio has to be found
     model.save(tmp_path / "pruned", plan)
     torch.save((pictures(3), embed(model)), tmp_path / "expected.pt")
     program = f"""

@@ -1,13 +1,15 @@
 """The report as a person sees it: in a browser, without network."""
 
+import io
 import os
 import re
 import shutil
 import subprocess
 
 import pytest
+from rich.console import Console
 
-from dgmr_tp.report import collect, write_html
+from dgmr_tp.report import collect, print_table, write_html
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
@@ -73,6 +75,20 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
     assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"
     assert "1 images did not decode in training and were replaced by others, the first: &lt;a&gt;.png." in text
+
+
+def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
+    names = ["imagenet1k", "imagenet-a", "imagenet-r", "imagenetv2", "imagenet_sketch", "objectnet", "mscoco_captions"]
+    measured = {name: {"acc1": 0.101 + i / 10} for i, name in enumerate(names)}
+    cut = {"original": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9}, "pruned": {"parameters": 1237 * 10**6, "flops": 654 * 10**9}}
+    figures = {"evaluate/original": {"original": measured}, "evaluate/mlp_ratio-1": {"recovered": measured}, "prune/mlp_ratio-1": cut}
+    written = io.StringIO()
+    print_table(collect(tmp_path, "run", figures), Console(file=written, width=80))
+    text = written.getvalue()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for i, name in enumerate(names):
+        assert name in text and text.count(f"{10.1 + 10 * i:.1f}") == 2
+    assert text.count("4350.00") == text.count("1237.00") == 1
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

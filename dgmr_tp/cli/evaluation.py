@@ -80,7 +80,8 @@ def evaluate(
     known_head = _read_head(head)
     for name in models:
         served = open_served(name, pretrained, text=text, trusted=trust_file, device=device())
-        label = _label(name, list(rows))
+        tag = f"-{Path(pretrained).name}" if pretrained and name.startswith(("open_clip:", "timm:")) else ""
+        label = _label(name + tag, list(rows))
         if suite:
             assert data_root
             rows[label], written = _zoo(served, label, data_root, folder, batch_size, workers, speaks)

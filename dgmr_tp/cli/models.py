@@ -57,7 +57,7 @@ def export(
                     f"{original} takes images of {dense.image_size} pixels, {model} of {opened.image_size}; name its own original"
                 )
             export_model(dense, shown, before, source=original, latency_batches=(), **options)
-        source = os.path.relpath(opened.source, out_dir) if opened.source else model
+        source = os.path.relpath(Path(opened.source).resolve(), out_dir.resolve()) if opened.source else model
         bundle = export_model(opened, shown, out_dir, source=source, text=text, original=before, **options)
     if "torchscript" in named:
         out.print("torchscript: PyTorch has deprecated it; pt2 comes after it")
