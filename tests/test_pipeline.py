@@ -249,6 +249,21 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
 
 
 @pytest.mark.slow
+def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
+    directory, path = begun(small_run[0], tmp_path / "run", ("scenes", "prune")), write_recipe(tmp_path / "small.yaml")
+    with (tmp_path / "log").open("w") as stream:
+        process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
+        while not (directory / "evaluate" / ".original.partial").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 143
+    said = (tmp_path / "log").read_text()
+    assert "preempted; run again to go on" in said and "Traceback" not in said
+    assert not (directory / "evaluate" / "original").exists()
+
+
+@pytest.mark.slow
 def test_sizes_that_share_the_originals_features_end_where_each_alone_does(small_run, tmp_path):
     changes = {"prune": {"mlp_ratio": [0.5, 1]}, "distill": {**SMALL["distill"], "keep_features": True}}
     path, directory = write_recipe(tmp_path / "small.yaml", **changes), tmp_path / "run"

@@ -36,7 +36,7 @@ from dgmr_tp.distillation.engine import (
 )
 from dgmr_tp.distillation.settings import Settings
 from dgmr_tp.distillation.watch import Best, Speed, in_words, peak_flops
-from dgmr_tp.errors import DgmrError, Preempted
+from dgmr_tp.errors import DgmrError, Preempted, first_line
 from dgmr_tp.extras import require
 from dgmr_tp.files import hold
 from dgmr_tp.progress import Meter
@@ -104,9 +104,11 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
         with _told_to_stop(directory / STOP) as stop:
             yield stop
     except RuntimeError as error:
-        if not any(words in str(error) for words in OUT_OF_MEMORY):
-            raise
-        raise DgmrError(f"out of memory: {str(error).splitlines()[0]}; {settings.needs_less_memory}") from error
+        if any(words in str(error) for words in OUT_OF_MEMORY):
+            raise DgmrError(f"out of memory: {first_line(error)}; {settings.needs_less_memory}") from error
+        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+            raise DgmrError(f"another process of this training is gone ({first_line(error)}); see its message, and run again") from error
+        raise
     finally:
         if lock is not None:
             lock.close()
