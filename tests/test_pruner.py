@@ -140,8 +140,11 @@ def test_batches_that_are_none_are_refused():
 def test_looking_for_sites_leaves_no_hook_behind(inference):
     """Attention with Linears of its own fails in torch-pruning, which leaves its hooks on them."""
     tower = redraw(timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10))
+    mine = tower.blocks[0].attn.q_proj.register_forward_hook(lambda *_: None)
     with torch.inference_mode(inference):
         assert len(find_sites(tower)) == 2
+    assert [len(module._forward_hooks) for module in tower.modules() if module._forward_hooks] == [1]
+    mine.remove()
     assert not any(module._forward_hooks for module in tower.modules())
 
 

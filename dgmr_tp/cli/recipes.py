@@ -84,7 +84,8 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
     if getattr(this.recipe, stage) is None:
         raise DgmrError(f"the recipe of {directory} has no section {stage}")
     if not is_worker():
-        this.run(until=stage, say=out.print)
+        with _preemptible():
+            this.run(until=stage, say=out.print)
         return
     end_with_parent()
     for name in [size] if size else this.recipe.prune.sizes:

@@ -16,6 +16,8 @@ class TimmViT:
     def __init__(self, module: VisionTransformer, name: str) -> None:
         self.name = name
         self.module = module
+        self.gives_tokens = module.num_classes == 0
+        """A DINOv2 without a classifier serves dense tasks with the patch tokens of the last block."""
 
     def stem(self, images: Tensor) -> Tensor:
         model = self.module

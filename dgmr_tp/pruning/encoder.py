@@ -61,6 +61,11 @@ def projection(encoder: Encoder) -> nn.Module | None:
     return getattr(encoder, "projection", None)
 
 
+def gives_tokens(encoder: Encoder) -> bool:
+    """Whether callers take the tokens after the last block too, and not the embedding alone, as dense tasks and language models do."""
+    return getattr(encoder, "gives_tokens", False)
+
+
 class Tower(nn.Module):
     """The encoder as one module from images to the embedding, whatever else its own ``forward`` returns."""
 

@@ -115,7 +115,7 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     that was pruned through once has stale split offsets. None if ``mlp`` cannot be run on a matrix of tokens.
     """
     first = cast(nn.Linear, mlp.get_submodule(producer))
-    hooks = {module: module._forward_hooks.copy() for module in mlp.modules()}
+    hooks = {module: set(module._forward_hooks) for module in mlp.modules()}
     try:
         with torch.inference_mode(False), evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,7 +128,8 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
         return None
     finally:
         for module, before in hooks.items():  # torch-pruning leaves its own where it fails, and they would keep every graph to come
-            module._forward_hooks = before
+            for left in set(module._forward_hooks) - before:
+                del module._forward_hooks[left]
 
 
 def _as_modules(mlp: nn.Module) -> nn.Module:
