@@ -387,8 +387,12 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, *, to_run: bool = True) -> Recipe:
     """Read and validate a recipe; ``${NAME}`` in a value is taken from the environment.
+
+    Args:
+        path: a YAML file.
+        to_run: a variable that is not set is an error; otherwise, but for the model's, it stays as it is written.
 
     Raises:
         DgmrError: names the file, the line where it can, the key and the nearest valid one, or the variable to set.
@@ -407,7 +411,8 @@ def load_recipe(path: str | Path) -> Recipe:
         ) from error
     if not isinstance(data, dict):
         raise DgmrError(f"{path}: a recipe is a mapping of keys such as model and prune, this is {type(data).__name__}")
-    return parse_recipe(_from_environment(data, path), path, text)
+    filled = {key: _from_environment(value, path, to_run or key == "model") for key, value in data.items()}
+    return parse_recipe(filled, path, text)
 
 
 def parse_recipe(data: dict[str, Any], path: Path, text: str = "") -> Recipe:
@@ -472,15 +477,17 @@ def _line(text: str, where: list[Any]) -> int | None:
     return line
 
 
-def _from_environment(value: Any, path: Path) -> Any:
+def _from_environment(value: Any, path: Path, to_run: bool) -> Any:
     if isinstance(value, dict):
-        return {key: _from_environment(item, path) for key, item in value.items()}
+        return {key: _from_environment(item, path, to_run) for key, item in value.items()}
     if isinstance(value, list):
-        return [_from_environment(item, path) for item in value]
+        return [_from_environment(item, path, to_run) for item in value]
     if not isinstance(value, str):
         return value
 
     def variable(match: re.Match[str]) -> str:
+        if match[1] not in os.environ and not to_run:
+            return match[0]
         if match[1] not in os.environ:
             raise DgmrError(
                 f"{path}: the environment variable {match[1]} is not set; set it to the folder that the recipe means by {match[0]}"

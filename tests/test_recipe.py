@@ -88,6 +88,10 @@ def test_values_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("DATA_FOR_TEST", raising=False)
     with pytest.raises(DgmrError, match="DATA_FOR_TEST is not set"):
         load_recipe(path)
+    assert load_recipe(path, to_run=False).images == "${DATA_FOR_TEST}/train"
+    with pytest.raises(DgmrError, match="DATA_FOR_TEST is not set"):
+        load_recipe(write(tmp_path, GOOD.replace("demo", "${DATA_FOR_TEST}")), to_run=False)
+    write(tmp_path, GOOD.replace("IMAGES", "${DATA_FOR_TEST}/train"))
     monkeypatch.setenv("DATA_FOR_TEST", "/data")
     assert load_recipe(path).images == "/data/train"
 

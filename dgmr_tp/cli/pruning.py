@@ -142,7 +142,7 @@ def plan(
 
         if not recipe or not devices:
             raise DgmrError("a recipe and --devices go together, as in: dgmr-tp plan RECIPE --devices 8x48GB")
-        text, misfit = plan_memory(load_recipe(recipe), devices, rate)
+        text, misfit = plan_memory(load_recipe(recipe, to_run=False), devices, rate)
         out.print(text, markup=False, soft_wrap=True, highlight=False)
         if misfit:
             raise DgmrError(misfit)

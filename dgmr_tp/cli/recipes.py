@@ -31,7 +31,7 @@ def run(
         from dgmr_tp.dry_run import dry_run
         from dgmr_tp.recipe import load_recipe
 
-        out.print(str(dry_run(load_recipe(recipe))), soft_wrap=True)
+        out.print(str(dry_run(load_recipe(recipe, to_run=False))), soft_wrap=True)
         return
     from dgmr_tp.pipeline import Run
     from dgmr_tp.recipe import load_recipe
