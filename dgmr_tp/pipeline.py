@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -521,4 +522,7 @@ def _training(stage: str, section: Training) -> dict[str, Any]:
 def _siblings(captions: str, entry: Dataset) -> bool:
     """Whether the text tower was tuned on captions of the data set's kind, which makes its figures no zero-shot ones."""
     here, there = captions.lower(), f"{entry.dataset} {entry.root}".lower()
+    if here.endswith(".json"):  # Karpathy's says whose captions they are
+        with suppress(OSError, ValueError):
+            here += str(json.loads(Path(captions).read_text("utf-8")).get("dataset", "")).lower()
     return any(family in here and family in there for family in ("scenes:", "flickr", "coco"))

@@ -173,6 +173,15 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
         Run(recipe(**held_out), tmp_path / "run").run()
 
 
+@pytest.mark.parametrize("dataset", ["flickr30k", "coco"])
+def test_captions_in_a_file_of_any_name_are_known_by_what_it_says(tmp_path, dataset):
+    (tmp_path / "captions.json").write_text(json.dumps({"dataset": dataset, "images": []}))
+    datasets = [{"dataset": name, "root": "data"} for name in ("flickr30k", "mscoco_captions", "imagenet1k")]
+    tuned = {"captions": str(tmp_path / "captions.json"), "images": "x", "steps": 1, "batch_size": 2, "base_lr": 1.0}
+    run = Run(recipe(evaluate={"datasets": datasets}, tune_text=tuned), tmp_path / "run")
+    assert run.not_zero_shot == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
+
+
 # What follows launches processes.
 
 
