@@ -212,9 +212,7 @@ def wait_for_the_end_of_workers(directory: Path) -> None:
         "scenes/.all.partial/images/test",
         "prune/.mlp_ratio-1.partial/made_from.json",
         "recover/.mlp_ratio-1.partial/made_from.json",
-        "distill/.mlp_ratio-1.partial/lock",
-        "distill/.mlp_ratio-1.partial/checkpoints/step00000003",
-        "distill/.mlp_ratio-1.partial/checkpoints/step00000006/whole.json",
+        "distill/.mlp_ratio-1.partial/lock",  # after its first step: test_distillation.py
         "distill/.mlp_ratio-1.partial/figures.json",
         "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
         "export/.mlp_ratio-1.partial/model.onnx",
@@ -230,15 +228,12 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / stage / trace.split("/")[1].removeprefix(".").removesuffix(".partial")).exists()
     wait_for_the_end_of_workers(directory)
-    checkpoints = sorted(path.parent.name for path in directory.glob("distill/.*.partial/checkpoints/*/whole.json"))
     # What a training starts from is compared bit by bit, so that it need not be repeated after every kill.
     last = "recover" if stage in ("scenes", "prune") else stage
     done = run_command("run", path, "-o", directory, "--until", last)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if trace.endswith("figures.json"):  # trained to the end, only not put away
         assert "goes on" not in done.stdout
-    elif checkpoints:
-        assert f"goes on at step {int(checkpoints[-1][-8:])} of 24" in done.stdout and checkpoints[-1] < "step00000024"
     models = [name for name in ("prune", "recover", "distill") if done_stages.index(name) <= done_stages.index(last)]
     for name in models:
         assert same(weights(directory, name), weights(whole, name)), name

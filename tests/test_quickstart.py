@@ -42,33 +42,11 @@ def test_at_hidden_equal_to_width(quickstart):
     assert top1(directory, "mlp_ratio-1", "onnx") == top1(directory, "mlp_ratio-1", "distilled")
 
 
-def closes_half_of_the_gap(directory):
-    teacher = top1(directory, "original", "original")
-    recovered, distilled = (top1(directory, "mlp_ratio-0.25", label) for label in ("recovered", "distilled"))
-    assert recovered < teacher - 0.01, "there is no gap to close"
-    return distilled - recovered >= 0.5 * (teacher - recovered)
-
-
 def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstart):
-    assert closes_half_of_the_gap(quickstart)
-
-
-@pytest.mark.slow
-def test_without_learning_it_does_not(tmp_path):
-    directory = tmp_path / "run"
-    text = (ROOT / "recipes" / "quickstart.yaml").read_text()
-    lines = ["  base_lr: 0" if line.strip().startswith("base_lr") else line for line in text.splitlines()]
-    text = (
-        "\n".join(lines)
-        .replace("steps: ", "steps: 5 # ")
-        .replace("mlp_ratio: [1, 0.25]", "mlp_ratio: 0.25")
-        .replace("keep_features: true", "")
-    )
-    text = text.replace('    - {dataset: wds/captions, root: "scenes:captions"}\n', "")
-    (tmp_path / "quickstart.yaml").write_text(text)
-    done = run_command("run", tmp_path / "quickstart.yaml", "-o", directory, "--until", "evaluate")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not closes_half_of_the_gap(directory)
+    teacher = top1(quickstart, "original", "original")
+    recovered, distilled = (top1(quickstart, "mlp_ratio-0.25", label) for label in ("recovered", "distilled"))
+    assert recovered < teacher - 0.01, "there is no gap to close"
+    assert distilled - recovered >= 0.5 * (teacher - recovered)
 
 
 def test_random_selection_loses_twenty_points(tmp_path):
