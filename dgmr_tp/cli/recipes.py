@@ -95,6 +95,10 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
     stop_deepspeed()
 
 
+class _ToldToStop(BaseException):
+    """No Exception: what turns a library's errors into sentences must not take it for one."""
+
+
 @contextmanager
 def _preemptible() -> Iterator[None]:
     """SIGTERM ends the command at once, wherever it is, and says so; trainings look to themselves."""
@@ -103,11 +107,13 @@ def _preemptible() -> Iterator[None]:
     def leave(*_: object) -> None:
         if os.getpid() != mine:  # a process that reads images
             os._exit(Preempted.code)
-        raise Preempted("preempted; run again to go on")
+        raise _ToldToStop
 
     before = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except _ToldToStop:
+        raise Preempted("preempted; run again to go on") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
