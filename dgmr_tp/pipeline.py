@@ -469,15 +469,20 @@ class Run(RunDirectory):
         exported = label in FORMATS
         device = "cpu" if exported else self.device
         clip = clip.to(device).eval()
-        on_images: list[tuple[str, Any, Callable[..., dict[str, float]]]] = []
+        on_images: list[tuple[str, Any, list[Images], Callable[..., dict[str, float]]]] = []
         if (asked := section.knn) and not exported:
-            on_images.append(("knn", asked, partial(knn_accuracy, train=Images.find(self.data_path(asked.train)))))
+            bank = Images.find(self.data_path(asked.train))
+            on_images.append(("knn", asked, [bank], partial(knn_accuracy, train=bank)))
         if (judged := section.head) and not exported:
-            on_images.append(("head", judged, partial(head_accuracy, head=read_head(Path(judged.weights)) if judged.weights else None)))
-        for name, given, measure in on_images:
+            head = read_head(Path(judged.weights)) if judged.weights else None
+            on_images.append(("head", judged, [], partial(head_accuracy, head=head)))
+        for name, given, others, measure in on_images:
+            test = Images.find(self.data_path(given.test))
             options = {"device": device, "batch_size": section.batch_size, "workers": given.workers}
             with shown() as progress:
-                found = measure(embed, model.preprocess, test=Images.find(self.data_path(given.test)), progress=progress, **options)
+                found = measure(embed, model.preprocess, test=test, progress=progress, **options)
+            if left_out := sum(len(images.broken) for images in (test, *others)):
+                found["images_left_out"] = left_out
             metrics[NOT_CLIP_BENCHMARKS[name]] = found
             write_whole(folder / f"{label}-{name}.json", json.dumps(found, indent=1) + "\n")
         for entry in section.datasets:

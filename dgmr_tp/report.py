@@ -39,6 +39,7 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
     data["columns"] = [{"dataset": dataset.removeprefix("wds/"), "metric": SHORT[metric]} for dataset, metric in columns]
     pick = lambda metrics: [metrics.get(dataset, {}).get(metric) for dataset, metric in columns]  # noqa: E731
     data["original"] = {"metrics": pick(original), "cost": None}
+    data["left_out"] = {dataset: metrics["images_left_out"] for dataset, metrics in original.items() if "images_left_out" in metrics}
     for size in sizes:
         cut = done.get(f"prune/{size}", {})
         data["original"]["cost"] = cut.get("original", data["original"]["cost"])
@@ -97,6 +98,8 @@ def print_table(data: dict[str, Any], console: Console) -> None:
     """Parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
     for first in range(0, max(1, len(data["columns"])), AT_A_TIME):
         console.print(_table(data, slice(first, first + AT_A_TIME), with_cost=first == 0))
+    for name, count in data["left_out"].items():
+        console.print(f"{name}: {count} images do not decode and are left out", highlight=False)
     for size in data["sizes"]:
         if size["promise"]:
             console.print(f"{size['name']}: {size['promise']}", highlight=False, soft_wrap=True)

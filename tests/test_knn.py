@@ -1,5 +1,6 @@
 """k-NN accuracy: scikit-learn's votes, whatever the blocks and the number of processes."""
 
+import json
 import os
 import subprocess
 
@@ -67,6 +68,19 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
     few.records = few.records[:15]
     test.records = [r for r in test.records if r.class_name() in {r.class_name() for r in few.records}]
     assert list(knn_accuracy(Tower(opened.encoder), opened.preprocess, train=few, test=test)) == ["knn@10"]
+
+
+def test_images_that_do_not_decode_are_left_out_and_named(folders, tmp_path):
+    for i, record in enumerate(Images.find(folders / "test").records):
+        (tmp_path / "images" / record.class_name()).mkdir(parents=True, exist_ok=True)
+        record.read().save(tmp_path / "images" / record.class_name() / f"{i}.png")
+    damaged = tmp_path / "images" / record.class_name() / "damaged.png"
+    damaged.write_bytes(b"no image")
+    options = ["--knn-train", tmp_path / "images", "--knn-test", tmp_path / "images", "--workers", 1, "-o", tmp_path / "found"]
+    done = call_command("eval", "demo", *options)
+    assert done.returncode == 0, done.stderr
+    assert f"1 of 51 images of {tmp_path / 'images'} do not decode and are left out; the first: {damaged}: " in done.stdout
+    assert json.loads((tmp_path / "found" / "demo-knn.json").read_text())["images_left_out"] == 2  # of both sides
 
 
 def test_images_without_a_class_and_unknown_classes_are_named(folders, tmp_path):

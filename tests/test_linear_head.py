@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -169,11 +170,13 @@ def test_a_recipe_evaluates_by_a_head(demo, data, tmp_path):
         {"weight": torch.randn(10, width, generator=torch.Generator().manual_seed(3)), "bias": torch.zeros(10)},
         tmp_path / "head.safetensors",
     )
-    changes = {"evaluate": {"head": {"test": str(data[1]), "weights": str(tmp_path / "head.safetensors")}}}
+    test = shutil.copytree(data[1], tmp_path / "test")
+    (next(test.iterdir()) / "damaged.png").write_bytes(b"no image")
+    changes = {"evaluate": {"head": {"test": str(test), "weights": str(tmp_path / "head.safetensors")}}}
     asked = recipe(**changes, scenes=None, images=str(data[0]), recover=None, distill=None, compare=None, export=None)
     run = Run(asked, tmp_path / "run")
     run.run(say=lambda line: None)
-    expected = judged(demo, read_head(tmp_path / "head.safetensors"), data[1])
+    expected = {**judged(demo, read_head(tmp_path / "head.safetensors"), data[1]), "images_left_out": 1}
     assert run.figures("evaluate/original")["original"]["linear head"] == expected
     assert json.loads((tmp_path / "run/evaluate/original/original-head.json").read_text()) == expected
     assert run.figures("evaluate/mlp_ratio-1")["pruned"]["linear head"] != expected

@@ -66,7 +66,9 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
     details = {"loss_class_token": [[1, 1.0], [3, 0.1]], "loss_patches": [[1, 1.0]], "gradient_norm": [[1, 0.1], [3, 1.0]]}
     distilled |= {"details": details}
-    data = collect(tmp_path, "run", {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}, ["wds/flickr30k"])
+    figures = {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}
+    figures["evaluate/original"] = {"original": {"k-NN": {"knn@20": 0.5, "images_left_out": 3}}}
+    data = collect(tmp_path, "run", figures, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
     assert 'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
@@ -75,6 +77,7 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
     assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"
     assert "1 images did not decode in training and were replaced by others, the first: &lt;a&gt;.png." in text
+    assert "k-NN: 3 images do not decode and are left out." in text
 
 
 def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):

@@ -210,7 +210,7 @@ def _knn(served, label, train, test, file, **options) -> dict[str, float]:  # ty
 
     bank, judged = Images.find(train), Images.find(test)
     metrics = _with_progress(partial(knn_accuracy, train=bank, test=judged), served, **options)
-    return _written(metrics, label, "knn", test, file, options["speaks"])
+    return _written(metrics, label, "knn", file, options["speaks"], judged, bank)
 
 
 def _read_head(path):  # type: ignore[no-untyped-def]
@@ -226,15 +226,20 @@ def _choose_head(served, train, **options):  # type: ignore[no-untyped-def]
 
     if train is None:
         return check_classifier(served.model)
-    return _with_progress(partial(fitted_head, train=Images.find(train)), served, **options)
+    images = Images.find(train)
+    fitted = _with_progress(partial(fitted_head, train=images), served, **options)
+    if options["speaks"]:
+        _say_what_is_left_out(images)
+    return fitted
 
 
 def _head(served, label, head, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.linear_head import head_accuracy
 
-    metrics = _with_progress(partial(head_accuracy, head=head, test=Images.find(test)), served, **options)
-    return _written(metrics, label, "head", test, file, options["speaks"])
+    judged = Images.find(test)
+    metrics = _with_progress(partial(head_accuracy, head=head, test=judged), served, **options)
+    return _written(metrics, label, "head", file, options["speaks"], judged)
 
 
 def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict[str, float], list[Path]]:  # type: ignore[no-untyped-def]
@@ -260,13 +265,23 @@ def _with_progress(measure, served, speaks, **options):  # type: ignore[no-untyp
         return measure(served.embed, served.model.preprocess, device=served.device, **options)
 
 
-def _written(metrics, label, task, test, file, speaks) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _written(metrics, label, task, file, speaks, judged, *others) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Figures that are not clip_benchmark's own, kept in its form."""
     if speaks:
         file.parent.mkdir(parents=True, exist_ok=True)
-        form = {"dataset": str(test), "model": label, "pretrained": "none", "task": task, "metrics": metrics, "language": ""}
-        write_whole(file, json.dumps(form, indent=1) + "\n")
+        form = {"dataset": str(judged.source), "model": label, "pretrained": "none", "task": task, "metrics": metrics, "language": ""}
+        left_out = _say_what_is_left_out(judged, *others)
+        write_whole(file, json.dumps({**form, "images_left_out": left_out}, indent=1) + "\n")
     return metrics
+
+
+def _say_what_is_left_out(*looked_at) -> int:  # type: ignore[no-untyped-def]
+    """How many images did not decode."""
+    for images in looked_at:
+        for name, error in list(images.broken.items())[:1]:
+            share = f"{len(images.broken)} of {len(images)} images of {images.source}"
+            out.print(f"{share} do not decode and are left out; the first: {name}: {error}", markup=False, soft_wrap=True, highlight=False)
+    return sum(len(images.broken) for images in looked_at)
 
 
 def _array(path: str):  # type: ignore[no-untyped-def]

@@ -30,7 +30,7 @@ def embedded_share(
 ) -> tuple[Tensor, Tensor]:
     """Embeddings, float32 ``[n, width]`` on ``device``, and places in ``images``, ``[n]``, of this process's share.
 
-    A share is every ``world``-th image; those that do not decode are left out.
+    A share is every ``world``-th image; those that do not decode are left out, and named in ``images.broken`` of every process.
 
     Raises:
         DgmrError: there are fewer images than processes, or none of the share can be read.
@@ -40,12 +40,15 @@ def embedded_share(
         raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
     share = _Share(images, preprocess, range(rank, len(images), world))
     found, places = [], []
+    broken: dict[str, str] = {}
     loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=_readable, worker_init_fn=_stay)
-    for step, (batch, where) in enumerate(loader, start=1):
+    for step, (batch, where, why) in enumerate(loader, start=1):
+        broken |= why
         if len(where):
             found.append(embed(batch.to(device)).float().to(device))
             places.append(where)
         progress(title, min(len(share), step * batch_size), len(share))
+    images.broken |= all_of(broken)
     if not found:
         raise DgmrError(f"none of the {len(share)} images of {images.source} that this process looked at can be read")
     return torch.cat(found), torch.cat(places)
@@ -64,6 +67,15 @@ def from_all(part: Tensor) -> Tensor:
     return torch.cat([rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)])
 
 
+def all_of(mine: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of all processes. Every process has to call it."""
+    if not distributed.is_initialized():
+        return mine
+    parts: list[dict[Any, Any]] = [{}] * distributed.get_world_size()
+    distributed.all_gather_object(parts, mine)
+    return dict(sorted(entry for part in parts for entry in part.items()))
+
+
 class _Share(Dataset):
     def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], chosen: range) -> None:
         self.images, self.preprocess, self.chosen = images, preprocess, chosen
@@ -71,9 +83,12 @@ class _Share(Dataset):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, at: int) -> tuple[Tensor | None, int]:
-        image = self.images.read(self.chosen[at])
-        return (None if image is None else self.preprocess(image)), self.chosen[at]
+    def __getitem__(self, at: int) -> tuple[Tensor | None, int, dict[str, str]]:
+        place = self.chosen[at]
+        if (image := self.images.read(place)) is not None:
+            return self.preprocess(image), place, {}
+        name = self.images.records[place].name
+        return None, place, {name: self.images.broken[name]}
 
 
 def _stay(worker: int) -> None:
@@ -81,6 +96,8 @@ def _stay(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _readable(samples: list[tuple[Tensor | None, int]]) -> tuple[Tensor, Tensor]:
-    there = [(image, place) for image, place in samples if image is not None]
-    return torch.stack([image for image, _ in there]) if there else torch.empty(0), torch.tensor([place for _, place in there])
+def _readable(samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    there = [(image, place) for image, place, _ in samples if image is not None]
+    batch = torch.stack([image for image, _ in there]) if there else torch.empty(0)
+    broken = {name: error for _, _, why in samples for name, error in why.items()}
+    return batch, torch.tensor([place for _, place in there]), broken

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import OutOfMemoryError, Tensor, distributed
 
+from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import sha256, write_whole
 
@@ -152,10 +153,3 @@ def _checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, st
         names = from_first(lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
     mine = [name for name in sorted(names)[rank::world] if name != SEAL]
     return all_of({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})
-
-
-def all_of(mine: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of all processes. Every process has to call it."""
-    parts: list[dict[Any, Any]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(parts, mine)
-    return dict(sorted(entry for part in parts for entry in part.items()))

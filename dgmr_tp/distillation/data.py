@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.data.images import EXTENSIONS, Images
 from dgmr_tp.data.streams import Stream
-from dgmr_tp.distillation.checkpoints import all_of
 from dgmr_tp.errors import DgmrError
 
 Place = tuple[int, int]  # epoch, index

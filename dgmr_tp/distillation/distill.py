@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
-from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, check_seen_alike, stream_batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
@@ -107,7 +107,7 @@ def distill(
             scores=scores,
         )
         step, broken = train(task, settings, directory, stop)
-        broken |= checkpoints.all_of(judges.broken) if settings.held_out else {}
+        broken |= all_of(judges.broken) if settings.held_out else {}
         release()
         if kept:
             kept.close()

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
+from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.data import Sample
@@ -247,7 +248,7 @@ def _steps(
             if average:
                 average.update()
             if any_broken:
-                broken |= checkpoints.all_of(met)
+                broken |= all_of(met)
                 check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
             reached = speed.step(task.flops() if task.flops else None)
             if meter:
@@ -265,7 +266,7 @@ def _steps(
             draw(step, curves)
             first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
-                known = checkpoints.all_of(shards)  # a reader that has not delivered yet may be at the first of them
+                known = all_of(shards)  # a reader that has not delivered yet may be at the first of them
                 shard = min(known.values()) if len(known) == world * max(1, settings.workers) else done.shard
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
                 began = time.monotonic()
@@ -358,7 +359,7 @@ def check_broken(broken: dict[str, str], count: int, settings: Settings) -> None
 
 def _not_finite(what: str, step: int, mine: list[str], folder: Path, settings: Settings) -> str:
     """One sentence with the names of the step's samples. Every process has to call it."""
-    names = list(checkpoints.all_of(dict.fromkeys(mine, "")))
+    names = list(all_of(dict.fromkeys(mine, "")))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"the {what} at step {step} (images {shown}); nothing of it is kept; lower {settings.section}.base_lr or look at these "

@@ -59,7 +59,8 @@ def survey(
         progress: called with a title, images done and images in all.
 
     Returns:
-        What ``compatibility`` returns; the ``worst`` images have their ``name`` and a ``thumbnail``, a data URI.
+        What ``compatibility`` returns; the ``worst`` images have their ``name`` and a ``thumbnail``, a data URI. ``left_out`` is the number
+        of images that do not decode.
 
     Raises:
         DgmrError: no images, or as ``compatibility``.
@@ -71,6 +72,7 @@ def survey(
     before, places = embedded_share(*old, found, title="old embeddings", **how)
     after, _ = embedded_share(*new, found, title="new embeddings", **how)
     result = compatibility(before.cpu(), after.cpu(), classifier=classifier, queries=queries, limits=limits, seed=seed)
+    result["left_out"] = len(found.broken)
     for worst in result["worst"]:
         record = found.records[int(places[worst.pop("row")])]
         worst |= {"name": record.name, "thumbnail": _thumbnail(record.read())}
