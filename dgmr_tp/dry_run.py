@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -99,14 +100,15 @@ def dry_run(recipe: Recipe) -> DryRun:
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
 
 
-def plan_memory(recipe: Recipe, devices: str, rate: float | None = None) -> tuple[str, str | None]:
-    """What the recipe's distillation needs on ``devices``, such as ``8x48GB``, and how long it takes at ``rate`` images a second.
+def plan_memory(recipe: Recipe, devices: str, rate: str | None = None) -> tuple[str, str | None]:
+    """What the recipe's distillation needs on ``devices``, such as ``8x48GB``, and how long it takes at ``rate``: images a second, or the
+    directory of a run that has distilled these sizes, for a few steps at least.
 
     Returns:
         The text, and what to change where it does not fit (None where it does).
 
     Raises:
-        DgmrError: the recipe distils nothing, or its widths are not known before it runs.
+        DgmrError: the recipe distils nothing, its widths are not known before it runs, or no rate is known.
     """
     from dgmr_tp.distillation.memory import Devices, Planner
     from dgmr_tp.distillation.settings import DistillSettings
@@ -116,22 +118,43 @@ def plan_memory(recipe: Recipe, devices: str, rate: float | None = None) -> tupl
         raise DgmrError(f"the recipe {recipe.name} has no section distill; only that needs planning")
     settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
     teacher = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
+    images = settings.steps * settings.batch_size
     texts, misfit = [], None
     for name, size in dry_run(recipe).sizes.items():
         student = teacher.copy()
         resize(student.encoder.module, size.keep)
         planner = Planner(student.encoder, teacher.encoder, settings, teacher.image_size)
-        texts.append(f"{name}: {planner.table(settings, there)}")
+        texts.append(f"{name}: {planner.table(settings, there)}\n{images:,} images{_hours(images, rate, name)}")
         if not planner.fits(settings, there) and misfit is None:
             remedy = planner.remedy(settings, there)
             change = "it would fit with distill." + ", ".join(f"{key}: {str(value).lower()}" for key, value in (remedy or {}).items())
             misfit = f"{name} does not fit into {devices}; {change if remedy else 'no setting changes that: take larger devices'}"
     if not texts:
         raise DgmrError("only the run itself finds these widths; plan with a ratio, or with a budget of params or flops")
-    if rate:
-        images = settings.steps * settings.batch_size
-        texts.append(f"{images:,} images at {rate:g} a second: {images / rate / 3600:,.1f} hours a size")
     return "\n".join(texts), misfit
+
+
+def _hours(images: int, rate: str | None, size: str) -> str:
+    if rate is None:
+        return ""
+    try:
+        each, measured = float(rate), ""
+    except ValueError:
+        each, measured = _measured_rate(Path(rate), size), f" (measured in {rate})"
+    if not each > 0:
+        raise DgmrError(f"--rate {rate}: images per second are more than 0")
+    return f" at {each:.4g} a second{measured}: {images / each / 3600:,.1f} hours"
+
+
+def _measured_rate(run: Path, size: str) -> float:
+    """The median over the later half of a distillation, finished or not."""
+    from dgmr_tp.distillation.loop import read_curve
+
+    folders = (run / "distill" / size, run / "distill" / f".{size}.partial")
+    rates = [value for folder in folders for _, value in read_curve(folder, "samples_per_second")]
+    if not rates:
+        raise DgmrError(f"--rate {run}: give images per second, or the directory of a run that has begun to distil {size}")
+    return median(rates[len(rates) // 2 :])
 
 
 def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:

@@ -117,7 +117,9 @@ def amp(
 def plan(
     recipe: Annotated[Path | None, typer.Argument(help="With --devices: a recipe, whose distillation is planned.")] = None,
     devices: Annotated[str | None, typer.Option(help="Does the recipe's distillation fit into these? Such as 8x48GB.")] = None,
-    rate: Annotated[float | None, typer.Option(min=0, help="With --devices: images per second, to say how long it takes.")] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="With --devices: images per second, or a run directory that measured them, to say how long it takes.")
+    ] = None,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     criterion: CriterionOption = None,
