@@ -306,7 +306,10 @@ MATRIX = {
     "offload all": {"zero_stage": 3, "offload": "all", "json": SHARDED},
     "average": {"ema": 0.5},
     "watched average": {"ema": 0.5, "held_out": 9, "evaluate_every": 3},
+    "average zero0": {"ema": 0.5, "zero_stage": 0},
     "average zero3": {"ema": 0.5, "zero_stage": 3, "json": SHARDED},
+    "average offload": {"ema": 0.5, "zero_stage": 2, "offload": "optimizer"},
+    "average offload all": {"ema": 0.5, "zero_stage": 3, "offload": "all", "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
     "fixed": {"fixed_crops": True, "features": "fixed.features"},
     **{f"held out zero{stage}": {**HELD_OUT, "zero_stage": stage, "json": SHARDED} for stage in (1, 3)},
@@ -570,7 +573,7 @@ def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_processes(matrix):
     """2 → 1 → 2, in every ZeRO stage: steps 0–4, 4–8, 8–12."""
-    cases = {name: MATRIX[name] for name in (*STAGES, "average zero3", "bf16")}
+    cases = {name: MATRIX[name] for name in (*STAGES, "average", "average zero0", "average zero3", "bf16")}
     launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
     for name in cases:
         seal = json.loads((matrix / f"{name} one" / "checkpoints" / "step00000008" / SEAL).read_text())

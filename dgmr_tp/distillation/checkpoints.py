@@ -46,7 +46,7 @@ class Checkpoint:
         return f"step{self.step:08d}"
 
 
-def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str, Tensor], keep: int) -> None:
+def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: Iterable[tuple[str, Tensor]], keep: int) -> None:
     """Write and seal a checkpoint; all but the newest ``keep`` are dropped. Every process has to call it.
 
     Raises:
@@ -56,8 +56,8 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: dict[str
     with writing(folder):
         # DeepSpeed's own barriers are inside: a process that fails leaves, and the launcher ends the others.
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
-        if average:
-            save_file(average, folder / AVERAGE)
+        if whole := {name: value.cpu() for name, value in average if distributed.get_rank() == 0}:
+            save_file(whole, folder / AVERAGE)
         distributed.barrier()
     files = _checksums(folder)
     with writing(folder):

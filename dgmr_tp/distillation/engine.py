@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dgmr_tp.distillation.settings import Settings
 from dgmr_tp.errors import DgmrError
@@ -32,7 +32,7 @@ def start_deepspeed() -> Any:
     if accelerator.device_name() == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not torch.distributed.is_initialized():
+    if not distributed.is_initialized():
         deepspeed.init_distributed(verbose=False, timeout=PATIENCE)
     return deepspeed
 
@@ -44,9 +44,9 @@ def device_here() -> torch.device:
 
 def stop_deepspeed() -> None:
     """Leave together: a process that ends while another still works can be aborted by its threads."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[str, Any]:
@@ -174,15 +174,59 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class Average:
-    """An exponential moving average of the trained parameters' master weights, float32, held by one process."""
+    """An exponential moving average of the trained parameters' master weights, float32. Each process averages what it holds of them.
 
-    def __init__(self, module: nn.Module, decay: float, holder: bool) -> None:
-        self.module, self.decay, self.holder = module, decay, holder
-        self.values = {name: value.clone() for name, value in whole_parameters(module) if holder}
+    Args:
+        module: as DeepSpeed wraps it.
+        decay: what of the average stays in every step.
+        known: the average so far, whole, by name; empty: it begins with the weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, known: dict[str, Tensor]) -> None:
+        self.module, self.decay = module, decay
+        self.parts = {}
+        for name, parameter in self._trained():
+            part, start = _held(parameter)
+            self.parts[name] = part.clone()
+            if known:
+                given = known[name].flatten()[start:][: len(part)]
+                self.parts[name][: len(given)] = given
 
     @torch.no_grad()
     def update(self) -> None:
-        """``average ← decay · average + (1 − decay) · parameter``. Every process has to call it."""
-        for name, value in whole_parameters(self.module):
-            if self.holder:
-                self.values[name] = self.values[name].to(value.device).lerp_(value, 1 - self.decay)
+        """``average ← decay · average + (1 − decay) · parameter``."""
+        for name, parameter in self._trained():
+            self.parts[name].lerp_(_held(parameter)[0], 1 - self.decay)
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """One parameter's average after the other. Every process has to go through all of them."""
+        for name, parameter in self._trained():
+            _, start = _held(parameter)
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one
+            value = torch.zeros(shape.numel(), device=device_here())
+            place = value[start:][: len(self.parts[name])]  # ZeRO-3 pads the last part
+            place.copy_(self.parts[name][: len(place)])
+            if _is_sharded(parameter):
+                distributed.all_reduce(value)
+            yield name, value.view(shape)
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _held(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """What this process holds of the master weights, flat, and where that begins in the whole.
+
+    DeepSpeed has a function for it in ZeRO-3 alone; in the other stages this reads what its ``safe_get_full_fp32_param`` reads.
+    """
+    if hasattr(parameter, "ds_id"):
+        part = require("deepspeed", "distill").utils.safe_get_local_fp32_param(parameter)
+        return part, distributed.get_rank() * len(part)
+    if hasattr(parameter, "_hp_mapping"):
+        there = parameter._hp_mapping
+        return (there.hp_fragment, there.lp_fragment_address.start) if there else (torch.empty(0), 0)
+    return parameter.detach().flatten(), 0

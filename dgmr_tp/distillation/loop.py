@@ -164,19 +164,16 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     done = found or Checkpoint(0, world, settings.zero_stage)
     if rank == 0 and done.step:
         print(f"  {settings.what}: goes on at step {done.step} of {settings.steps}{task.place(done)}", flush=True)
-    average = Average(engine.module, settings.ema, holder=rank == 0) if settings.ema else None
-    if average and found and rank == 0:
-        average.values = checkpoints.average_of(folder, found)
+    average = Average(engine.module, settings.ema, checkpoints.average_of(folder, found) if found else {}) if settings.ema else None
     if settings.compile:
         engine.compile()
 
     best = Best(directory / CHECKPOINTS)
     broken = _steps(task, engine, optimizer, settings, average, best, done, directory, stop)
-    weights = {name: value.cpu().clone() for name, value in whole_parameters(engine.module) if rank == 0}
+    result = average.whole() if average else whole_parameters(engine.module)
+    weights = {name: value.cpu().clone() for name, value in result if rank == 0}
     step = settings.steps
-    if average and rank == 0:
-        weights = {name: value.cpu() for name, value in average.values.items()}
-    elif best.step >= 0:
+    if not average and best.step >= 0:
         step, weights = best.step, best.weights() if rank == 0 else {}
     engine.destroy()
     if rank == 0:
@@ -270,7 +267,7 @@ def _steps(
                 shard = min(known.values()) if len(known) == world * max(1, settings.workers) else done.shard
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
                 began = time.monotonic()
-                checkpoints.save(engine, folder, here, average.values if average else {}, settings.keep_checkpoints)
+                checkpoints.save(engine, folder, here, average.whole() if average else (), settings.keep_checkpoints)
                 if first and rank == 0:
                     ended = time.monotonic()
                     said = save_in_words(folder / here.tag, ended - began, leaving=ended - started)

@@ -91,7 +91,7 @@ class Planner:
         """Of ``world`` processes, a device each."""
         stage, width, trained = settings.zero_stage, self.width, self.trained
         parts = world if stage else 1
-        moments, master, copy = 8, 4 if settings.bf16 else 0, 4 if stage else 0
+        moments, master, copy, average = 8, 4 if settings.bf16 else 0, 4 if stage else 0, 4 if settings.ema else 0
         optimizer = (moments + master + copy) * trained / parts
         weights, gradients, teacher = float(width * self.student), float(width * trained), float(width * self.teacher)
         if stage >= 2:
@@ -102,7 +102,7 @@ class Planner:
             teacher = teacher / world + width * min(LIVE, self.teacher)
         states = weights + gradients + (0 if settings.offload != "none" else optimizer) + teacher
         states += width * min(BUCKET, trained) if stage else 0
-        states += 4 * trained if settings.ema else 0
+        states += average * trained / parts
         return Needs(states, self.images[settings.recompute], start=max(width * self.teacher, teacher + 4 * self.student))
 
     def table(self, settings: DistillSettings, devices: Devices) -> str:
