@@ -15,14 +15,14 @@ from dgmr_tp.errors import DgmrError
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Model(Section):
     """The encoder to prune."""
 
     source: str
-    """``open_clip:NAME``, ``timm:NAME``, a model directory, or ``demo``."""
+    """``open_clip:NAME``, ``timm:NAME``, ``hf-hub:ORG/REPO``, a model directory, or ``demo``."""
     pretrained: str | None = None
     """For a name: the library's tag, or a checkpoint file."""
     image_size: int | None = Field(None, ge=1)
@@ -47,7 +47,7 @@ class Scenes(Section):
     """Captioned scenes to tune the text tower on."""
 
 
-AMOUNTS = ("mlp_ratio", "keep_ratio", "budget", "threshold", "min_cosine", "max_drop")
+AMOUNTS = ("mlp_ratio", "keep_ratio", "keep", "budget", "threshold", "min_cosine", "max_drop")
 BUDGETS = ("params", "flops", "latency")
 PROMISES = ("min_cosine", "max_drop")
 
@@ -56,9 +56,13 @@ class Search(Section):
     """AMP's search; see dgmr_tp.decide.search."""
 
     images: int = Field(4096, ge=2)
+    """How many of the images judge a width."""
     candidates: int = Field(512, ge=2)
+    """Images of a group, over which an image's entropy is taken."""
     temperature: float = Field(1 / 15, gt=0)
+    """Of the softmax over the candidates."""
     two_sided: bool = False
+    """Also refuse widths at which the entropy falls."""
 
     @model_validator(mode="after")
     def _one_group(self) -> Search:
@@ -71,10 +75,17 @@ class Prune(Section):
     """Which neurons stay: one of the amounts, alone or as a list; every size goes through the whole recipe."""
 
     criterion: Literal["dgmr", "l1", "l2", "random", "output", "activation", "taylor", "amp"] = "dgmr"
+    """What is looked at: the weights, or, with ``output``, ``activation``, ``taylor`` and ``amp``, ``recover.images`` of the images.
+    ``output`` and ``activation`` also fit the widths to a budget."""
     mlp_ratio: float | list[float] | None = None
+    """Hidden width over width, in every block."""
     keep_ratio: float | list[float] | None = None
+    """Share of the hidden neurons that stays in every block.
+    """
+    keep: int | list[int] | None = None
+    """Hidden neurons that stay in every block."""
     budget: dict[str, float] | list[dict[str, float]] | None = None
-    """What the tower may cost, as ``{params: 0.5}``, ``{flops: 0.4}`` or both; see dgmr_tp.pruning.allocation."""
+    """What the tower may cost, as ``{params: 0.5}``, ``{flops: 0.4}``, ``{latency: 0.6}`` or several; see dgmr_tp.pruning.allocation."""
     threshold: float | list[float] | None = None
     """For ``amp``: the widths are searched for; how much each MLP's cut may raise the entropy, nats."""
     search: Search = Field(default_factory=Search)
@@ -140,17 +151,24 @@ class Recover(Section):
     """Closed-form recovery."""
 
     images: int = Field(1024, ge=10)
+    """How many of the images are looked at; a tenth judges the rest."""
     damping: float = Field(1e-3, ge=0)
+    """Ridge, relative to the mean of the squared activations."""
 
 
 class Loss(Section):
     """What the student is asked for; see dgmr_tp.distillation.losses.Objective."""
 
     class_token: float = Field(1.0, ge=0)
+    """Weight of the mean squared error of the class token; a tower without one has none."""
     patches: float = Field(1.0, ge=0)
+    """Of the patch tokens."""
     embedding: float = Field(0.0, ge=0)
+    """Of the tower's output: the embedding, or a classifier's logits."""
     layers: dict[int, float] = Field(default_factory=dict)
+    """Of all tokens behind single blocks: the block's number, from 1, and its weight."""
     after_norm: bool = False
+    """Whether class token and patches are taken behind the final norm."""
 
     @model_validator(mode="after")
     def _something(self) -> Loss:
@@ -163,24 +181,39 @@ class Training(Section):
     """What every training is told; see dgmr_tp.distillation.settings.Settings."""
 
     processes: int = Field(1, ge=1)
+    """On this machine; with fewer GPUs than that, as many as there are."""
     hostfile: str | None = None
     """DeepSpeed's list of machines, for more than this one: lines such as ``node1 slots=8``."""
     steps: int = Field(ge=1)
+    """Steps of the optimiser."""
     batch_size: int = Field(ge=1)
+    """Images of a step, over all processes."""
     base_lr: float = Field(ge=0)
+    """The highest learning rate is ``base_lr · batch_size / 256``."""
     min_lr: float = Field(0.0, ge=0)
+    """Where the cosine ends; taken as it is."""
     warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of matrices; norms, biases and embeddings have none."""
     final_weight_decay: float | None = Field(None, ge=0)
+    """Where the decay goes on a cosine; without, it stays."""
     gradient_clipping: float = Field(0.0, ge=0)
+    """Largest norm of the gradient; 0: any."""
     bf16: bool = False
+    """Compute in bfloat16; master weights, losses and averages are float32 always."""
     deepspeed: str | None = None
     """A DeepSpeed JSON that is joined with what this section says."""
     checkpoint_every: int = Field(100, ge=1)
+    """Steps between two checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
+    """So many of the newest stay on disk."""
     log_every: int = Field(10, ge=1)
+    """Steps between two points of the curves."""
     workers: int = Field(0, ge=0)
+    """Processes that read images, for each that trains."""
     max_broken: float = Field(0.01, ge=0, le=1)
+    """Share of the images that may fail to decode before the run stops."""
 
     @property
     def deciding(self) -> dict[str, Any]:
@@ -193,21 +226,34 @@ class Distill(Training):
     """Distillation; see dgmr_tp.distillation.settings.DistillSettings."""
 
     micro_batch: int | None = Field(None, ge=1)
+    """The most images that one process works on at a time; gradients are accumulated. Without: all of its share at once."""
     held_out: int = Field(0, ge=0)
+    """Images that are not trained on; the student nearest to the original on them is the result."""
     evaluate_every: int = Field(100, ge=1)
+    """Steps between two looks at them."""
     ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the weights, which then is the result."""
     loss: Loss = Field(default_factory=Loss)
     augment: Literal["clip", "dinov2"] = "clip"
+    """``clip``: a random crop, flipped; ``dinov2``: DINOv2's colours, blur and solarisation, too."""
     min_crop: float = Field(0.2, gt=0, le=1)
+    """The smallest crop's share of the image's area."""
     flip: bool = True
+    """Mirror half of the crops."""
     fixed_crops: bool = False
+    """Crop an image alike in every epoch."""
     keep_features: bool = False
     """The original's features of every crop stay on disk, for the other sizes of the recipe and for the next epochs of fixed crops."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over the processes: 1 the optimiser's states, 2 the gradients too, 3 the parameters too."""
     offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the CPU's memory: the optimiser's states, or the parameters too (zero_stage: 3)."""
     shard_teacher: bool = False
+    """Shard the original's parameters over the processes."""
     recompute: bool = False
+    """Blocks keep only their input and run again in the backward pass."""
     compile: bool = False
+    """``torch.compile`` for student and original; it needs a C++ compiler."""
 
     @model_validator(mode="after")
     def _possible(self) -> Distill:
@@ -235,6 +281,7 @@ class TuneText(Training):
     first_caption: bool = False
     """Of several captions always the first, as in the paper, instead of one drawn for every epoch."""
     zero_stage: Literal[1, 2] = 1
+    """As for distill."""
 
 
 class Dataset(Section):
@@ -243,7 +290,9 @@ class Dataset(Section):
     dataset: str
     """clip_benchmark's name, such as ``wds/cifar10``."""
     root: str
+    """Its folder, or ``scenes:classes``, ``scenes:captions``."""
     task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
+    """``auto``: what the data set is for."""
 
 
 class KNN(Section):
@@ -252,7 +301,9 @@ class KNN(Section):
     train: str
     """Images with classes: a folder of folders, or tars with ``.cls``."""
     test: str
+    """The images that are judged, likewise."""
     workers: int = Field(0, ge=0)
+    """Processes that read images."""
 
 
 class Head(Section):
@@ -261,15 +312,22 @@ class Head(Section):
     test: str
     """Images with classes."""
     weights: str | None = None
-    """A file with its weight and bias; None: the encoder gives logits, as a timm model with a classifier does."""
+    """A file with its weight and bias; without: the encoder gives logits, as a timm model with a classifier does."""
     workers: int = Field(0, ge=0)
+    """Processes that read images."""
 
 
 class Evaluate(Section):
+    """What the original and every model of the run is measured by."""
+
     datasets: list[Dataset] = Field(default_factory=list)
+    """clip_benchmark's data sets."""
     knn: KNN | None = None
+    """k-NN accuracy of the embeddings."""
     head: Head | None = None
+    """Accuracy of a linear classifier."""
     batch_size: int = Field(64, ge=1)
+    """Images a step."""
 
     @model_validator(mode="after")
     def _something(self) -> Evaluate:
@@ -294,12 +352,18 @@ class Compare(Section):
     images: str
     """Images like those in the index: a folder, a tar, shards."""
     classes: str | None = None
-    """Class names for zero-shot decisions: a text file, or a folder with ``classnames.txt``."""
+    """Class names for zero-shot decisions: a text file, a folder with ``classnames.txt``, or class embeddings that clip_benchmark
+    saved (``.pt``)."""
     count: int = Field(5000, ge=100)
+    """How many of them."""
     queries: int = Field(1000, ge=1)
+    """How many of these ask; the others are the index."""
     keep: float = Field(0.98, ge=0, le=1)
+    """From this share on the index is kept."""
     convenient: float = Field(0.9, ge=0, le=1)
+    """From this share on re-embedding may wait."""
     workers: int = Field(0, ge=0)
+    """Processes that read images."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Compare:
@@ -320,7 +384,9 @@ class Export(Section):
     """The files that are deployed; see dgmr_tp.export.bundle.export_bundle."""
 
     formats: list[Literal[FORMATS]] = Field(["onnx", "torchscript"], min_length=1)  # type: ignore[valid-type]
+    """What is written."""
     outputs: list[Literal["embedding", "patches"]] = ["embedding"]
+    """What the files give."""
     normalised: bool = False
     """Whether the files make embeddings of length 1."""
     text: bool = False
@@ -345,11 +411,13 @@ class Recipe(Section):
     """The whole of a run; each key but ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
 
     name: str
+    """What the report calls the run; it lies in ``runs/NAME`` if nothing else is said."""
     seed: int = Field(0, ge=0)
+    """Of all random choices."""
     model: Model
     scenes: Scenes | None = None
     images: str
-    """Unlabelled images: a folder, a tar, a folder of tars, or ``scenes:images``."""
+    """Unlabelled images: a folder, a tar, a folder of tars, a URL of shards, or ``scenes:images``."""
     prune: Prune
     recover: Recover | None = None
     distill: Distill | None = None

@@ -1,6 +1,7 @@
 """Every command line in the documentation parses."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import typer
 
 from dgmr_tp.cli import app
+from dgmr_tp.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,3 +47,14 @@ def test_recipes_named_in_the_documentation_exist():
     for page in PAGES:
         for name in re.findall(r"recipes/[\w.-]+\.yaml", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_key_of_a_recipe_is_explained_where_the_code_says_it():
+    keys = runpy.run_path(str(ROOT / "docs" / "recipe_keys.py"))
+    assert keys["page"]() == (ROOT / "docs" / "recipe.md").read_text(), "python docs/recipe_keys.py > docs/recipe.md"
+    left = [Recipe]
+    while left:
+        for name, field in (section := left.pop()).model_fields.items():
+            inner = keys["sections"](field.annotation)
+            assert field.description or inner, f"{section.__name__}.{name} has no docstring"
+            left += inner

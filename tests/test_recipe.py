@@ -39,6 +39,8 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
         "params-0.5": {"budget": {"params": 0.5}, "round_to": 8},
         "params-0.4-flops-2e+09": {"budget": {"params": 0.4, "flops": 2e9}, "round_to": 8},
     }
+    widths = GOOD.replace("mlp_ratio: 1", "keep: [96, 48]")
+    assert load_recipe(write(tmp_path, widths)).prune.sizes == {"keep-96": {"keep": 96}, "keep-48": {"keep": 48}}
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
         ("mlp_ratio: 1", "keep_ratio: 2", r"line 4: prune: keep_ratio must be 1 at most, got 2"),
         ("root: DATA}", "root: DATA}\n    - {dataset: wds/x, root: OTHER}", r"line 6: evaluate: datasets names wds/x twice"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
-        ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, budget"),
+        ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, keep, budget"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  criterion: best", r"line 6: prune\.criterion: .*'dgmr'.*got 'best'"),
         ("IMAGES", "scenes:images", r"no section scenes"),
         ("prune:", "recover: {images: 3}\nprune:", r"line 4: recover\.images: .*10, got 3"),

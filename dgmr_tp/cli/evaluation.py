@@ -280,7 +280,7 @@ def _say_what_is_left_out(*looked_at) -> int:  # type: ignore[no-untyped-def]
     for images in looked_at:
         for name, error in list(images.broken.items())[:1]:
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"
-            out.print(f"{share} do not decode and are left out; the first: {name}: {error}", markup=False, soft_wrap=True, highlight=False)
+            out.print(f"{share} do not decode and are left out; the first: {name}: {error}", soft_wrap=True)
     return sum(len(images.broken) for images in looked_at)
 
 
