@@ -4,8 +4,9 @@
     CIFAR10_DIR=.../cifar10 python benchmarks/train_cifar10_clip.py --epochs 12 --out runs/cifar10_clip
 
 The first takes a trained timm encoder, ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6, num_classes=10)``; without
-``--encoder`` one is trained here. Its weights go into open_clip's own ViT, which computes the same (checked): the patch bias
-is folded into the positions, the classifier's ten rows are what the text tower learns to answer for the ten class names.
+``--encoder`` one is trained here, and kept beside the CLIP as ``encoder.safetensors``. Its weights go into open_clip's own ViT, which
+computes the same (checked): the patch bias is folded into the positions, the classifier's ten rows are what the text tower learns to
+answer for the ten class names.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def main() -> None:
         )
 
     args.out.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in vit.state_dict().items()}, args.out / "encoder.safetensors")
     (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     clip = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False).eval()
     into_open_clip(vit, clip)

@@ -161,7 +161,7 @@ def rank(
     if criterion not in SEEING:
         raise DgmrError(f"criterion {criterion} needs no ranking; those that look at images are {', '.join(SEEING)}")
     if images is None:
-        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --recover IMAGES)")
+        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)")
     encoder = encoder_of(model)
     found = rank_encoder(encoder, batches(images, model, calibration, seed), by=criterion, picks=picks, progress=partial(progress, "rank"))
     sites = {site.name: site for site in find_sites(encoder.module)}
@@ -270,6 +270,7 @@ def search(
         seed: of the choice of images.
         objective: instead of the entropy, such as :func:`dgmr_tp.pruning.amp.contrastive` of the images' captions.
         journal: a file that keeps what was decided; a search that was interrupted goes on from it.
+        progress: see :data:`Progress`.
 
     Raises:
         DgmrError: fewer images than ``candidates``, or no walk is known for the model.
@@ -338,7 +339,7 @@ def candidate_groups(
         DgmrError: no images, or not one whole group; unless ``at_least`` is False: then all of them are one group.
     """
     if images is None:
-        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --recover IMAGES)")
+        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)")
     found = list(batches(images, model, count, seed))
     total = sum(map(len, found))
     if total < candidates and (at_least or not total):

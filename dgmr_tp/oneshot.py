@@ -55,8 +55,8 @@ def prune(
 
     Args:
         model: anything :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
-        images: unlabelled images for recovery and for criteria that see the data: a folder, a tar or a folder of tars, or
-            preprocessed batches ``[batch, 3, height, width]``. None: no recovery.
+        images: unlabelled images for recovery and for criteria that see the data: a folder, a tar, a folder of tars or a URL
+            of shards, or preprocessed batches ``[batch, 3, height, width]``. They are computed where the model is. None: no recovery.
         pretrained: weights, for a model given by its library's name.
         criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output``, ``activation`` (see
             :mod:`dgmr_tp.pruning.functional`), ``taylor`` or ``amp`` (see :mod:`dgmr_tp.pruning.amp`); or any torch-pruning importance.

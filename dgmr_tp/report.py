@@ -191,7 +191,7 @@ def promise_in_words(size: str, found: dict[str, Any]) -> str:
 def in_words(found: dict[str, Any]) -> str:
     """A compatibility in one line."""
     agreement = "" if found["agreement"] is None else f", decisions {percent(found['agreement'])} %"
-    recall = percent(found["ways"]["new queries, old index"]["recall@10"])
+    recall = percent(min(way["recall@10"] for name, way in found["ways"].items() if name != "new queries, new index"))
     return f"{found['verdict']}: neighbours {recall} %{agreement}"
 
 

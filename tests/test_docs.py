@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from dgmr_tp.cli import app
+from dgmr_tp.cli import app, recipes
+from dgmr_tp.pipeline import STAGES
 from dgmr_tp.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -58,3 +59,8 @@ def test_every_key_of_a_recipe_is_explained_where_the_code_says_it():
             inner = keys["sections"](field.annotation)
             assert field.description or inner, f"{section.__name__}.{name} has no docstring"
             left += inner
+
+
+def test_the_stages_are_named():
+    stages = re.sub(r"\s+", " ", (ROOT / "docs" / "recipe.md").read_text())
+    assert ", ".join(STAGES) in stages and ", ".join(STAGES) == recipes.STAGES

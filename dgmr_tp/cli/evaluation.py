@@ -137,7 +137,10 @@ def compare(
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for compatibility.json and .html.")],
     images: Annotated[Path | None, typer.Option(help="Images like those in your index. Not with .npy.")] = None,
     classes: Annotated[
-        Path | None, typer.Option(help="Class names, a line each, to compare zero-shot decisions; or saved embeddings (.pt).")
+        Path | None,
+        typer.Option(
+            help="To compare zero-shot decisions: class names, a line each; a folder with classnames.txt; or saved embeddings (.pt)."
+        ),
     ] = None,
     count: Annotated[int, typer.Option(min=100, help="How many images.")] = 5000,
     queries: Annotated[int, typer.Option(min=1, help="How many of them ask; the others are the index.")] = 1000,

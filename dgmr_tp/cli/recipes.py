@@ -16,14 +16,15 @@ from dgmr_tp.cli.common import out
 from dgmr_tp.errors import DgmrError, Preempted
 
 app = typer.Typer()
+STAGES = "scenes, rank, prune, recover, distill, tune_text, evaluate, compare, export"
 
 
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     directory: Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")] = None,
-    redo: Annotated[str | None, typer.Option(help="Drop this stage and those after it, and do them again.")] = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    redo: Annotated[str | None, typer.Option(help=f"Drop this stage and those after it, and do them again; one of {STAGES}.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage, likewise.")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without weights, data or a GPU; do nothing.")] = False,
 ) -> None:
     """Run a recipe: prune, recover, distil, evaluate, export, report. Goes on where it was stopped."""

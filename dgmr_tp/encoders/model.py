@@ -158,7 +158,9 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
         "",
     ]
     if opens is None:
-        lines.append(f"{model.library} alone does not open it: its configuration cannot say these hidden widths.")
+        lines.append(
+            f"{model.library} alone does not open it: it does not know this tower, or its configuration cannot say these hidden widths."
+        )
     else:
         lines += [
             f"and with {model.library} alone, dgmr-tp not installed:",
@@ -248,6 +250,11 @@ def open_model(source: str, pretrained: str | None = None, *, image_size: int | 
 
 def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weights = "memory") -> OpenedModel:
     """Open a model directory (or ``hf-hub:org/repo``), pruned or not, with whatever hidden width each block has.
+
+    Args:
+        directory: of any of the three libraries.
+        name: what it is called in plans and reports. Default: the encoder that it was made from.
+        weights: as for :func:`open_model`.
 
     Raises:
         DgmrError: it is no model directory, or a file in it is damaged or does not fit; names the file or the key.

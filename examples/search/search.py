@@ -4,7 +4,8 @@
     python examples/search/search.py files index IMAGES      # once; writes IMAGES.npz
     python examples/search/search.py files ask IMAGES "two blue squares"
 
-Needs onnxruntime, numpy, pillow, torchvision for the preprocessing and open_clip for the tokenizer.
+MODEL stays where it is: its tokenizer is used. Needs onnxruntime, numpy, pillow, torchvision for the preprocessing and open_clip for
+the tokenizer.
 """
 
 import json
@@ -42,6 +43,8 @@ def index(folder: Path, images: Path) -> None:
 def ask(folder: Path, images: Path, text: str, count: int = 5) -> None:
     model = json.loads((folder / "export.json").read_text())["model"]
     here = folder / model
+    if not here.is_dir() and not model.startswith("open_clip:"):
+        sys.exit(f"{here}, the model of these files, is not there: its tokenizer is needed")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{here}" if here.is_dir() else model.removeprefix("open_clip:"))
     session, name = load(folder, "text")
     [query] = session.run(None, {name: tokenizer([text]).numpy()})[0]
