@@ -184,6 +184,9 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     ):
         joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
+    with pytest.raises(DgmrError, match=r"round_robin_gradients: with it DeepSpeed cannot give the trained weights back; remove it"):
+        joined(zero_optimization={"round_robin_gradients": True})
+    assert joined(zero_optimization={"round_robin_gradients": False})
     with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not for DeepSpeed to say"):
         joined(optimizer={"type": "Adam"})
     path.write_text("{")
@@ -210,7 +213,7 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
     folder = tmp_path / "checkpoints"
     assert checkpoints.newest(folder) == (None, [])
     for step in (3, 6, 9):
-        checkpoints.save(Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), {"w": torch.ones(2)}, keep=2)
+        checkpoints.save(Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), [("w", torch.ones(2))], keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step00000006", "step00000009"]
     found, damaged = checkpoints.newest(folder)
     assert (found.step, found.broken, damaged) == (9, {"a.png": "no image"}, [])
@@ -226,13 +229,13 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(process_group, tmp_path):
-    checkpoints.save(Writer(), tmp_path, Checkpoint(3, 1, 1), {}, keep=2)
+    checkpoints.save(Writer(), tmp_path, Checkpoint(3, 1, 1), (), keep=2)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         with pytest.raises(DgmrError, match=r"cannot write the checkpoint .*step00000006.*make room"):
-            checkpoints.save(Writer(), tmp_path, Checkpoint(6, 1, 1), {"w": torch.ones(10_000)}, keep=2)
+            checkpoints.save(Writer(), tmp_path, Checkpoint(6, 1, 1), [("w", torch.ones(10_000))], keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, before)
@@ -252,7 +255,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error")):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error"), RuntimeError("gloo")):
         with pytest.raises(type(error)), checkpoints.writing(tmp_path):
             raise error
     with pytest.raises(DgmrError, match="cannot write the checkpoint"), checkpoints.writing(tmp_path):
@@ -260,7 +263,11 @@ def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
 
 
 def test_a_process_that_is_gone_is_one_sentence(process_group, tmp_path):
-    for error in (torch.distributed.DistBackendError("NCCL error: remote process exited"), RuntimeError("[gloo/tcp/pair.cc:5] Read error")):
+    for error in (
+        torch.distributed.DistBackendError("NCCL error: remote process exited"),
+        RuntimeError("NCCL operation timed out"),
+        RuntimeError("[gloo/tcp/pair.cc:5] Read error"),
+    ):
         with pytest.raises(DgmrError, match=r"another process of this training is gone \(.*(NCCL|gloo)"), training(tmp_path, settings()):
             raise error
 

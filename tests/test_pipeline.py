@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.files import hold
+from dgmr_tp.needs import check_needs
 from dgmr_tp.pipeline import Run
 from dgmr_tp.run_directory import RunDirectory, Step
 
@@ -110,6 +111,22 @@ def test_what_the_last_stage_needs_is_missed_before_the_first(tmp_path):
     with pytest.raises(DgmrError, match=r"evaluate\.datasets\.0\.root: .*nowhere does not exist"):
         Run(recipe(evaluate=missing), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
+
+
+def test_machines_that_cannot_be_reached_are_said_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(BIN))  # without pdsh
+    hosts = tmp_path / "hosts"
+    distill = {**SMALL["distill"], "hostfile": str(hosts)}
+    for content, says in (
+        ("one slots=1\ntwo slots=1\n", "by pdsh, which is not installed"),
+        ("one\n", "bad entry: one.*; it takes lines such as node1 slots=8"),
+    ):
+        hosts.write_text(content)
+        with pytest.raises(DgmrError, match=rf"distill\.hostfile: .*hosts: .*{says}"):
+            Run(recipe(distill=distill), tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
+    hosts.write_text("# this machine\nlocalhost slots=2\n")
+    check_needs(recipe(distill=distill))
 
 
 def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_path, monkeypatch):

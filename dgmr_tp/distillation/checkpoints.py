@@ -130,13 +130,18 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
 def writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OutOfMemoryError, distributed.DistError):  # RuntimeErrors too, and not about the disk
-        raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
+        if isinstance(error, OutOfMemoryError) or is_about_another_process(error):
+            raise
         problem = str(error).splitlines()[0]
         raise DgmrError(
             f"cannot write the checkpoint {folder}: {problem}; make room; the one before it is kept, run again to go on"
         ) from error
+
+
+def is_about_another_process(error: Exception) -> bool:
+    """Whether a collective failed because of one that is gone. Not every version of torch has an exception of its own for it."""
+    return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 def from_first(compute: Callable[[], T]) -> T:

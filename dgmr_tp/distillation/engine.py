@@ -21,6 +21,8 @@ BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed reduces at a time, where there are so many."""
 OFFLOADS = {"zero_optimization.offload_optimizer": "optimizer", "zero_optimization.offload_param": "all"}
 """What of a DeepSpeed file the recipe has to say, for the memory plan and the optimiser to know."""
+SCRAMBLING = ("zero_optimization.round_robin_gradients", "zero_optimization.mics_shard_size")
+"""Options with which DeepSpeed itself does not find a parameter's master weights again (``safe_get_full_fp32_param``)."""
 PATIENCE = timedelta(hours=2)
 """How long the processes wait for one of them: the conversion of a large checkpoint takes its time."""
 
@@ -98,6 +100,8 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: s
             raise DgmrError(
                 f"{path}: {name} is not for DeepSpeed to say: the recipe has the optimiser, schedule, batch and precision; remove it"
             )
+        if name in SCRAMBLING and value not in (False, -1):
+            raise DgmrError(f"{path}: {name}: with it DeepSpeed cannot give the trained weights back; remove it")
         if name in OFFLOADS and key not in ours and isinstance(value, dict) and value.get("device", "none") != "none":
             raise DgmrError(f"{path}: {name}, but the recipe's {section} section does not say offload: {OFFLOADS[name]}; say it there")
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):

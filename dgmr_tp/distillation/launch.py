@@ -57,7 +57,9 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
     else:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [str(scripts / "deepspeed"), *where, "--master_port", str(_free_port()), "--quiet", "--no_local_rank"]
+    if not hostfile:  # which port is free on the first of its machines, this one does not know
+        where += ["--master_port", str(_free_port())]
+    command = [str(scripts / "deepspeed"), *where, "--quiet", "--no_local_rank"]
     command += ["--module", "dgmr_tp", *arguments]
     stop.unlink(missing_ok=True)
     told = threading.Event()

@@ -107,7 +107,7 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
     except RuntimeError as error:
         if any(words in str(error) for words in OUT_OF_MEMORY):
             raise DgmrError(f"out of memory: {first_line(error)}; {settings.needs_less_memory}") from error
-        if isinstance(error, distributed.DistError) or "gloo" in str(error):
+        if checkpoints.is_about_another_process(error):
             raise DgmrError(f"another process of this training is gone ({first_line(error)}); see its message, and run again") from error
         raise
     finally:
@@ -207,6 +207,7 @@ def _steps(
         scores = task.scores(engine)
         if average is None:
             best.keep(scores["score"], step, whole_parameters(engine.module))
+            distributed.barrier()  # the first process writes; elsewhere the others would wait in a group with less patience
         return scores
 
     def draw(step: int, curves: dict[str, float]) -> None:

@@ -91,7 +91,8 @@ class Planner:
         """Of ``world`` processes, a device each."""
         stage, width, trained = settings.zero_stage, self.width, self.trained
         parts = world if stage else 1
-        moments, master, copy, average = 8, 4 if settings.bf16 else 0, 4 if stage else 0, 4 if settings.ema else 0
+        # Every stage but 0 has master weights of its own, in float32 too.
+        moments, master, copy, average = 8, 4 if stage else 0, 4 if stage else 0, 4 if settings.ema else 0
         optimizer = (moments + master + copy) * trained / parts
         weights, gradients, teacher = float(width * self.student), float(width * trained), float(width * self.teacher)
         if stage >= 2:
