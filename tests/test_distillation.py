@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from functools import cache
@@ -42,12 +43,12 @@ from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
 from dgmr_tp.distillation.kept import KeptFeatures
 from dgmr_tp.distillation.launch import launch as launch_processes
-from dgmr_tp.distillation.loop import read_curve, save_in_words, training
+from dgmr_tp.distillation.loop import FAILED, read_curve, save_in_words, training
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.distillation.watch import Best, HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.files import Held, hold
 from dgmr_tp.pipeline import Run
 from dgmr_tp.recipe import Distill
@@ -270,6 +271,22 @@ def test_a_process_that_is_gone_is_one_sentence(process_group, tmp_path):
     ):
         with pytest.raises(DgmrError, match=r"another process of this training is gone \(.*(NCCL|gloo)"), training(tmp_path, settings()):
             raise error
+
+
+def test_a_process_that_fails_ends_those_that_wait_for_it(process_group, tmp_path, monkeypatch):
+    with pytest.raises(DgmrError, match="the disk"), training(tmp_path, settings()):
+        raise DgmrError("the disk")
+    assert (tmp_path / FAILED).exists()
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda code: ended.set())
+    monkeypatch.setattr("dgmr_tp.distillation.loop.LAST_WORDS", 0.1)
+    with training(tmp_path, settings()):
+        assert not ended.wait(1.5), "what an earlier start left behind ends nothing"
+        (tmp_path / FAILED).touch()
+        assert ended.wait(10)
+    with pytest.raises(Preempted), training(tmp_path, settings()):
+        raise Preempted("told")
+    assert not (tmp_path / FAILED).exists()
 
 
 @pytest.mark.parametrize("says", ["CUDA error: out of memory", "Cuda failure 'out of memory'", "CUBLAS_STATUS_ALLOC_FAILED", "else"])

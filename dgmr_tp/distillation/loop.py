@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import shutil
 import signal
 import threading
@@ -44,6 +45,10 @@ from dgmr_tp.progress import Meter
 
 STOP = "stop"
 """A file in the directory of a training that asks it to save and leave."""
+FAILED = "failed"
+"""A file there that a process leaves which has failed."""
+LAST_WORDS = 10
+"""Seconds that the others then have to notice it by themselves, and to say so."""
 CHECKPOINTS = "checkpoints"
 """Folder in the directory of a training with all that a run goes on from, and that nobody needs in the end."""
 LAUNCHERS_PATIENCE = 30
@@ -100,9 +105,11 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
     lock = None
     try:
         start_deepspeed()
-        lock = hold(directory, f"{settings.what} is running") if distributed.get_rank() == 0 else None
+        if distributed.get_rank() == 0:
+            lock = hold(directory, f"{settings.what} is running")
+            (directory / FAILED).unlink(missing_ok=True)
         distributed.barrier()  # until the first process has prepared the directory
-        with _told_to_stop(directory / STOP) as stop:
+        with _told_to_stop(directory / STOP) as stop, _failing_together(directory / FAILED):
             yield stop
     except RuntimeError as error:
         if any(words in str(error) for words in OUT_OF_MEMORY):
@@ -331,6 +338,31 @@ def _told_to_stop(file: Path) -> Iterator[Callable[[], bool]]:
         yield lambda: told.is_set() or (first and file.exists())
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _failing_together(file: Path) -> Iterator[None]:
+    """A process that fails makes ``file``, which ends the others: on a GPU they would wait for it until NCCL loses patience."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            if file.exists():
+                if not over.wait(LAST_WORDS):
+                    os._exit(1)
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except Preempted:
+        raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.touch()
+        raise
+    finally:
+        over.set()
 
 
 def _clean(folder: Path, found: Checkpoint | None, damaged: list[str], what: str) -> None:
