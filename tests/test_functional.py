@@ -261,7 +261,7 @@ def test_few_images_do_not_make_the_last_block_worthless():
 
 def test_without_images_it_says_what_to_give(tmp_path):
     tower = redraw(timm_tower())
-    with pytest.raises(DgmrError, match=r"criterion output looks at calibration images.*--recover IMAGES"):
+    with pytest.raises(DgmrError, match=r"criterion output looks at calibration images.*--images or --recover"):
         make_plan(tower, "output", keep=8)
     with pytest.raises(DgmrError, match=r"got none"):
         make_plan(tower, "activation", [], keep=8)

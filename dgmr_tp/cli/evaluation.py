@@ -281,7 +281,8 @@ def _written(metrics, label, task, file, speaks, judged, *others) -> dict[str, f
 def _say_what_is_left_out(*looked_at) -> int:  # type: ignore[no-untyped-def]
     """How many images did not decode."""
     for images in looked_at:
-        for name, error in list(images.broken.items())[:1]:
+        if images.broken:
+            name, error = next(iter(images.broken.items()))
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"
             out.print(f"{share} do not decode and are left out; the first: {name}: {error}", soft_wrap=True)
     return sum(len(images.broken) for images in looked_at)
