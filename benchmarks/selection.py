@@ -1,4 +1,4 @@
-"""DGMR's selection at one MLP of EVA02-CLIP-E: the paper's loop, LAPACK's pivoted QR, and two others, side by side in one run.
+"""DGMR's selection at one MLP of EVA02-CLIP-E: the paper's loop, LAPACK's pivoted QR, and a plain one, side by side in one run.
 
     python benchmarks/selection.py --out benchmarks/results/selection.json
 
@@ -44,12 +44,6 @@ def paper_loop(weight: np.ndarray) -> np.ndarray:
     return np.array(picks)
 
 
-def gram_and_pivoted_cholesky(weight: np.ndarray) -> np.ndarray:
-    gram = np.asfortranarray(weight @ weight.T)
-    _, pivots, _, _ = lapack.dpstrf(gram, lower=1, overwrite_a=True)
-    return pivots[:COLUMNS] - 1
-
-
 def plain_qr(weight: np.ndarray) -> None:
     lapack.dgeqrf(weight.copy().T, lwork=64 * ROWS, overwrite_a=True)  # blocks, as ours
 
@@ -62,7 +56,6 @@ def main() -> None:
     ways: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
         "ours: LAPACK geqp3": lambda w: select_diverse_rows(w, COLUMNS).order[:COLUMNS],
         "plain QR, no pivoting (selects nothing)": plain_qr,
-        "Gram matrix and pivoted Cholesky": gram_and_pivoted_cholesky,
         "the paper's loop": paper_loop,
     }
     seconds, picks = {}, {}
