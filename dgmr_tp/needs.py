@@ -45,9 +45,8 @@ def _check_paths(recipe: Recipe) -> None:
     for key, path in paths.items():
         if not path.startswith("scenes:") and not (key == "images" and is_url(path)) and not Path(path).exists():
             raise DgmrError(f"{key}: {path} does not exist")
-    for stage in TRAININGS:
-        if hosts := getattr(getattr(recipe, stage), "hostfile", None):
-            _check_hosts(f"{stage}.hostfile: {hosts}", hosts)
+        if key.endswith(".hostfile"):
+            _check_hosts(key, path)
     if recipe.tune_text and not recipe.tune_text.captions.startswith("scenes:"):
         from dgmr_tp.data.captions import Captioned
 
@@ -60,10 +59,10 @@ def _check_hosts(key: str, hosts: str) -> None:
     try:
         machines = fetch_hostfile(hosts)
     except ValueError as error:
-        raise DgmrError(f"{key}: {error}; it takes lines such as node1 slots=8") from error
+        raise DgmrError(f"{key}: {hosts}: {error}; it takes lines such as node1 slots=8") from error
     if len(machines) > 1 and not shutil.which("pdsh"):
         raise DgmrError(
-            f"{key}: the deepspeed launcher reaches other machines by pdsh, which is not installed; install it, or start the "
+            f"{key}: {hosts}: the deepspeed launcher reaches other machines by pdsh, which is not installed; install it, or start the "
             "processes yourself (docs/distillation.md)"
         )
 

@@ -80,8 +80,7 @@ class Prune(Section):
     mlp_ratio: float | list[float] | None = None
     """Hidden width over width, in every block."""
     keep_ratio: float | list[float] | None = None
-    """Share of the hidden neurons that stays in every block.
-    """
+    """Share of the hidden neurons that stays in every block."""
     keep: int | list[int] | None = None
     """Hidden neurons that stay in every block."""
     budget: dict[str, float] | list[dict[str, float]] | None = None
@@ -408,7 +407,7 @@ class Export(Section):
 
 
 class Recipe(Section):
-    """The whole of a run; each key but ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
+    """The whole of a run; each key but ``name``, ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
 
     name: str
     """What the report calls the run; it lies in ``runs/NAME`` if nothing else is said."""

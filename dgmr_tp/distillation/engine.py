@@ -171,10 +171,9 @@ def whole_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Every process has to go through all of them.
     """
     whole = require("deepspeed", "distill").utils.safe_get_full_fp32_param
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            value = whole(parameter)
-            yield name, (parameter.detach() if value is None else value).float()
+    for name, parameter in _trained(module):
+        value = whole(parameter)
+        yield name, (parameter.detach() if value is None else value).float()
 
 
 class Average:
@@ -189,7 +188,7 @@ class Average:
     def __init__(self, module: nn.Module, decay: float, known: dict[str, Tensor]) -> None:
         self.module, self.decay = module, decay
         self.parts = {}
-        for name, parameter in self._trained():
+        for name, parameter in _trained(self.module):
             part, start = _held(parameter)
             self.parts[name] = part.clone()
             if known:
@@ -199,12 +198,12 @@ class Average:
     @torch.no_grad()
     def update(self) -> None:
         """``average ← decay · average + (1 − decay) · parameter``."""
-        for name, parameter in self._trained():
+        for name, parameter in _trained(self.module):
             self.parts[name].lerp_(_held(parameter)[0], 1 - self.decay)
 
     def whole(self) -> Iterator[tuple[str, Tensor]]:
         """One parameter's average after the other. Every process has to go through all of them."""
-        for name, parameter in self._trained():
+        for name, parameter in _trained(self.module):
             _, start = _held(parameter)
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty one
             value = torch.zeros(shape.numel(), device=device_here())
@@ -214,8 +213,9 @@ class Average:
                 distributed.all_reduce(value)
             yield name, value.view(shape)
 
-    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:
