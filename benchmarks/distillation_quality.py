@@ -23,8 +23,8 @@ from torch import Tensor
 from train_cifar10_clip import load_split, normalise
 
 from dgmr_tp import prune
-from dgmr_tp.decide import make_plan
-from dgmr_tp.files import write_whole
+from dgmr_tp.compression.criteria import make_plan
+from dgmr_tp.utils.files import write_whole
 
 BATCH = 64
 

@@ -33,14 +33,14 @@ from torchvision import transforms
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
+from dgmr_tp.distillation.config import DistillSettings
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
 from dgmr_tp.distillation.loop import read_curve
-from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.files import write_whole
+from dgmr_tp.pipeline.recipe import Distill
 from dgmr_tp.pruning import last_state
-from dgmr_tp.recipe import Distill
+from dgmr_tp.utils.files import write_whole
 
 WARM_UP, MEASURED = 20, 40
 STEPS = WARM_UP + MEASURED

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from dgmr_tp import open_model, prune
 from dgmr_tp.export import onnx_file, program_file
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.export.latency import latencies
-from dgmr_tp.export.parts import Part
 from dgmr_tp.export.towers import vision_part
-from dgmr_tp.files import write_whole
 from dgmr_tp.pruning.cost import flops
+from dgmr_tp.utils.files import write_whole
 
 PROVIDERS = {"cuda": ("CUDAExecutionProvider", "TensorrtExecutionProvider"), "cpu": ("CPUExecutionProvider",)}
 

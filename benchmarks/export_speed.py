@@ -20,12 +20,12 @@ import onnxruntime
 import torch
 
 from dgmr_tp import open_model, prune
-from dgmr_tp.decide import block_sites
+from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.export import onnx_file
 from dgmr_tp.export.latency import latencies
 from dgmr_tp.export.towers import vision_part
-from dgmr_tp.files import write_whole
 from dgmr_tp.pruning.cost import flops
+from dgmr_tp.utils.files import write_whole
 
 SHAPES = {"ViT-B-16": (768, 770, 761, 1536), "ViT-L-14": (1024, 1026, 1017)}
 BATCH, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}

@@ -24,11 +24,11 @@ from conftest import pictures, redraw
 from families import FAMILIES, FORMS
 
 from dgmr_tp import load_pruned, prune
-from dgmr_tp.decide import block_sites
+from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.towers import parts_of
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
 
 SPEAKING = [name for name in FAMILIES if name.startswith("open_clip") or name in ("transformers CLIPModel", "transformers SiglipModel")]
 """Families with a text tower."""

@@ -17,8 +17,8 @@ from pathlib import Path
 import faiss
 import torch
 
-from dgmr_tp.evaluation.compatibility import compatibility
-from dgmr_tp.files import write_whole
+from dgmr_tp.evaluation.index_compatibility import compatibility
+from dgmr_tp.utils.files import write_whole
 
 ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
 

@@ -40,16 +40,16 @@ from torch import Tensor, nn
 from train_cifar10_clip import load_split, normalise, train
 
 from dgmr_tp import prune
+from dgmr_tp.compression.criteria import block_sites, make_plan, rank, search
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
-from dgmr_tp.decide import block_sites, make_plan, rank, search
 from dgmr_tp.distillation.engine import parameter_groups
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.encoders import as_encoder, open_model
-from dgmr_tp.files import write_whole
-from dgmr_tp.neighbours import nearest_classes
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.pruning.functional import PROBED
+from dgmr_tp.pruning.output_selection import PROBED
+from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.knn import nearest_classes
 
 UNIFORM = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
 FITTED = "output, fitted widths"

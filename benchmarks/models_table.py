@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from dgmr_tp import open_model
-from dgmr_tp.decide import block_sites
+from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.pruning.allocation import keep_counts
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 

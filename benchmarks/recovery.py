@@ -24,12 +24,12 @@ from torchvision.transforms.functional import resize
 from train_cifar10_clip import normalise
 
 from dgmr_tp import prune
+from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.data.scenes import Scene
-from dgmr_tp.decide import make_plan
 from dgmr_tp.encoders import as_encoder
-from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import Encoder, Plan, last_state, recover, recovery
 from dgmr_tp.pruning.calibration import recorded_inputs
+from dgmr_tp.utils.files import write_whole
 
 
 def uniform(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:

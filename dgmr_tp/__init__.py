@@ -21,8 +21,8 @@ HOMES = {
     "Plan": "dgmr_tp.pruning",
     "load_pruned": "dgmr_tp.encoders",
     "open_model": "dgmr_tp.encoders",
-    "prune": "dgmr_tp.oneshot",
-    "prune_streaming": "dgmr_tp.streaming",
+    "prune": "dgmr_tp.compression.prune",
+    "prune_streaming": "dgmr_tp.compression.streaming",
 }
 
 

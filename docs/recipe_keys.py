@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from dgmr_tp.recipe import Recipe
+from dgmr_tp.pipeline.recipe import Recipe
 
 HEAD = """# Every key of a recipe
 

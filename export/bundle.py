@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.export import onnx_file
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.export.formats import FORMATS
-from dgmr_tp.export.parts import Part
-from dgmr_tp.export.proof import VERIFIED, prove
-from dgmr_tp.files import sha256, write_whole
+from dgmr_tp.export.verify import VERIFIED, prove
+from dgmr_tp.utils.files import sha256, write_whole
 
 MANIFEST = "export.json"
 
@@ -50,7 +50,7 @@ def export_bundle(
     Returns:
         What ``export.json`` holds: model, preprocessing, opset, threads, versions; per tower names, shapes and types of inputs and
         outputs, and per format the file, the SHA-256 of everything written, its size, and the proof
-        (:func:`dgmr_tp.export.proof.prove`). A format whose ``verdict`` is not ``verified`` failed: its file is named ``.failed``, or is
+        (:func:`dgmr_tp.export.verify.prove`). A format whose ``verdict`` is not ``verified`` failed: its file is named ``.failed``, or is
         not there because it could not be written.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.export import onnx_file, program_file, torchscript_file
-from dgmr_tp.export.parts import Part, Run
+from dgmr_tp.export.export_tower import Part, Run
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from torch import Tensor
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle
-from dgmr_tp.export.parts import Part
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.export.towers import parts_of
-from dgmr_tp.extras import require
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.lazy_imports import require
 
 LAYOUTS = ("plain", "huggingface", "immich")
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export.parts import Part, Run
-from dgmr_tp.extras import require
+from dgmr_tp.export.export_tower import Part, Run
+from dgmr_tp.utils.lazy_imports import require
 
 OPSET = 20
 LARGE = 1.9e9

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgmr_tp.export.parts import Part, Run, as_tuple
+from dgmr_tp.export.export_tower import Part, Run, as_tuple
 
 
 def write(part: Part, path: Path) -> None:

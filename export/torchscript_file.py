@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dgmr_tp.export.parts import Part, Run, as_tuple
+from dgmr_tp.export.export_tower import Part, Run, as_tuple
 
 
 def write(part: Part, path: Path) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export.parts import Part
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.encoder import last_state, projection
+from dgmr_tp.pruning.adapter import last_state, projection
 
 OUTPUTS = ("embedding", "patches")
 TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print of an old newspaper, out of focus")

@@ -23,7 +23,7 @@ from torch import nn
 
 from dgmr_tp.cli import main
 from dgmr_tp.encoders import as_encoder
-from dgmr_tp.recipe import parse_recipe
+from dgmr_tp.pipeline.recipe import parse_recipe
 
 
 def pytest_runtest_setup() -> None:

@@ -25,13 +25,13 @@ from torch import distributed
 from dgmr_tp import prune
 from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.streams import find_images
+from dgmr_tp.distillation.config import DistillSettings, TextSettings
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
-from dgmr_tp.distillation.settings import DistillSettings, TextSettings
 from dgmr_tp.distillation.text import tune_text
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.recipe import Distill, TuneText
+from dgmr_tp.pipeline.recipe import Distill, TuneText
 
 TEXT = {"steps": 12, "batch_size": 8, "base_lr": 1e-2, "checkpoint_every": 4, "keep_checkpoints": 3, "log_every": 1}
 SECTION = {**SMALL["distill"], "steps": 12, "checkpoint_every": 4, "keep_checkpoints": 3}

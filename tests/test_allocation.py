@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.decide import block_sites, make_plan, rank
+from dgmr_tp.compression.criteria import block_sites, make_plan, rank
 from dgmr_tp.pruning import MLPPruner, Site, Tower, find_sites
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, flops, parameter_cost, parameters

@@ -20,7 +20,7 @@ from scipy.special import softmax
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.decide import block_sites, make_plan, search
+from dgmr_tp.compression.criteria import block_sites, make_plan, search
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.pruning import GivenScores, MLPPruner
 from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
@@ -245,7 +245,7 @@ WORKER = """
 import sys, torch, json
 sys.path.insert(0, sys.argv[1])
 from conftest import pictures, redraw, timm_tower
-from dgmr_tp.decide import search
+from dgmr_tp.compression.criteria import search
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.pruning.amp import gate_scores, weight_gradients
 torch.distributed.init_process_group("gloo")

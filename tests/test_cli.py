@@ -112,7 +112,7 @@ def test_memory_of_a_gpu_that_is_too_small(monkeypatch, tmp_path):
     def none(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
-    monkeypatch.setattr("dgmr_tp.oneshot.prune", none)
+    monkeypatch.setattr("dgmr_tp.compression.prune.prune", none)
     refused(
         "prune", "-o", tmp_path / "out", says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB.; take fewer images"
     )

@@ -12,8 +12,7 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli.evaluation import compare
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.evaluation.compatibility import VERDICTS, Limits, compatibility
-from dgmr_tp.evaluation.survey import Side, survey, text_classifier
+from dgmr_tp.evaluation.index_compatibility import VERDICTS, Limits, Side, compatibility, survey, text_classifier
 from dgmr_tp.pruning import Tower
 
 

@@ -16,7 +16,7 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
 from dgmr_tp.data.streams import find_images
 from dgmr_tp.distillation.data import Crops, StreamCrops, batches, distinct_places, places, stream_batches, training_transform
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -39,19 +39,19 @@ from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
+from dgmr_tp.distillation.config import DistillSettings
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
-from dgmr_tp.distillation.kept import KeptFeatures
+from dgmr_tp.distillation.feature_cache import KeptFeatures
 from dgmr_tp.distillation.launch import launch as launch_processes
 from dgmr_tp.distillation.loop import FAILED, read_curve, save_in_words, training
 from dgmr_tp.distillation.losses import FeatureTap, Objective
-from dgmr_tp.distillation.settings import DistillSettings
-from dgmr_tp.distillation.watch import Best, HeldOut
+from dgmr_tp.distillation.validation import Best, HeldOut
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError, Preempted
-from dgmr_tp.files import Held, hold
-from dgmr_tp.pipeline import Run
-from dgmr_tp.recipe import Distill
+from dgmr_tp.pipeline.recipe import Distill
+from dgmr_tp.pipeline.run import Run
+from dgmr_tp.utils.files import Held, hold
 
 
 def settings(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillSettings:

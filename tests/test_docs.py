@@ -9,8 +9,8 @@ import pytest
 import typer
 
 from dgmr_tp.cli import app, recipes
-from dgmr_tp.pipeline import STAGES
-from dgmr_tp.recipe import Recipe
+from dgmr_tp.pipeline.recipe import Recipe
+from dgmr_tp.pipeline.run import STAGES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

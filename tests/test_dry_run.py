@@ -8,8 +8,8 @@ import torch
 from conftest import call_command, run_command, write_recipe
 from models_table import write_internvit
 
-from dgmr_tp.dry_run import dry_run
-from dgmr_tp.recipe import load_recipe
+from dgmr_tp.pipeline.dry_run import dry_run
+from dgmr_tp.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 # Recipe, row of docs/models.md, blocks, hidden before and after, the paper's 4 digits, M parameters that a smaller image saves.

@@ -21,12 +21,12 @@ from dgmr_tp import DgmrError, open_model
 from dgmr_tp.cli import evaluation as commands
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
+from dgmr_tp.evaluation.loading import open_served
 from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, clip_benchmark, evaluate
 from dgmr_tp.evaluation.zoo import CLASSIFICATION, RETRIEVAL, find_zoo, knn_folders, zoo_figures
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.towers import parts_of
 from dgmr_tp.pruning.cost import flops, parameters
-from dgmr_tp.served import open_served
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,11 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.export.formats import FORMATS, open_exported
 from dgmr_tp.export.layouts import export_model, image_processor
-from dgmr_tp.export.parts import Part
-from dgmr_tp.export.proof import VERIFIED, _compare, _judge
 from dgmr_tp.export.towers import parts_of, vision_part
+from dgmr_tp.export.verify import VERIFIED, _compare, _judge
 
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 

@@ -15,13 +15,13 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
-from dgmr_tp.decide import Rankings, block_sites, make_plan, rank
+from dgmr_tp.compression.criteria import Rankings, block_sites, make_plan, rank
+from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_encoder
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.pruning.functional import rank_neurons
-from dgmr_tp.streaming import prune_streaming
+from dgmr_tp.pruning.output_selection import rank_neurons
 
 
 def problem(seed, neurons=8, tokens=60, width=4):
@@ -152,7 +152,7 @@ def test_it_works_in_a_stock_pruner():
 def test_more_picks_than_a_panel_change_nothing(monkeypatch):
     hidden, weight = problem(3, neurons=40, tokens=200)
     whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
-    monkeypatch.setattr("dgmr_tp.pruning.functional.PANEL", 7)
+    monkeypatch.setattr("dgmr_tp.pruning.output_selection.PANEL", 7)
     for by, expected in whole.items():
         got = ranked(hidden, weight, by=by)
         assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)

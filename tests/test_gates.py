@@ -10,7 +10,7 @@ from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner
-from dgmr_tp.decide import CRITERIA
+from dgmr_tp.compression.criteria import CRITERIA
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.pruning.selection import select_diverse_rows
 

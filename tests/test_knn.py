@@ -16,9 +16,9 @@ from dgmr_tp import DgmrError, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.knn import NEIGHBOURS, knn_accuracy
-from dgmr_tp.neighbours import nearest, nearest_classes
-from dgmr_tp.pipeline import Run
+from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning import Tower
+from dgmr_tp.utils.knn import nearest, nearest_classes
 
 
 @settings(deadline=None)

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head, head_accuracy, read_head
-from dgmr_tp.pipeline import Run
+from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning import Tower
 
 HOW = {"device": "cpu", "batch_size": 16}

@@ -14,10 +14,10 @@ from test_distillation import settings
 
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.memory import Devices, Planner
-from dgmr_tp.dry_run import plan_memory
 from dgmr_tp.encoders import as_encoder, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.meta import meta_copy
+from dgmr_tp.pipeline.dry_run import plan_memory
+from dgmr_tp.utils.modules import meta_copy
 
 
 def planner(given) -> Planner:

@@ -45,7 +45,7 @@ def test_the_wheel_holds_all_rooms_as_real_files(wheel):
     for name in (
         "dgmr_tp/export/bundle.py",
         "dgmr_tp/recipes/quickstart.yaml",
-        "dgmr_tp/templates/report.html.j2",
+        "dgmr_tp/pipeline/templates/report.html.j2",
         "dgmr_tp/data/demo_clip/open_clip_model.safetensors",
         "dgmr_tp/data/demo_clip/README.md",
         "dgmr_tp/py.typed",
@@ -59,7 +59,7 @@ def test_the_installed_wheel_imports_from_another_directory(wheel, tmp_path):
     subprocess.run(install, check=True, capture_output=True)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
-        "import dgmr_tp, dgmr_tp.export, dgmr_tp.recipes, dgmr_tp.pipeline, dgmr_tp.cli\n"
+        "import dgmr_tp, dgmr_tp.export, dgmr_tp.recipes, dgmr_tp.pipeline.run, dgmr_tp.cli\n"
         f"assert dgmr_tp.__file__.startswith({str(tmp_path)!r}), dgmr_tp.__file__\n"
         "print(len(dgmr_tp.open_model('demo').encoder.blocks()))"
     )

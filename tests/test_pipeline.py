@@ -17,10 +17,10 @@ from conftest import BIN, SMALL, begun, command, recipe, run_command, write_reci
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import hold
-from dgmr_tp.needs import check_needs
-from dgmr_tp.pipeline import Run
-from dgmr_tp.run_directory import RunDirectory, Step
+from dgmr_tp.pipeline.preflight import check_needs
+from dgmr_tp.pipeline.run import Run
+from dgmr_tp.pipeline.run_directory import RunDirectory, Step
+from dgmr_tp.utils.files import hold
 
 
 def weights(run: Path, stage: str = "distill"):

@@ -11,13 +11,13 @@ from families import FAMILIES
 from PIL import Image
 
 from dgmr_tp import DgmrError, open_model
+from dgmr_tp.compression.criteria import rank
+from dgmr_tp.compression.quality_target import prune_to_promise
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.decide import rank
-from dgmr_tp.pipeline import Run
-from dgmr_tp.promise import prune_to_promise
+from dgmr_tp.pipeline.report import collect
+from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.report import collect
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,9 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
     ):
         with pytest.raises(DgmrError, match=says):
             prune_to_promise(model, tmp_path, **options)
-    monkeypatch.setattr("dgmr_tp.promise.HALVINGS", 1)  # or else a size so near the whole tower is found that it keeps anything
+    monkeypatch.setattr(
+        "dgmr_tp.compression.quality_target.HALVINGS", 1
+    )  # or else a size so near the whole tower is found that it keeps anything
     with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not kept even at .* parameters"):
         prune_to_promise(model, images, min_cosine=0.99999, calibration=160, held_out=80)
 

@@ -61,7 +61,7 @@ def test_random_selection_loses_twenty_points(tmp_path):
 
 
 def test_the_images_of_the_quickstart_are_not_those_of_the_training():
-    from dgmr_tp.pipeline import SCENE_SEEDS
+    from dgmr_tp.pipeline.run import SCENE_SEEDS
 
     assert not {1, 2} & set(SCENE_SEEDS.values()) and len(set(SCENE_SEEDS.values())) == len(SCENE_SEEDS)
     assert not np.array_equal(scenes.Scene.draw(1, 0).image(), scenes.Scene.draw(SCENE_SEEDS["classes"], 0).image())

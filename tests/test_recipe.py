@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.recipe import load_recipe, parse_recipe
+from dgmr_tp.pipeline.recipe import load_recipe, parse_recipe
 
 GOOD = """\
 name: test

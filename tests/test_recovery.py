@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dgmr_tp.compression.prune import prune
 from dgmr_tp.encoders import as_encoder
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.oneshot import prune
 from dgmr_tp.pruning import MLPPruner, last_state, recover
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.recovery import Moments, _gain, _refit_layer, refit

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from rich.console import Console
 
-from dgmr_tp.report import collect, print_table, write_html
+from dgmr_tp.pipeline.report import collect, print_table, write_html
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 

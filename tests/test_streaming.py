@@ -12,9 +12,9 @@ from families import FAMILIES, bf16_shards, plain_output
 from safetensors import safe_open
 
 from dgmr_tp import DgmrError, load_pruned, open_model, prune
-from dgmr_tp.decide import make_plan
-from dgmr_tp.files import hold
-from dgmr_tp.streaming import JOURNAL, prune_streaming
+from dgmr_tp.compression.criteria import make_plan
+from dgmr_tp.compression.streaming import JOURNAL, prune_streaming
+from dgmr_tp.utils.files import hold
 
 SOURCES = ["open_clip", "timm DINOv2-g", "open_clip EVA02-L", "timm Swin", "transformers CLIPVisionModel", "transformers InternViT"]
 

@@ -29,7 +29,7 @@ from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need
 from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline import Run
+from dgmr_tp.pipeline.run import Run
 
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):

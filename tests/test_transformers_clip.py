@@ -15,11 +15,11 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
-from dgmr_tp.evaluation.survey import text_classifier
+from dgmr_tp.evaluation.index_compatibility import text_classifier
 from dgmr_tp.evaluation.zero_shot import as_clip, evaluate
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.layouts import export_model
-from dgmr_tp.pipeline import Run
+from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning import Tower
 
 TEXTS = ["a photo of a red circle", "two blue squares", "green"]

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, join_processes, out
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
 
 app = typer.Typer()
 TextOption = Annotated[
@@ -54,8 +54,8 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
 ) -> None:
     """Evaluate models or files with clip_benchmark's own code, by k-NN, or by a linear classifier; torchrun shares the images."""
+    from dgmr_tp.evaluation.loading import open_served
     from dgmr_tp.evaluation.zero_shot import tabulate, task_of
-    from dgmr_tp.served import open_served
 
     kinds = ((dataset, root), (knn_train, knn_test), (suite, data_root), (head_test,))
     if sum(None not in kind for kind in kinds) != 1 or sum(any(part is not None for part in kind) for kind in kinds) != 1:
@@ -117,8 +117,8 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
 
     --pretrained is a NAME's weights, or for a file the model that goes with it; none: what its export.json says.
     """
+    from dgmr_tp.evaluation.loading import is_file, open_served
     from dgmr_tp.evaluation.zero_shot import clip_benchmark as run_command
-    from dgmr_tp.served import is_file, open_served
 
     def load(model_name: str, pretrained: str, cache_dir: str | None, device: str):  # type: ignore[no-untyped-def]
         given = any(argument.startswith("--pretrained") for argument in context.args)
@@ -154,9 +154,9 @@ def compare(
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
 ) -> None:
     """Must the index be rebuilt? What old and new embeddings of your own images find in each other."""
-    from dgmr_tp.evaluation.compatibility import Limits, compatibility
-    from dgmr_tp.extras import require_installed
-    from dgmr_tp.report import in_words, percent, write_html
+    from dgmr_tp.evaluation.index_compatibility import Limits, compatibility
+    from dgmr_tp.pipeline.report import in_words, percent, write_html
+    from dgmr_tp.utils.lazy_imports import require_installed
 
     for package, extra in (("faiss", "eval"), ("jinja2", "export")):  # said before anything is embedded
         require_installed(package, extra)
@@ -167,14 +167,14 @@ def compare(
     if not any(arrays) and images is None:
         raise DgmrError("two encoders are compared on images: give --images FOLDER, with images like those in your index")
     if all(arrays):
-        from dgmr_tp.evaluation.survey import saved_classifier
+        from dgmr_tp.evaluation.index_compatibility import saved_classifier
 
         rows = [_array(side) for side in (old, new)]
         found = compatibility(*rows, classifier=saved_classifier(classes) if classes else None, queries=queries, limits=limits, seed=seed)
     else:
-        from dgmr_tp.evaluation.survey import Side, survey, text_classifier
-        from dgmr_tp.progress import shown
-        from dgmr_tp.served import open_served
+        from dgmr_tp.evaluation.index_compatibility import Side, survey, text_classifier
+        from dgmr_tp.evaluation.loading import open_served
+        from dgmr_tp.utils.progress import shown
 
         opened = [
             open_served(side, pretrained, text=text, trusted=trust_file, device=device())
@@ -260,7 +260,7 @@ def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict
 
 
 def _with_progress(measure, served, speaks, **options):  # type: ignore[no-untyped-def]
-    from dgmr_tp.progress import shown
+    from dgmr_tp.utils.progress import shown
 
     with shown() as progress:
         if speaks:

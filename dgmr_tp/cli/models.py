@@ -89,7 +89,7 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 @app.command()
 def relocate(directory: Annotated[Path, typer.Argument(help="A model directory that was moved.")]) -> None:
     """Write a model directory's new path into its config, for open_clip models whose timm trunk was pruned."""
-    from dgmr_tp.extras import require
+    from dgmr_tp.utils.lazy_imports import require
 
     changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
     out.print(f"{directory}: {'its config names the new path' if changed else 'its config holds no path; nothing to do'}")
@@ -107,7 +107,7 @@ def _proof_images(opened, images):  # type: ignore[no-untyped-def]
     """Images to prove an export with, as the model takes them."""
     import torch
 
-    from dgmr_tp.export.proof import EXAMPLES
+    from dgmr_tp.export.verify import EXAMPLES
 
     if images is not None:
         from dgmr_tp.data.streams import find_images

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dgmr_tp.cli.common import ModelOption, PretrainedOption, SeedOption, device, join_processes, out
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
 
 if TYPE_CHECKING:
     from dgmr_tp.pruning import Amount
@@ -45,9 +45,9 @@ def rank(
     seed: SeedOption = 0,
 ) -> None:
     """Order all neurons by what they do on images, once; plan and prune then take any size from the file at once."""
-    from dgmr_tp.decide import rank as rank_model
+    from dgmr_tp.compression.criteria import rank as rank_model
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.progress import shown
+    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(file)
     opened = open_model(model, pretrained)
@@ -84,9 +84,9 @@ def amp(
 
     On several GPUs: torchrun --nproc-per-node 8 -m dgmr_tp amp ...
     """
-    from dgmr_tp.decide import search
+    from dgmr_tp.compression.criteria import search
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.progress import shown
+    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(file)
     journal = file.with_name(f".{file.name}.partial")
@@ -139,8 +139,8 @@ def plan(
     plan RECIPE --devices 8x48GB says instead what the recipe's distillation needs on each device, and fails if it does not fit.
     """
     if recipe or devices:
-        from dgmr_tp.dry_run import plan_memory
-        from dgmr_tp.recipe import load_recipe
+        from dgmr_tp.pipeline.dry_run import plan_memory
+        from dgmr_tp.pipeline.recipe import load_recipe
 
         if not recipe or not devices:
             raise DgmrError("a recipe and --devices go together, as in: dgmr-tp plan RECIPE --devices 8x48GB")
@@ -149,10 +149,10 @@ def plan(
         if misfit:
             raise DgmrError(misfit)
         return
-    from dgmr_tp.decide import SEEING, Rankings, make_plan
-    from dgmr_tp.decide import rank as rank_model
+    from dgmr_tp.compression.criteria import SEEING, Rankings, make_plan
+    from dgmr_tp.compression.criteria import rank as rank_model
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.progress import shown
+    from dgmr_tp.utils.progress import shown
 
     amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
     timed = any("latency" in (amount["budget"] or {}) for amount in amounts)
@@ -238,11 +238,11 @@ def prune(
         }
         _prune_to_promise(model, pretrained, out_dir, recover, rankings, {**limits, **options})
         return
-    from dgmr_tp.decide import Rankings
+    from dgmr_tp.compression.criteria import Rankings
+    from dgmr_tp.compression.prune import prune as prune_model
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.oneshot import prune as prune_model
-    from dgmr_tp.progress import shown
     from dgmr_tp.pruning import Plan
+    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(out_dir)
     opened = open_model(model, pretrained)
@@ -290,8 +290,8 @@ def recover(
 
 
 def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> None:  # type: ignore[no-untyped-def]
-    from dgmr_tp.progress import shown
-    from dgmr_tp.streaming import prune_streaming
+    from dgmr_tp.compression.streaming import prune_streaming
+    from dgmr_tp.utils.progress import shown
 
     with shown() as progress:
         plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, progress=progress, **amount)
@@ -300,10 +300,10 @@ def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> N
 
 
 def _prune_to_promise(model, pretrained, directory, images, rankings, options) -> None:  # type: ignore[no-untyped-def]
-    from dgmr_tp.decide import Rankings
+    from dgmr_tp.compression.criteria import Rankings
+    from dgmr_tp.compression.quality_target import prune_to_promise
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.progress import shown
-    from dgmr_tp.promise import prune_to_promise
+    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(directory)
     opened = open_model(model, pretrained)

@@ -29,13 +29,13 @@ def run(
 ) -> None:
     """Run a recipe: prune, recover, distil, evaluate, export, report. Goes on where it was stopped."""
     if dry:
-        from dgmr_tp.dry_run import dry_run
-        from dgmr_tp.recipe import load_recipe
+        from dgmr_tp.pipeline.dry_run import dry_run
+        from dgmr_tp.pipeline.recipe import load_recipe
 
         out.print(str(dry_run(load_recipe(recipe, to_run=False))), soft_wrap=True)
         return
-    from dgmr_tp.pipeline import Run
-    from dgmr_tp.recipe import load_recipe
+    from dgmr_tp.pipeline.recipe import load_recipe
+    from dgmr_tp.pipeline.run import Run
 
     parsed = load_recipe(recipe)
     this = Run(parsed, directory or Path("runs") / parsed.name)
@@ -47,7 +47,7 @@ def run(
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """Write report.html of a run and print its table."""
-    from dgmr_tp.pipeline import Run
+    from dgmr_tp.pipeline.run import Run
 
     _report(Run.open(directory))
 
@@ -79,7 +79,7 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
 
     from dgmr_tp.distillation.engine import stop_deepspeed
     from dgmr_tp.distillation.launch import end_with_parent, is_worker
-    from dgmr_tp.pipeline import Run
+    from dgmr_tp.pipeline.run import Run
 
     this = Run.open(directory)
     if getattr(this.recipe, stage) is None:
@@ -120,7 +120,7 @@ def _preemptible() -> Iterator[None]:
 
 
 def _report(this) -> None:  # type: ignore[no-untyped-def]
-    from dgmr_tp.report import collect, print_table, write_html
+    from dgmr_tp.pipeline.report import collect, print_table, write_html
 
     figures = {step.key: this.figures(step.key) for step in this.steps}
     data = collect(this.directory, this.recipe.name, figures, this.not_zero_shot)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import files_below
+from dgmr_tp.utils.files import files_below
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dgmr_tp.data.images import EXTENSIONS, Images, decoded, stacked
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
+from dgmr_tp.utils.lazy_imports import require
 
 SHUFFLED = 1000
 """Encoded images among which the next one is drawn: a shard's own order is not random."""

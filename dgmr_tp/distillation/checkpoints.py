@@ -19,7 +19,7 @@ from torch import OutOfMemoryError, Tensor, distributed
 
 from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import sha256, write_whole
+from dgmr_tp.utils.files import sha256, write_whole
 
 SEAL = "whole.json"
 """Written last, when every process has written its part: what the checkpoint is and the SHA-256 of its files."""

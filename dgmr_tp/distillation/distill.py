@@ -15,17 +15,17 @@ from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.checkpoints import Checkpoint
+from dgmr_tp.distillation.config import DistillSettings
 from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, check_seen_alike, stream_batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
-from dgmr_tp.distillation.kept import KeptFeatures
+from dgmr_tp.distillation.feature_cache import KeptFeatures
 from dgmr_tp.distillation.loop import Task, train, training
 from dgmr_tp.distillation.losses import Features, FeatureTap
-from dgmr_tp.distillation.settings import DistillSettings
-from dgmr_tp.distillation.watch import HeldOut
+from dgmr_tp.distillation.validation import HeldOut
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
 from dgmr_tp.pruning.cost import flops
+from dgmr_tp.utils.lazy_imports import require
 
 
 def distill(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from dgmr_tp.distillation.settings import Settings
+from dgmr_tp.distillation.config import Settings
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
-from dgmr_tp.pruning.meta import meta_copy
+from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.modules import meta_copy
 
 BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed reduces at a time, where there are so many."""

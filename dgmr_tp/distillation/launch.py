@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from dgmr_tp.errors import DgmrError, Preempted
-from dgmr_tp.extras import require_installed
-from dgmr_tp.files import Held, hold
+from dgmr_tp.utils.files import Held, hold
+from dgmr_tp.utils.lazy_imports import require_installed
 
 PARENT = "DGMR_TP_PARENT"
 """Environment variable with the process that waits for the launched ones."""

@@ -24,6 +24,7 @@ from torch import Tensor, distributed, nn
 from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
+from dgmr_tp.distillation.config import Settings
 from dgmr_tp.distillation.data import Sample
 from dgmr_tp.distillation.engine import (
     BUCKET,
@@ -36,12 +37,12 @@ from dgmr_tp.distillation.engine import (
     start_deepspeed,
     whole_parameters,
 )
-from dgmr_tp.distillation.settings import Settings
-from dgmr_tp.distillation.watch import Best, Speed, in_words, peak_flops
+from dgmr_tp.distillation.throughput import Speed, in_words, peak_flops
+from dgmr_tp.distillation.validation import Best
 from dgmr_tp.errors import DgmrError, Preempted, first_line
-from dgmr_tp.extras import require
-from dgmr_tp.files import hold
-from dgmr_tp.progress import Meter
+from dgmr_tp.utils.files import hold
+from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.progress import Meter
 
 STOP = "stop"
 """A file in the directory of a training that asks it to save and leave."""

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.encoder import projection
+from dgmr_tp.pruning.adapter import projection
 
 Features = dict[str, Tensor]
 

@@ -16,12 +16,12 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.distillation.config import DistillSettings
 from dgmr_tp.distillation.engine import BUCKET, freeze_what_outputs_do_not_need
 from dgmr_tp.distillation.losses import FeatureTap
-from dgmr_tp.distillation.settings import DistillSettings
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.meta import meta_copy
+from dgmr_tp.utils.modules import meta_copy
 
 LIVE = 1_000_000_000
 """Elements of sharded parameters that DeepSpeed holds whole until they are needed again."""

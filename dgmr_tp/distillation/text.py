@@ -22,15 +22,15 @@ from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import Checkpoint, from_first
+from dgmr_tp.distillation.config import TextSettings
 from dgmr_tp.distillation.data import Sample, check_seen_alike, distinct_places
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
-from dgmr_tp.distillation.settings import TextSettings
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, Preempted
-from dgmr_tp.extras import require
-from dgmr_tp.progress import shown
 from dgmr_tp.pruning import Tower
+from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.progress import shown
 
 MOST_SCALE = math.log(100)
 """Where CLIP's training stops the logarithm of the inverse temperature."""

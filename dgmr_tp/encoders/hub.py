@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.extras import require
+from dgmr_tp.utils.lazy_imports import require
 
 HUB = "hf-hub:"
 IGNORED = ("*.py", "*.msgpack", "*.h5", "*.onnx")

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from dgmr_tp.encoders.checkpoint import Weights
 from dgmr_tp.encoders.hub import HUB, local_folder
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.extras import require
 from dgmr_tp.pruning import Encoder, Plan, find_sites
+from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
 SIDECAR = "dgmr_tp.json"

@@ -20,8 +20,8 @@ from dgmr_tp.encoders.model import OpenedModel, nearest, read_json
 from dgmr_tp.encoders.timm_models import in_timms_names, said_in_config
 from dgmr_tp.encoders.widths import ratio_for
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import find_sites
+from dgmr_tp.utils.files import write_whole
 
 BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
 """What older checkpoints hold beside their weights."""

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 from dgmr_tp.data.embeddings import embedded_share, from_all
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.neighbours import QUERIES, nearest, vote
+from dgmr_tp.utils.knn import QUERIES, nearest, vote
 
 NEIGHBOURS = (10, 20, 100, 200)
 

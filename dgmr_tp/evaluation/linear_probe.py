@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require
+from dgmr_tp.utils.lazy_imports import require
 
 STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
 """Inverse strengths of the ridge; one is chosen on a fifth of the training images."""

@@ -25,8 +25,8 @@ from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import linear_probe
-from dgmr_tp.extras import require
 from dgmr_tp.pruning import Tower
+from dgmr_tp.utils.lazy_imports import require
 
 RECALLS = ("1", "5", "10")
 MODEL_TYPE = "dgmr_tp"

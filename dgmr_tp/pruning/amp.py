@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import Encoder, last_state, sites_in_blocks, through
 from dgmr_tp.pruning.calibration import gated_inputs
-from dgmr_tp.pruning.encoder import Encoder, last_state, sites_in_blocks, through
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.pruner import MLPPruner
 from dgmr_tp.pruning.sites import Site, find_sites
+from dgmr_tp.utils.modules import evaluating
 
 TEMPERATURE = 1 / 15
 """τ of OpenCLIP-g and -G in the paper; 1/20 for EVA-CLIP and DINOv2."""

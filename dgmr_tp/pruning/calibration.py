@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.encoder import Encoder, gives_tokens, tokens_read
+from dgmr_tp.pruning.adapter import Encoder, gives_tokens, tokens_read
 
 
 def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import Site
+from dgmr_tp.utils.modules import evaluating
 
 
 def parameters(module: nn.Module) -> int:

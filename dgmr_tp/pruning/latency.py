@@ -12,10 +12,9 @@ from torch import nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import least
 from dgmr_tp.pruning.cost import Cost, flop_cost
-from dgmr_tp.pruning.meta import meta_copy
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.pruner import resize
 from dgmr_tp.pruning.sites import Site
+from dgmr_tp.utils.modules import evaluating, meta_copy
 
 BATCH = 8
 """Images of one timed step."""

@@ -14,9 +14,9 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
 from dgmr_tp.pruning.cost import costs
 from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
+from dgmr_tp.utils.modules import evaluating
 
 
 class MLPPruner:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import Encoder
 from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights, too_few
-from dgmr_tp.pruning.encoder import Encoder
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
+from dgmr_tp.utils.modules import evaluating
 
 HELD_OUT = 10
 """One image in so many is not fitted on, and decides whether a refit is kept."""

@@ -18,7 +18,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.modes import evaluating
+from dgmr_tp.utils.modules import evaluating
 
 SMALLEST_WIDTH = 8
 """Narrower MLPs do not work on tokens: those of SwinV2's positions take two coordinates."""

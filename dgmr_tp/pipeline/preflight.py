@@ -10,9 +10,9 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import is_url
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.extras import require_installed
-from dgmr_tp.recipe import Recipe
-from dgmr_tp.run_directory import TRAININGS
+from dgmr_tp.pipeline.recipe import Recipe
+from dgmr_tp.pipeline.run_directory import TRAININGS
+from dgmr_tp.utils.lazy_imports import require_installed
 
 
 def check_needs(recipe: Recipe) -> None:
@@ -100,7 +100,7 @@ def _check_model(recipe: Recipe) -> None:
     if keys and (shapes().text is None or (shapes().library == "transformers" and shapes().tokenizer is None)):
         raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
     if not recipe.prune.promises and recipe.prune.threshold is None:
-        from dgmr_tp.decide import SEEING, check_amount
+        from dgmr_tp.compression.criteria import SEEING, check_amount
 
         for size, amount in recipe.prune.sizes.items():
             if amount.get("budget") and recipe.prune.criterion not in SEEING:

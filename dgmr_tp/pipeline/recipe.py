@@ -53,7 +53,7 @@ PROMISES = ("min_cosine", "max_drop")
 
 
 class Search(Section):
-    """AMP's search; see dgmr_tp.decide.search."""
+    """AMP's search; see dgmr_tp.compression.criteria.search."""
 
     images: int = Field(4096, ge=2)
     """How many of the images judge a width."""
@@ -89,7 +89,7 @@ class Prune(Section):
     """For ``amp``: the widths are searched for; how much each MLP's cut may raise the entropy, nats."""
     search: Search = Field(default_factory=Search)
     min_cosine: float | list[float] | None = None
-    """The smallest size whose embeddings have this mean cosine to the original's once it is recovered; see dgmr_tp.promise."""
+    """The smallest size whose embeddings have this mean cosine to the original's once it is recovered; see dgmr_tp.compression.quality_target."""
     max_drop: float | list[float] | None = None
     """The same for the accuracy of a k-NN classifier, which may fall by this fraction; the images need classes."""
     held_out: int = Field(512, ge=50)
@@ -177,7 +177,7 @@ class Loss(Section):
 
 
 class Training(Section):
-    """What every training is told; see dgmr_tp.distillation.settings.Settings."""
+    """What every training is told; see dgmr_tp.distillation.config.Settings."""
 
     processes: int = Field(1, ge=1)
     """On this machine; with fewer GPUs than that, as many as there are."""
@@ -222,7 +222,7 @@ class Training(Section):
 
 
 class Distill(Training):
-    """Distillation; see dgmr_tp.distillation.settings.DistillSettings."""
+    """Distillation; see dgmr_tp.distillation.config.DistillSettings."""
 
     micro_batch: int | None = Field(None, ge=1)
     """The most images that one process works on at a time; gradients are accumulated. Without: all of its share at once."""
@@ -270,7 +270,7 @@ class Distill(Training):
 
 
 class TuneText(Training):
-    """Tuning of the text tower; see dgmr_tp.distillation.settings.TextSettings. The whole batch is worked on at once, since its
+    """Tuning of the text tower; see dgmr_tp.distillation.config.TextSettings. The whole batch is worked on at once, since its
     captions are told apart from each other."""
 
     captions: str
@@ -346,7 +346,7 @@ class Evaluate(Section):
 
 
 class Compare(Section):
-    """Must the index of old embeddings be rebuilt? See dgmr_tp.evaluation.survey."""
+    """Must the index of old embeddings be rebuilt? See dgmr_tp.evaluation.index_compatibility."""
 
     images: str
     """Images like those in the index: a folder, a tar, shards."""

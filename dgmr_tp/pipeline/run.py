@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
+from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
+from dgmr_tp.compression.prune import prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import find_images, is_url
-from dgmr_tp.decide import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import hold, sha256, write_whole
-from dgmr_tp.needs import check_needs
-from dgmr_tp.oneshot import prune
+from dgmr_tp.pipeline.preflight import check_needs
+from dgmr_tp.pipeline.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
+from dgmr_tp.pipeline.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
 from dgmr_tp.pruning import Plan, Tower
-from dgmr_tp.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
-from dgmr_tp.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
+from dgmr_tp.utils.files import hold, sha256, write_whole
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
 SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103, "pairs": 104}  # the demo CLIP was trained on seed 1 and tested on seed 2
@@ -223,8 +223,8 @@ class Run(RunDirectory):
             write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
     def _distill_here(self, student: OpenedModel, folder: Path, step: Step) -> dict[str, Any] | None:
+        from dgmr_tp.distillation.config import DistillSettings
         from dgmr_tp.distillation.distill import distill
-        from dgmr_tp.distillation.settings import DistillSettings
 
         assert self.recipe.distill
         settings = DistillSettings.of(self.recipe.distill.model_dump(), self.recipe.seed)
@@ -240,7 +240,7 @@ class Run(RunDirectory):
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
         from dgmr_tp.data.captions import Captioned
-        from dgmr_tp.distillation.settings import TextSettings
+        from dgmr_tp.distillation.config import TextSettings
         from dgmr_tp.distillation.text import tune_text
 
         section = self.recipe.tune_text
@@ -263,7 +263,7 @@ class Run(RunDirectory):
         return {}
 
     def _rank(self, folder: Path) -> dict[str, Any]:
-        from dgmr_tp.progress import shown
+        from dgmr_tp.utils.progress import shown
 
         model = self.original()
         model.module.to(self.device)
@@ -274,7 +274,7 @@ class Run(RunDirectory):
         return {"sensitivity": {name: ranking.sensitivity for name, ranking in rankings.sites.items()}}
 
     def _prune(self, folder: Path, size: str, amount: dict[str, Any]) -> dict[str, Any]:
-        from dgmr_tp.progress import shown
+        from dgmr_tp.utils.progress import shown
 
         model = self.original()
         before = self._cost(model)
@@ -316,7 +316,7 @@ class Run(RunDirectory):
 
     def _keep_promise(self, model: OpenedModel, amount: dict[str, Any], progress: Progress) -> tuple[Plan, dict[str, Any]]:
         """The widths, and how they were found; the recovery stage then makes the very encoder that was judged."""
-        from dgmr_tp.promise import prune_to_promise
+        from dgmr_tp.compression.quality_target import prune_to_promise
 
         section = self.recipe.recover
         assert section
@@ -334,7 +334,7 @@ class Run(RunDirectory):
         return kept.pruned.plan, {**kept.judged._asdict(), "trials": [trial._asdict() for trial in kept.trials]}
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.progress import shown
+        from dgmr_tp.utils.progress import shown
 
         section = self.recipe.recover
         assert section
@@ -399,9 +399,8 @@ class Run(RunDirectory):
         return figures
 
     def _compare(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.evaluation.compatibility import Limits
-        from dgmr_tp.evaluation.survey import Side, survey, text_classifier
-        from dgmr_tp.progress import shown
+        from dgmr_tp.evaluation.index_compatibility import Limits, Side, survey, text_classifier
+        from dgmr_tp.utils.progress import shown
 
         section = self.recipe.compare
         assert section
@@ -446,7 +445,7 @@ class Run(RunDirectory):
 
     def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
         from dgmr_tp.export.layouts import export_model
-        from dgmr_tp.export.proof import EXAMPLES
+        from dgmr_tp.export.verify import EXAMPLES
 
         section = self.recipe.export
         assert section
@@ -461,7 +460,7 @@ class Run(RunDirectory):
         from dgmr_tp.evaluation.knn import knn_accuracy
         from dgmr_tp.evaluation.linear_head import head_accuracy, read_head
         from dgmr_tp.evaluation.zero_shot import evaluate
-        from dgmr_tp.progress import shown
+        from dgmr_tp.utils.progress import shown
 
         section = self.recipe.evaluate
         assert section

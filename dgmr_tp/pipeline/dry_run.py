@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.data.streams import is_url
-from dgmr_tp.decide import block_sites
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pipeline.recipe import PROMISES, Distill, Recipe
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.recipe import PROMISES, Distill, Recipe
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe.distill, opened.copy(), pruner.keep) if recipe.distill else None)
     config = None
     if recipe.distill:
+        from dgmr_tp.distillation.config import DistillSettings
         from dgmr_tp.distillation.engine import deepspeed_config
-        from dgmr_tp.distillation.settings import DistillSettings
 
         settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
@@ -110,8 +110,8 @@ def plan_memory(recipe: Recipe, devices: str, rate: str | None = None) -> tuple[
     Raises:
         DgmrError: the recipe distils nothing, its widths are not known before it runs, or no rate is known.
     """
+    from dgmr_tp.distillation.config import DistillSettings
     from dgmr_tp.distillation.memory import Devices, Planner
-    from dgmr_tp.distillation.settings import DistillSettings
 
     there = Devices.parse(devices)
     if recipe.distill is None:

@@ -17,14 +17,14 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from dgmr_tp.decide import DIFFERENTIATING, SEEING, Progress, make_plan
+from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Progress, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import hold, write_whole
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
-from dgmr_tp.pruning.meta import meta_copy
 from dgmr_tp.pruning.pruner import resize
+from dgmr_tp.utils.files import hold, write_whole
+from dgmr_tp.utils.modules import meta_copy
 
 JOURNAL = "decided.json"
 """The plan so far, in the unfinished directory: a run that was killed goes on from there."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Unpack
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dgmr_tp.decide import Progress, asked, batches, encoder_of, make_plan, tower_of
+from dgmr_tp.compression.criteria import Progress, asked, batches, encoder_of, make_plan, tower_of
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, recover
@@ -59,7 +59,7 @@ def prune(
             of shards, or preprocessed batches ``[batch, 3, height, width]``. They are computed where the model is. None: no recovery.
         pretrained: weights, for a model given by its library's name.
         criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output``, ``activation`` (see
-            :mod:`dgmr_tp.pruning.functional`), ``taylor`` or ``amp`` (see :mod:`dgmr_tp.pruning.amp`); or any torch-pruning importance.
+            :mod:`dgmr_tp.pruning.output_selection`), ``taylor`` or ``amp`` (see :mod:`dgmr_tp.pruning.amp`); or any torch-pruning importance.
             Default: ``output`` with images, ``dgmr`` without.
         plan: apply this plan and decide nothing.
         calibration: how many images are read from a folder.

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import Encoder, through
 from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights, too_few
-from dgmr_tp.pruning.encoder import Encoder, through
-from dgmr_tp.pruning.modes import evaluating
 from dgmr_tp.pruning.sites import find_sites
+from dgmr_tp.utils.modules import evaluating
 
 SPENT = 1e-9
 """A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""

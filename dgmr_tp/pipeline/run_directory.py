@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import files_below, sha256, write_whole
+from dgmr_tp.utils.files import files_below, sha256, write_whole
 
 PACKAGES = (
     "dgmr-tp",

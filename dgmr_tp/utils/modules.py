@@ -1,8 +1,10 @@
-"""Shapes without memory: a module's copy on the meta device."""
+"""Modules in eval mode for a while, and copies on the meta device."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -19,3 +21,16 @@ def meta_copy(module: M, *, buffers: bool = True) -> M:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode while the context lasts; every submodule's own mode comes back."""
+    before = [(child, child.training) for module in modules for child in module.modules()]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for child, mode in before:
+            child.training = mode

@@ -1,6 +1,6 @@
 """The proof of one exported file, in a process of its own: a runtime that crashes is a verdict, not an end.
 
-``prove`` starts ``python -m dgmr_tp.export.proof REQUEST``, which opens the file as a deployer would, compares its outputs with
+``prove`` starts ``python -m dgmr_tp.export.verify REQUEST``, which opens the file as a deployer would, compares its outputs with
 PyTorch's at several batch sizes, then times it beside the original's file.
 """
 
@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dgmr_tp.export.export_tower import Part
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.latency import latencies
-from dgmr_tp.export.parts import Part
 
 BATCHES = (1, 3, 8)
 EXAMPLES = 24
@@ -71,7 +71,7 @@ def prove(
             "tolerance": tolerance,
         }
         (Path(scratch) / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, "-m", "dgmr_tp.export.proof", scratch]
+        command = [sys.executable, "-m", "dgmr_tp.export.verify", scratch]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING)
         except subprocess.TimeoutExpired:

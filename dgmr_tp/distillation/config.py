@@ -14,7 +14,7 @@ from dgmr_tp.errors import DgmrError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every training is told; see :class:`dgmr_tp.recipe.Training` for the defaults."""
+    """What every training is told; see :class:`dgmr_tp.pipeline.recipe.Training` for the defaults."""
 
     section: ClassVar[str]
     """The recipe's section that says it."""
@@ -109,7 +109,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(Settings):
-    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.recipe.Distill` for the defaults."""
+    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.pipeline.recipe.Distill` for the defaults."""
 
     section = "distill"
     what = "distillation"
@@ -132,7 +132,7 @@ class DistillSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSettings(Settings):
-    """What the recipe's ``tune_text`` section says; see :class:`dgmr_tp.recipe.TuneText` for the defaults."""
+    """What the recipe's ``tune_text`` section says; see :class:`dgmr_tp.pipeline.recipe.TuneText` for the defaults."""
 
     section = "tune_text"
     what = "text tuning"

@@ -20,7 +20,6 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.encoders import OpenedModel, as_encoder
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.files import write_whole
 from dgmr_tp.pruning import (
     Amount,
     DGMRImportance,
@@ -40,6 +39,7 @@ from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_sc
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
+from dgmr_tp.utils.files import write_whole
 
 Progress = Callable[[str, int, int], None]
 """Receives what is going on (``rank``, ``search``, ``select``, ``recover``), steps done, and steps in all."""
@@ -51,7 +51,7 @@ CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "random": tp.importance.RandomImportance,
 }
 SEEING = ("output", "activation")
-"""Criteria that look at calibration images; see dgmr_tp.pruning.functional."""
+"""Criteria that look at calibration images; see dgmr_tp.pruning.output_selection."""
 DIFFERENTIATING = ("taylor", "amp")
 """Criteria that look at gradients of AMP's entropy on images: torch-pruning's over weights, the paper's over hidden neurons."""
 CANDIDATES = 512
@@ -150,7 +150,7 @@ def rank(
 
     Args:
         model: the original; unchanged.
-        criterion: ``output`` or ``activation``; see :func:`dgmr_tp.pruning.functional.rank_neurons`.
+        criterion: ``output`` or ``activation``; see :func:`dgmr_tp.pruning.output_selection.rank_neurons`.
         images, calibration, seed: as for :func:`dgmr_tp.prune`.
         picks: by site name, how many neurons have to be ordered; then nothing is measured for budgets. Default: all.
         progress: see :data:`Progress`.

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgmr_tp.extras import require
-from dgmr_tp.files import write_whole
+from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.lazy_imports import require
 
 LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
 AT_A_TIME = 3
@@ -138,7 +138,7 @@ def _table(data: dict[str, Any], shown: slice, with_cost: bool) -> Table:
 def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2") -> Path:
     """Write a page from a template; it appears whole or not at all."""
     jinja2 = require("jinja2", "export")
-    loader = jinja2.PackageLoader("dgmr_tp", "templates")
+    loader = jinja2.PackageLoader("dgmr_tp.pipeline", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=percent,

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dgmr_tp.compression.criteria import Progress, Rankings, block_sites, rank
+from dgmr_tp.compression.prune import Pruned, prune
 from dgmr_tp.data.images import Images
-from dgmr_tp.decide import Progress, Rankings, block_sites, rank
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.neighbours import nearest_classes
-from dgmr_tp.oneshot import Pruned, prune
 from dgmr_tp.pruning import Tower
 from dgmr_tp.pruning.allocation import least
 from dgmr_tp.pruning.cost import parameter_cost, parameters
-from dgmr_tp.pruning.modes import evaluating
+from dgmr_tp.utils.knn import nearest_classes
+from dgmr_tp.utils.modules import evaluating
 
 FEWEST = 50
 """Images that have to judge."""
