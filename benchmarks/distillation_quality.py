@@ -29,7 +29,9 @@ from dgmr_tp.utils.files import write_whole
 BATCH = 64
 
 
-def curve(subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Tensor) -> list[dict[str, float]]:
+def curve(
+    subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Tensor
+) -> list[dict[str, float]]:
     """Accuracy and cosine before the training and after each quarter of ``images``."""
     student, steps = copy.deepcopy(student).requires_grad_(True), len(images) // BATCH
     points = [{"images": 0, **measured(subject, student.eval(), dense)}]

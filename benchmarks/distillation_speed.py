@@ -88,7 +88,9 @@ def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: i
     share = batch // distributed.get_world_size()
     step = 0
     while step < STEPS:
-        for pictures in DataLoader(crops, share, sampler=DistributedSampler(crops), num_workers=workers, drop_last=True):
+        for pictures in DataLoader(
+            crops, share, sampler=DistributedSampler(crops), num_workers=workers, drop_last=True
+        ):
             pictures = pictures.to(device, precision)
             with torch.no_grad():
                 class_wanted, patches_wanted = wanted(pictures)
@@ -123,9 +125,22 @@ def main() -> None:
     images = Images.find(folder / "images")
 
     def product(teacher: OpenedModel, student: OpenedModel, directory: Path, stage: int, features: Path | None) -> None:
-        section = {"steps": STEPS, "batch_size": args.batch, "base_lr": 1e-5, "weight_decay": 0.04, "workers": args.workers}
-        section |= {"bf16": torch.cuda.is_available(), "checkpoint_every": 10**9, "zero_stage": stage, "log_every": STEPS}
-        distill(teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), directory, features)
+        section = {
+            "steps": STEPS,
+            "batch_size": args.batch,
+            "base_lr": 1e-5,
+            "weight_decay": 0.04,
+            "workers": args.workers,
+        }
+        section |= {
+            "bf16": torch.cuda.is_available(),
+            "checkpoint_every": 10**9,
+            "zero_stage": stage,
+            "log_every": STEPS,
+        }
+        distill(
+            teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), directory, features
+        )
 
     def turn(which: str, number: int) -> dict[str, float]:
         teacher = open_model(args.model)

@@ -99,7 +99,13 @@ def main() -> None:
                 print(f"| {name} | {batch} | {ideal:.2f} | {faster:.2f} | {faster / ideal:.2f} |", flush=True)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     left_out = sorted(set(PROVIDERS[args.device]) - set(there))
-    kept = {"device": device, "model": args.model, "torch": torch.__version__, "onnxruntime": onnxruntime.__version__, "left_out": left_out}
+    kept = {
+        "device": device,
+        "model": args.model,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "left_out": left_out,
+    }
     write_whole(args.out, json.dumps({**kept, "rows": rows}, indent=1) + "\n")
 
 

@@ -47,7 +47,12 @@ def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[
             calls = {str(key): lambda run=runs[key][0]: run(images) for key in (None, width)}
             found = latencies(calls, repeats)
             faster, ideal = found["None"]["median"] / found[str(width)]["median"], work / runs[width][1]
-            rows[str(width)] = {"faster": faster, "ideal": ideal, "share": faster / ideal, "ms": found[str(width)]["median"]}
+            rows[str(width)] = {
+                "faster": faster,
+                "ideal": ideal,
+                "share": faster / ideal,
+                "ms": found[str(width)]["median"],
+            }
             print(name, width, rows[str(width)], flush=True)
     return rows
 

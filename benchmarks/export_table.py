@@ -30,7 +30,11 @@ from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.towers import parts_of
 from dgmr_tp.utils.files import write_whole
 
-SPEAKING = [name for name in FAMILIES if name.startswith("open_clip") or name in ("transformers CLIPModel", "transformers SiglipModel")]
+SPEAKING = [
+    name
+    for name in FAMILIES
+    if name.startswith("open_clip") or name in ("transformers CLIPModel", "transformers SiglipModel")
+]
 """Families with a text tower."""
 
 
@@ -43,10 +47,15 @@ def cell(family: str, tower: str, form: str) -> dict[str, object]:
         pruned = prune(model, criterion="l2", keep=keep).model
         size = pruned.image_size
         parts = parts_of(pruned, pictures(8, size=size), outputs=("embedding", "patches"), text=tower == "text")[-1:]
-        report = export_bundle(parts, Path(scratch) / "out", model="", preprocess={}, formats=[form], latency_batches=())
+        report = export_bundle(
+            parts, Path(scratch) / "out", model="", preprocess={}, formats=[form], latency_batches=()
+        )
         entry = report["towers"][tower]["files"][form]
     errors = entry.get("relative_error", {}).get("embedding", {})
-    return {"verdict": entry["verdict"], "error": max(errors.values()) if errors and None not in errors.values() else None}
+    return {
+        "verdict": entry["verdict"],
+        "error": max(errors.values()) if errors and None not in errors.values() else None,
+    }
 
 
 def main() -> None:
@@ -74,7 +83,13 @@ def main() -> None:
                 found = kept["cells"].get(f"{family} | {form}")
                 if found and found["verdict"] != "verified":
                     reasons.setdefault(found["verdict"], []).append(f"{family} as {form}")
-                row.append("not tried" if not found else f"{found['error']:.0e}" if found["verdict"] == "verified" else "failed")
+                row.append(
+                    "not tried"
+                    if not found
+                    else f"{found['error']:.0e}"
+                    if found["verdict"] == "verified"
+                    else "failed"
+                )
             print(f"| {family} | {' | '.join(row)} |")
     for reason, cases in reasons.items():
         print(f"- {', '.join(cases)}: {reason}")

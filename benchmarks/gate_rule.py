@@ -24,7 +24,14 @@ from dgmr_tp import prune
 from dgmr_tp.pruning.importance import producer_rows, selection_scores
 from dgmr_tp.pruning.selection import select_diverse_rows
 
-ARCHITECTURE = {"img_size": 32, "patch_size": 8, "depth": 6, "num_classes": 10, "mlp_layer": SwiGLUPacked, "mlp_ratio": 16 / 3}
+ARCHITECTURE = {
+    "img_size": 32,
+    "patch_size": 8,
+    "depth": 6,
+    "num_classes": 10,
+    "mlp_layer": SwiGLUPacked,
+    "mlp_ratio": 16 / 3,
+}
 
 
 class Rule(tp.importance.Importance):
@@ -41,7 +48,9 @@ class Rule(tp.importance.Importance):
 
 RULES = {
     "pair: gate and value side by side (ours)": Rule(lambda gate, value: torch.cat([gate, value], 1)),
-    "pair, each half scaled to the same mean norm": Rule(lambda gate, value: torch.cat([gate / gate.norm(), value / value.norm()], 1)),
+    "pair, each half scaled to the same mean norm": Rule(
+        lambda gate, value: torch.cat([gate / gate.norm(), value / value.norm()], 1)
+    ),
     "gate alone": Rule(lambda gate, value: gate),
     "value alone": Rule(lambda gate, value: value),
     "value, scaled by the norm of its gate": Rule(lambda gate, value: value * gate.norm(dim=1, keepdim=True)),
@@ -63,7 +72,10 @@ def main() -> None:
 
     def accuracy(tower: torch.nn.Module) -> float:
         with torch.no_grad():
-            right = sum(int((tower(normalise(x)).argmax(1) == y).sum()) for x, y in zip(test.split(500), answers.split(500), strict=True))
+            right = sum(
+                int((tower(normalise(x)).argmax(1) == y).sum())
+                for x, y in zip(test.split(500), answers.split(500), strict=True)
+            )
         return 100 * right / len(test)
 
     calibration = [normalise(batch) for batch in images[:1024].split(128)]
@@ -73,9 +85,20 @@ def main() -> None:
             cut = prune(model, criterion=rule, keep=keep).model
             recovered, _, table = prune(model, calibration, criterion=rule, keep=keep)
             error = sum(row.recovered_error for row in table) / len(table)
-            rows.append({"keep": keep, "rule": name, "pruned": accuracy(cut), "recovered": accuracy(recovered), "error": error})
-            print(f"{keep:>4} of 512  {name:<48} {rows[-1]['pruned']:5.1f} → {rows[-1]['recovered']:5.1f}  error {error:.4f}", flush=True)
-    result = {"dense": accuracy(model), "epochs": args.epochs, "rows": rows, "torch": torch.__version__, "machine": platform.processor()}
+            rows.append(
+                {"keep": keep, "rule": name, "pruned": accuracy(cut), "recovered": accuracy(recovered), "error": error}
+            )
+            print(
+                f"{keep:>4} of 512  {name:<48} {rows[-1]['pruned']:5.1f} → {rows[-1]['recovered']:5.1f}  error {error:.4f}",
+                flush=True,
+            )
+    result = {
+        "dense": accuracy(model),
+        "epochs": args.epochs,
+        "rows": rows,
+        "torch": torch.__version__,
+        "machine": platform.processor(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"dense {result['dense']:.1f}")

@@ -84,12 +84,22 @@ def demo() -> Subject:
     opened = open_model("demo")
     clip = opened.module.eval()
     with torch.no_grad():
-        prompts = [clip.encode_text(opened.tokenizer([t.format(c=name) for t in TEMPLATES]), normalize=True).mean(0) for name in CLASSNAMES]
+        prompts = [
+            clip.encode_text(opened.tokenizer([t.format(c=name) for t in TEMPLATES]), normalize=True).mean(0)
+            for name in CLASSNAMES
+        ]
     texts = F.normalize(torch.stack(prompts), dim=-1)
-    scenes = {seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((201, TESTED + 4096), (202, TESTED))}
-    pictures = {seed: torch.stack([opened.preprocess(Image.fromarray(scene.image())) for scene in drawn]) for seed, drawn in scenes.items()}
+    scenes = {
+        seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((201, TESTED + 4096), (202, TESTED))
+    }
+    pictures = {
+        seed: torch.stack([opened.preprocess(Image.fromarray(scene.image())) for scene in drawn])
+        for seed, drawn in scenes.items()
+    }
     labels = {seed: torch.tensor([scene.label for scene in drawn]) for seed, drawn in scenes.items()}
-    return Subject(clip.visual, lambda z: F.normalize(z, dim=-1) @ texts.T, pictures[201], labels[201], pictures[202], labels[202])
+    return Subject(
+        clip.visual, lambda z: F.normalize(z, dim=-1) @ texts.T, pictures[201], labels[201], pictures[202], labels[202]
+    )
 
 
 def on_cifar(model: nn.Module) -> Subject:
@@ -122,13 +132,27 @@ def trained(name: str, build: Callable[[], nn.Module], folder: Path, epochs: int
 
 
 def swiglu() -> nn.Module:
-    options = {"img_size": 32, "patch_size": 8, "depth": 6, "num_classes": 10, "mlp_layer": SwiGLUPacked, "mlp_ratio": 16 / 3}
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 6,
+        "num_classes": 10,
+        "mlp_layer": SwiGLUPacked,
+        "mlp_ratio": 16 / 3,
+    }
     return timm.create_model("vit_tiny_patch16_224", **options)
 
 
 def swin() -> nn.Module:
     return timm.models.SwinTransformer(
-        img_size=32, patch_size=2, window_size=4, embed_dim=64, depths=(2, 4), num_heads=(2, 4), num_classes=10, drop_path_rate=0.0
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=64,
+        depths=(2, 4),
+        num_heads=(2, 4),
+        num_classes=10,
+        drop_path_rate=0.0,
     )
 
 
@@ -148,7 +172,9 @@ def measured(subject: Subject, tower: nn.Module, dense: Tensor, neighbours: bool
     return result
 
 
-def cell(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor, seconds: float, seed: int) -> dict[str, object]:
+def cell(
+    subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor, seconds: float, seed: int
+) -> dict[str, object]:
     """What a plan gives, before and after recovery."""
     cut = prune(subject.tower, plan=plan).model
     recovered = prune(subject.tower, calibration, plan=plan).model
@@ -191,10 +217,18 @@ def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Te
     return {"widths": [len(site.kept) for site in plan.sites.values()], "distilled": result}
 
 
-def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen: list[str], searches: bool, limit: int) -> None:
+def run(
+    name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen: list[str], searches: bool, limit: int
+) -> None:
     """All cells of one encoder up to the seed ``limit``; ``sizes``: share kept, and how many seeds."""
     dense, sites = embeddings(subject.tower, subject.test), block_sites(subject.tower)
-    store.cell(name, "dense", "1", 0, lambda: {"parameters": parameters(subject.tower), **measured(subject, subject.tower, dense, True)})
+    store.cell(
+        name,
+        "dense",
+        "1",
+        0,
+        lambda: {"parameters": parameters(subject.tower), **measured(subject, subject.tower, dense, True)},
+    )
 
     def everything(size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM) -> None:
         calibration = subject.calibration(seed)
@@ -240,7 +274,13 @@ def run(name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen
             everything(size, 0, budget, budget, MATCHED)
     for method, (threshold, counts) in FEWER.items() if searches else ():
         for count in counts:
-            store.cell(name, f"{method}, {count} images", f"ΔE {threshold:g} two-sided", 0, partial(amp_search, method, threshold, count))
+            store.cell(
+                name,
+                f"{method}, {count} images",
+                f"ΔE {threshold:g} two-sided",
+                0,
+                partial(amp_search, method, threshold, count),
+            )
     for method in DISTILLED if searches else ():
 
         def train_on(method: str = method) -> dict[str, object]:
@@ -267,7 +307,12 @@ class Store:
         if key in self.cells:
             return
         self.cells[key] = make()
-        setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(), "images": IMAGES}
+        setting = {
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+            "images": IMAGES,
+        }
         write_whole(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
         row = self.cells[key]
         shown = f"{row['pruned']['head']:5.1f} → {row['recovered']['head']:5.1f}" if "pruned" in row else ""
@@ -282,20 +327,31 @@ class Store:
         for (encoder, size), methods in groups.items():
             if size == "1":
                 [row] = methods["dense"]
-                print(f"\n{encoder}, dense: head {row['head']:.1f}, k-NN {row['knn']:.1f}, {row['parameters']:,} parameters")
+                print(
+                    f"\n{encoder}, dense: head {row['head']:.1f}, k-NN {row['knn']:.1f}, {row['parameters']:,} parameters"
+                )
                 continue
             if size.endswith("distilled"):
                 print(f"\n{encoder}, {size}")
-                print("| method | 100 steps: head | k-NN | cosine | 1,000 steps: head | k-NN | cosine |\n|---|---|---|---|---|---|---|")
+                print(
+                    "| method | 100 steps: head | k-NN | cosine | 1,000 steps: head | k-NN | cosine |\n|---|---|---|---|---|---|---|"
+                )
                 for method, [row] in methods.items():
                     after = [row["distilled"][str(step)] for step in STEPS]
-                    texts = [f"{figures['head']:.1f} | {figures['knn']:.1f} | {figures['cosine']:.4f}" for figures in after]
+                    texts = [
+                        f"{figures['head']:.1f} | {figures['knn']:.1f} | {figures['cosine']:.4f}" for figures in after
+                    ]
                     print(f"| {method} | {' | '.join(texts)} |")
                 continue
             print(f"\n{encoder}, {size}: {next(iter(methods.values()))[0]['parameters']:,} parameters")
             print("| method | pruned: head | recovered: head | k-NN | cosine |\n|---|---|---|---|---|")
             for method, rows in methods.items():
-                columns = [("pruned", "head", 1), ("recovered", "head", 1), ("recovered", "knn", 1), ("recovered", "cosine", 4)]
+                columns = [
+                    ("pruned", "head", 1),
+                    ("recovered", "head", 1),
+                    ("recovered", "knn", 1),
+                    ("recovered", "cosine", 4),
+                ]
                 texts = []
                 for stage, figure, digits in columns:
                     values = torch.tensor([row[stage][figure] for row in rows if figure in row[stage]])
@@ -347,7 +403,12 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True, help="the trained CIFAR-10 ViT")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=["cifar", "demo", "swiglu", "swin"])
-    parser.add_argument("--methods", nargs="*", default=[*UNIFORM, FITTED], help="those at equal widths; with --no-searches nothing else")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=[*UNIFORM, FITTED],
+        help="those at equal widths; with --no-searches nothing else",
+    )
     parser.add_argument("--no-searches", action="store_true", help="leave out AMP's searches and the distillations")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     args = parser.parse_args()
@@ -359,7 +420,9 @@ def main() -> None:
         "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
         "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
-    rounds = ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))  # the cheap cells of all encoders first
+    rounds = (
+        ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))
+    )  # the cheap cells of all encoders first
     for limit, searching in () if args.tables else rounds:
         for name in args.only:
             build, sizes, searches = subjects[name]

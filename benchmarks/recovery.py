@@ -44,7 +44,9 @@ def class_token(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
     return rest
 
 
-def from_zero(moments, weight: Tensor, bias: Tensor | None, damping: float, refit=recovery.refit) -> tuple[Tensor, Tensor | None]:
+def from_zero(
+    moments, weight: Tensor, bias: Tensor | None, damping: float, refit=recovery.refit
+) -> tuple[Tensor, Tensor | None]:
     """The ridge pulls towards zero instead of towards the kept columns."""
     return refit(moments, torch.zeros_like(weight), bias, damping)
 
@@ -63,12 +65,24 @@ def to_the_dense_mlp(block, consumer: nn.Linear, state: Tensor) -> None:
     """No way from the MLP's answer to the residual stream is known: the dense MLP's answers are the target."""
 
 
-def first_layer(block, mlp: nn.Module, dense_mlp, consumer: nn.Linear, states, goals, gain, weight: Tensor, plain=recovery._site_moments):
+def first_layer(
+    block,
+    mlp: nn.Module,
+    dense_mlp,
+    consumer: nn.Linear,
+    states,
+    goals,
+    gain,
+    weight: Tensor,
+    plain=recovery._site_moments,
+):
     """After a first refit, the hidden neurons' bias and a scale per input (the norm's affine) are fitted by L-BFGS, then refitted.
 
     For an encoder without LayerScale.
     """
-    recovery._refit_layer("", consumer, gain, *plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight), 1e-3)
+    recovery._refit_layer(
+        "", consumer, gain, *plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight), 1e-3
+    )
     inputs, answers = [], []
     for state, goal in zip(states, goals, strict=True):
         with recorded_inputs(mlp) as seen:
@@ -143,7 +157,9 @@ def main() -> None:
     def features(module: nn.Module) -> tuple[Tensor, Tensor]:
         walk = as_encoder(module)
         states = [last_state(walk, batch) for batch in subject.test.split(250)]
-        return torch.cat([walk.embed(state) for state in states]), torch.cat([walk.features(state)[1][:, ::8] for state in states])
+        return torch.cat([walk.embed(state) for state in states]), torch.cat(
+            [walk.features(state)[1][:, ::8] for state in states]
+        )
 
     dense, dense_patches = features(tower)
     rows = []
@@ -153,8 +169,19 @@ def main() -> None:
             found, patches = features(make(plan))
             with torch.no_grad():
                 right = (subject.head(found).argmax(1) == subject.answers).float().mean()
-            cosines = float(F.cosine_similarity(found, dense).mean()), float(F.cosine_similarity(patches, dense_patches, dim=-1).mean())
-            rows.append({"kept": f"1/{share}", "variant": name, "head": 100 * float(right), "cosine": cosines[0], "patches": cosines[1]})
+            cosines = (
+                float(F.cosine_similarity(found, dense).mean()),
+                float(F.cosine_similarity(patches, dense_patches, dim=-1).mean()),
+            )
+            rows.append(
+                {
+                    "kept": f"1/{share}",
+                    "variant": name,
+                    "head": 100 * float(right),
+                    "cosine": cosines[0],
+                    "patches": cosines[1],
+                }
+            )
             print(f"| 1/{share} | {name} | {rows[-1]['head']:.1f} | {cosines[0]:.4f} | {cosines[1]:.4f} |", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}

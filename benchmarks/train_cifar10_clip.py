@@ -50,7 +50,9 @@ def load_split(directory: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]
     records = Images.find(directory / split).records
     images, labels = [], []
     for record in records:
-        images.append(torch.frombuffer(bytearray(record.read().tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1))
+        images.append(
+            torch.frombuffer(bytearray(record.read().tobytes()), dtype=torch.uint8).view(32, 32, 3).permute(2, 0, 1)
+        )
     import tarfile
 
     for path in sorted({record.file for record in records}):
@@ -102,7 +104,11 @@ def into_open_clip(vit: torch.nn.Module, clip: torch.nn.Module) -> None:
     position = source["pos_embed"][0].clone()
     position[1:] += source["patch_embed.proj.bias"]
     target |= {"conv1.weight": source["patch_embed.proj.weight"], "class_embedding": source["cls_token"].flatten()}
-    target |= {"positional_embedding": position, "ln_post.weight": source["norm.weight"], "ln_post.bias": source["norm.bias"]}
+    target |= {
+        "positional_embedding": position,
+        "ln_post.weight": source["norm.weight"],
+        "ln_post.bias": source["norm.bias"],
+    }
     target["proj"] = source["head.weight"].T
     clip.visual.load_state_dict(target)
 
@@ -123,11 +129,16 @@ def main() -> None:
         vit.load_state_dict({name: tensor.float() for name, tensor in load_file(args.encoder).items()})
     else:
         vit = train(
-            timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10), images, labels, args.epochs
+            timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10),
+            images,
+            labels,
+            args.epochs,
         )
 
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in vit.state_dict().items()}, args.out / "encoder.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in vit.state_dict().items()}, args.out / "encoder.safetensors"
+    )
     (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
     clip = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False).eval()
     into_open_clip(vit, clip)
@@ -153,7 +164,10 @@ def main() -> None:
         optimizer.step(), optimizer.zero_grad()
         if step % 50 == 0:
             print(f"text: step {step} loss {loss.item():.3f} {time.time() - started:.0f} s", flush=True)
-    save_file({n: t.detach().half().contiguous() for n, t in clip.state_dict().items()}, args.out / "open_clip_model.safetensors")
+    save_file(
+        {n: t.detach().half().contiguous() for n, t in clip.state_dict().items()},
+        args.out / "open_clip_model.safetensors",
+    )
 
 
 if __name__ == "__main__":

@@ -27,12 +27,31 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from dgmr_tp.data.scenes import BACKGROUNDS, CLASSNAMES, COLOURS, COLUMNS, ROWS, SHAPES, SIZES, TEMPLATES, TEXTURES, Scene, distinct
+from dgmr_tp.data.scenes import (
+    BACKGROUNDS,
+    CLASSNAMES,
+    COLOURS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    TEMPLATES,
+    TEXTURES,
+    Scene,
+    distinct,
+)
 
 CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
-        "vision_cfg": {"image_size": 64, "patch_size": 8, "width": 128, "layers": 6, "head_width": 32, "mlp_ratio": 4.0},
+        "vision_cfg": {
+            "image_size": 64,
+            "patch_size": 8,
+            "width": 128,
+            "layers": 6,
+            "head_width": 32,
+            "mlp_ratio": 4.0,
+        },
         "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3},
     },
     "preprocess_cfg": {
@@ -114,7 +133,9 @@ def evaluate(model, tokenizer, images, scenes) -> dict[str, float]:
     model.eval()
     embed = F.normalize(torch.cat([model.encode_image(batch) for batch in images.split(250)]), dim=-1)
     classes = [
-        F.normalize(F.normalize(model.encode_text(tokenizer([t.format(c=name) for t in TEMPLATES])), dim=-1).mean(0), dim=0)
+        F.normalize(
+            F.normalize(model.encode_text(tokenizer([t.format(c=name) for t in TEMPLATES])), dim=-1).mean(0), dim=0
+        )
         for name in CLASSNAMES
     ]
     top1 = (embed @ torch.stack(classes).T).argmax(1) == torch.tensor([scene.label for scene in scenes])
@@ -193,7 +214,9 @@ def main() -> None:
             model.logit_scale.clamp_(max=math.log(100))
         if step % 25 == 0:
             rate = step * args.batch / (time.time() - started)
-            print(f"step {step} loss {loss.item():.3f} attributes {auxiliary.item():.3f} {rate:.0f} images/s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.3f} attributes {auxiliary.item():.3f} {rate:.0f} images/s", flush=True
+            )
         last = step == (args.stop_after or args.steps)
         if step % 200 == 0 or last:
             figures = evaluate(model, tokenizer, test_images, test)

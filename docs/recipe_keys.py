@@ -64,11 +64,20 @@ def plain(text: str | None) -> str:
 
 
 def tables(model: type[BaseModel], name: str) -> list[str]:
-    lines = [f"## {name}" if name else "## The recipe", "", plain(model.__doc__), "", "| key | takes | default | |", "|---|---|---|---|"]
+    lines = [
+        f"## {name}" if name else "## The recipe",
+        "",
+        plain(model.__doc__),
+        "",
+        "| key | takes | default | |",
+        "|---|---|---|---|",
+    ]
     inner = []
     for key, field in model.model_fields.items():
         lines.append(f"| `{key}` | {takes(field.annotation)} | {default(field)} | {plain(field.description)} |")
-        inner += [line for part in sections(field.annotation) for line in ["", *tables(part, f"{name}.{key}".lstrip("."))]]
+        inner += [
+            line for part in sections(field.annotation) for line in ["", *tables(part, f"{name}.{key}".lstrip("."))]
+        ]
     return [*lines, *inner]
 
 

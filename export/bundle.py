@@ -66,14 +66,20 @@ def export_bundle(
         for part in parts:
             expected = part.expected()
             towers[part.tower] = {
-                "input": {"name": part.input, "shape": ["batch", *part.examples.shape[1:]], "dtype": str(part.examples.dtype)[6:]},
+                "input": {
+                    "name": part.input,
+                    "shape": ["batch", *part.examples.shape[1:]],
+                    "dtype": str(part.examples.dtype)[6:],
+                },
                 "outputs": [
                     {"name": name, "shape": ["batch", *rows.shape[1:]], "dtype": "float32"}
                     for name, rows in zip(part.outputs, expected, strict=True)
                 ],
                 "normalised": part.normalised,
                 "files": {
-                    name: _file(name, part, expected, directory, Path(scratch), original, allowed[name], latency_batches)
+                    name: _file(
+                        name, part, expected, directory, Path(scratch), original, allowed[name], latency_batches
+                    )
                     for name in formats
                 },
             }
@@ -161,7 +167,9 @@ def _check_room(part: Part, folder: Path) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*part.module.parameters(), *part.module.buffers()))
     needed, free = 1.2 * size + 10e6, shutil.disk_usage(folder).free  # the program beside the weights
     if free < needed:
-        raise DgmrError(f"a file of the {part.tower} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; make room")
+        raise DgmrError(
+            f"a file of the {part.tower} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; make room"
+        )
 
 
 def _written(name: str, part: Part, path: Path, source: Path) -> dict[str, Any] | None:

@@ -65,6 +65,8 @@ def open_exported(path: Path, *, trusted: bool = False, threads: int | None = No
         try:
             return run(inputs.cpu())[0].to(inputs.device)
         except Exception as error:
-            raise DgmrError(f"{path} does not take inputs of shape {list(inputs.shape)}: {first_line(error)}") from error
+            raise DgmrError(
+                f"{path} does not take inputs of shape {list(inputs.shape)}: {first_line(error)}"
+            ) from error
 
     return embed

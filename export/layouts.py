@@ -59,10 +59,18 @@ def export_model(
     if len(images) < 2:
         raise DgmrError("a file that takes any number of images is proved on two or more; give more images")
     if layout == "immich" and model.library != "open_clip":
-        raise DgmrError(f"immich takes CLIPs of open_clip's, {model.name} is one of {model.library}'s; use another layout")
+        raise DgmrError(
+            f"immich takes CLIPs of open_clip's, {model.name} is one of {model.library}'s; use another layout"
+        )
     processor = getattr(model.preprocess, "processor", None)
-    described = image_processor(model.preprocess_config, model.image_size) if layout == "huggingface" and processor is None else None
-    parts = lay_out(layout, parts_of(model, images, outputs=outputs, normalised=normalised or layout == "immich", text=text))
+    described = (
+        image_processor(model.preprocess_config, model.image_size)
+        if layout == "huggingface" and processor is None
+        else None
+    )
+    parts = lay_out(
+        layout, parts_of(model, images, outputs=outputs, normalised=normalised or layout == "immich", text=text)
+    )
     result = export_bundle(parts, directory, model=source, preprocess=model.preprocess_config, **options)
     if described is not None:
         _write(directory / "preprocessor_config.json", described)
@@ -87,9 +95,15 @@ def lay_out(layout: str, parts: Sequence[Part]) -> list[Part]:
     if layout == "plain":
         return list(parts)
     if layout == "huggingface":
-        names = {"image": ("pixel_values", "image_embeds", "onnx/vision_model"), "text": ("input_ids", "text_embeds", "onnx/text_model")}
+        names = {
+            "image": ("pixel_values", "image_embeds", "onnx/vision_model"),
+            "text": ("input_ids", "text_embeds", "onnx/text_model"),
+        }
     else:
-        names = {"image": ("image", "image_embedding", "visual/model"), "text": ("text", "text_embedding", "textual/model")}
+        names = {
+            "image": ("image", "image_embedding", "visual/model"),
+            "text": ("text", "text_embedding", "textual/model"),
+        }
         if any(part.outputs != ("embedding",) for part in parts):
             raise DgmrError("immich takes embeddings and nothing else; leave out the patches")
     found = []
@@ -110,9 +124,13 @@ def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
     mode, crop = preprocess.get("resize_mode", preprocess.get("crop_mode", "center")), preprocess.get("crop_pct") or 1.0
     squash = mode == "squash"
     if mode not in ("shortest", "center", "squash") or (squash and crop != 1.0):
-        raise DgmrError(f"transformers' CLIPImageProcessor cannot resize by {mode!r} with crop_pct {crop}; use the layout plain")
+        raise DgmrError(
+            f"transformers' CLIPImageProcessor cannot resize by {mode!r} with crop_pct {crop}; use the layout plain"
+        )
     if preprocess.get("interpolation", "bicubic") not in RESAMPLE:
-        raise DgmrError(f"transformers' CLIPImageProcessor has no interpolation {preprocess['interpolation']!r}; use the layout plain")
+        raise DgmrError(
+            f"transformers' CLIPImageProcessor has no interpolation {preprocess['interpolation']!r}; use the layout plain"
+        )
     edge = math.floor(size / crop)
     return {
         "image_processor_type": "CLIPImageProcessor",
@@ -140,7 +158,8 @@ def _tokenizer(model: OpenedModel) -> Any:
     merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.get)
     end = "<|endoftext|>"
     vocabulary = {
-        token.replace("<end_of_text>", end).replace("<start_of_text>", "<|startoftext|>"): i for token, i in simple.encoder.items()
+        token.replace("<end_of_text>", end).replace("<start_of_text>", "<|startoftext|>"): i
+        for token, i in simple.encoder.items()
     }
     return require("transformers", "encoders").CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=end)
 

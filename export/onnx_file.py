@@ -27,7 +27,11 @@ def write(part: Part, path: Path) -> None:
     """
     require("onnxscript", "export")
     batch = torch.export.Dim("batch")
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _quiet("torch.onnx", "onnxscript", "onnx_ir"):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        _quiet("torch.onnx", "onnxscript", "onnx_ir"),
+    ):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             part.module,
@@ -58,7 +62,13 @@ def to_half(source: Path, path: Path) -> None:
     """
     onnx = require("onnx", "export")
     float16 = require("onnxruntime.transformers.float16", "export")
-    kept = [*float16.DEFAULT_OP_BLOCK_LIST, "LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "Gelu"]
+    kept = [
+        *float16.DEFAULT_OP_BLOCK_LIST,
+        "LayerNormalization",
+        "SimplifiedLayerNormalization",
+        "RMSNormalization",
+        "Gelu",
+    ]
     with _quiet("onnxruntime.transformers.float16"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = float16.convert_float_to_float16(str(source), keep_io_types=True, op_block_list=kept)
@@ -110,7 +120,9 @@ def _missing_data(path: Path) -> list[str]:
         model = onnx.load(path, load_external_data=False)
     except Exception:  # no ONNX file at all
         return []
-    named = {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
+    named = {
+        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
     return sorted(name for name in named if not (path.parent / name).exists())
 
 

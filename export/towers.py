@@ -20,7 +20,12 @@ TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print 
 
 
 def parts_of(
-    model: OpenedModel, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False, text: bool = False
+    model: OpenedModel,
+    images: Tensor,
+    *,
+    outputs: Sequence[str] = ("embedding",),
+    normalised: bool = False,
+    text: bool = False,
 ) -> list[Part]:
     """The vision tower and, if asked for, the text tower of a model; see :func:`vision_part`.
 
@@ -36,7 +41,9 @@ def parts_of(
     return parts
 
 
-def vision_part(encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False) -> Part:
+def vision_part(
+    encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False
+) -> Part:
     """A vision tower: images ``[batch, 3, size, size]`` to ``embedding`` ``[batch, width]`` and ``patches`` ``[batch, patches, width]``.
 
     Args:

@@ -60,7 +60,9 @@ def prove(
     """
     with tempfile.TemporaryDirectory(prefix="dgmr-proof-") as scratch:
         tensors = {"input": part.examples, **dict(zip(part.outputs, expected, strict=True))}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(scratch) / "examples.safetensors")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(scratch) / "examples.safetensors"
+        )
         request = {
             "kind": kind,
             "file": str(path.absolute()),
@@ -106,11 +108,17 @@ def _main(scratch: Path) -> None:
     _answer(scratch, found)  # what is known stays known if the timing crashes
     if found["verdict"] != VERIFIED:
         return
-    contestants = {"original": read(Path(request["original"]), threads), "pruned": run} if request["original"] else {"pruned": run}
+    contestants = (
+        {"original": read(Path(request["original"]), threads), "pruned": run}
+        if request["original"]
+        else {"pruned": run}
+    )
     found["latency_ms"] = {}
     for batch in request["latency_batches"]:
         inputs = examples.repeat(math.ceil(batch / len(examples)), *[1] * (examples.ndim - 1))[:batch]
-        found["latency_ms"][batch] = latencies({name: lambda call=call, x=inputs: call(x) for name, call in contestants.items()})
+        found["latency_ms"][batch] = latencies(
+            {name: lambda call=call, x=inputs: call(x) for name, call in contestants.items()}
+        )
     _answer(scratch, found)
 
 
@@ -132,7 +140,9 @@ def _judge(errors: dict[str, dict[int, float | None]], tolerance: float) -> str:
     name, batch, worst = max(flat, key=lambda entry: entry[2] or 0.0)
     assert worst is not None
     return (
-        VERIFIED if worst <= tolerance else f"its {name} at batch {batch} differs from PyTorch's by {worst:.1e} (allowed {tolerance:.0e})"
+        VERIFIED
+        if worst <= tolerance
+        else f"its {name} at batch {batch} differs from PyTorch's by {worst:.1e} (allowed {tolerance:.0e})"
     )
 
 

@@ -94,7 +94,12 @@ SMALL = {
     "prune": {"mlp_ratio": 1},
     "recover": {"images": 60},
     "distill": {"processes": 2, "steps": 24, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
-    "evaluate": {"datasets": [{"dataset": "wds/scenes", "root": "scenes:classes"}, {"dataset": "wds/captions", "root": "scenes:captions"}]},
+    "evaluate": {
+        "datasets": [
+            {"dataset": "wds/scenes", "root": "scenes:classes"},
+            {"dataset": "wds/captions", "root": "scenes:captions"},
+        ]
+    },
     "compare": {"images": "scenes:images", "classes": "scenes:classes"},
     "export": {"formats": ["onnx"]},
 }

@@ -41,7 +41,9 @@ def main(folder: Path) -> None:
     logging.disable(logging.WARNING)
     start_deepspeed()
     for name, case in json.loads((folder / "cases.json").read_text()).items():
-        after, step, damage, features, lost = (case.pop(key, None) for key in ("after", "step", "damage", "features", "lost"))
+        after, step, damage, features, lost = (
+            case.pop(key, None) for key in ("after", "step", "damage", "features", "lost")
+        )
         if after and os.environ["RANK"] == "0":
             shutil.copytree(folder / after, folder / name)
             for checkpoint in (folder / name / "checkpoints").glob("step*"):
@@ -61,7 +63,10 @@ def main(folder: Path) -> None:
         try:
             if "captions" in case:
                 settings = TextSettings.of(TuneText(**{**TEXT, **case}).model_dump(), seed=0)
-                done, trained = tune_text(student, Captioned.find(case["captions"]), settings, folder / name), student.module
+                done, trained = (
+                    tune_text(student, Captioned.find(case["captions"]), settings, folder / name),
+                    student.module,
+                )
             else:
                 source = case.pop("images", str(folder / "images"))
                 images = find_images(source if isinstance(source, str) else source[distributed.get_rank()])

@@ -23,7 +23,15 @@ from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
 from dgmr_tp.encoders import OpenedModel
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
-SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4), "num_classes": 10}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 24,
+    "depths": (1, 2),
+    "num_heads": (2, 4),
+    "num_classes": 10,
+}
 VISION = {
     "hidden_size": 48,
     "intermediate_size": 192,
@@ -33,7 +41,15 @@ VISION = {
     "patch_size": 8,
 }
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-OPEN_CLIP = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 2, "head_width": 16, "mlp_ratio": 4.3637, "ls_init_value": 0.1}
+OPEN_CLIP = {
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 48,
+    "layers": 2,
+    "head_width": 16,
+    "mlp_ratio": 4.3637,
+    "ls_init_value": 0.1,
+}
 EVA = {"image_size": 32, "timm_pool": "token", "timm_proj": None}
 COCA = {"attentional_pool": True, "attn_pooler_heads": 3, "output_tokens": True}
 
@@ -54,8 +70,15 @@ def in_open_clip(vision: dict, trunk: dict | None = None, **config: object) -> C
             in_timm(vision["timm_model_name"], **trunk)(directory / "trunk")
             (directory / "trunk" / "model.safetensors").unlink()
             model_cfg["vision_cfg"] = {**vision, "timm_model_name": f"local-dir:{directory / 'trunk'}"}
-        preprocess = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation": "bicubic", "resize_mode": "squash"}
-        (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess}))
+        preprocess = {
+            "mean": [0.4, 0.5, 0.6],
+            "std": [0.2, 0.3, 0.25],
+            "interpolation": "bicubic",
+            "resize_mode": "squash",
+        }
+        (directory / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess})
+        )
         module = redraw(open_clip.create_model(f"local-dir:{directory}", load_weights=False))
         save_file(module.state_dict(), directory / "open_clip_model.safetensors")
 
@@ -67,7 +90,9 @@ def in_transformers(model: str, config: str, **options: object) -> Callable[[Pat
         module = redraw(getattr(transformers, model)(getattr(transformers, config)(**options)))
         module.save_pretrained(directory)
         size = {"height": 32, "width": 32}
-        transformers.CLIPImageProcessor(size=size, crop_size=size, image_mean=[0.4] * 3, image_std=[0.3] * 3).save_pretrained(directory)
+        transformers.CLIPImageProcessor(
+            size=size, crop_size=size, image_mean=[0.4] * 3, image_std=[0.3] * 3
+        ).save_pretrained(directory)
 
     return write
 
@@ -107,21 +132,36 @@ def hf_clip(directory: Path) -> None:
 
 
 def hf_siglip(directory: Path) -> None:
-    in_transformers("SiglipModel", "SiglipConfig", vision_config=VISION, text_config={**WORDS, "projection_size": 48})(directory)
+    in_transformers("SiglipModel", "SiglipConfig", vision_config=VISION, text_config={**WORDS, "projection_size": 48})(
+        directory
+    )
 
 
-INTERN = {**VISION, "image_size": [32, 32], "patch_size": [8, 8], "norm_type": "rms_norm", "use_qk_norm": True, "use_mean_pooling": False}
+INTERN = {
+    **VISION,
+    "image_size": [32, 32],
+    "patch_size": [8, 8],
+    "norm_type": "rms_norm",
+    "use_qk_norm": True,
+    "use_mean_pooling": False,
+}
 FAMILIES: dict[str, Callable[[Path], None]] = {
     # One of each form of MLP first: plain, fused gate, split gate, split gate with a norm inside, hierarchical.
     "open_clip": in_open_clip(OPEN_CLIP),
     "timm DINOv2-g": in_timm("vit_giant_patch14_dinov2", **VIT),
     "transformers DINOv2 SwiGLU": in_transformers(
-        "Dinov2Model", "Dinov2Config", **{**VISION, "mlp_ratio": 4, "use_swiglu_ffn": True, "reshape_hidden_states": False}
+        "Dinov2Model",
+        "Dinov2Config",
+        **{**VISION, "mlp_ratio": 4, "use_swiglu_ffn": True, "reshape_hidden_states": False},
     ),
-    "open_clip EVA02-L": in_open_clip({"timm_model_name": "eva02_large_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True),
+    "open_clip EVA02-L": in_open_clip(
+        {"timm_model_name": "eva02_large_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True
+    ),
     "timm Swin": in_timm("swin_tiny_patch4_window7_224", **SWIN),
     # The others.
-    "open_clip EVA02-E+": in_open_clip({"timm_model_name": "eva02_enormous_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True),
+    "open_clip EVA02-E+": in_open_clip(
+        {"timm_model_name": "eva02_enormous_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True
+    ),
     "open_clip SigLIP": in_open_clip(
         {"timm_model_name": "vit_base_patch16_siglip_224", "image_size": 32, "timm_pool": "map", "timm_proj": "none"},
         trunk=VIT,

@@ -40,7 +40,11 @@ def test_round_to_gives_the_largest_multiple_and_never_zero(hidden, keep, round_
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 9)), min_size=1, max_size=5), st.floats(0.05, 1), st.sampled_from([1, 8]))
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.integers(1, 9)), min_size=1, max_size=5),
+    st.floats(0.05, 1),
+    st.sampled_from([1, 8]),
+)
 def test_a_budget_is_met_and_the_next_larger_share_would_break_it(layers, share, round_to):
     sites = [site(str(i), hidden) for i, (hidden, _) in enumerate(layers)]
     neuron = {str(i): cost for i, (_, cost) in enumerate(layers)}
@@ -142,18 +146,25 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
     """Against every combination of widths, on convex curves: the optimum where neurons cost the same, else within a neuron per limit."""
     rng = np.random.default_rng(seed)
     sites = [site(str(i), int(rng.integers(4, 10))) for i in range(count)]
-    loss = {s.name: rng.uniform(0.1, 5) * np.append(np.sort(rng.uniform(0, 1, s.hidden)).cumsum()[::-1], 0) for s in sites}
+    loss = {
+        s.name: rng.uniform(0.1, 5) * np.append(np.sort(rng.uniform(0, 1, s.hidden)).cumsum()[::-1], 0) for s in sites
+    }
     same = bool(rng.integers(2)) and not two_limits
     price = {s.name: 1 if same else int(rng.integers(1, 4)) for s in sites}
     costs = {"params": Cost(10 + sum(s.hidden * price[s.name] for s in sites), price)}
     budget = {"params": share}
     if two_limits:
         other = {s.name: int(rng.integers(1, 4)) for s in sites}
-        costs["flops"], budget["flops"] = Cost(5 + sum(s.hidden * other[s.name] for s in sites), other), float(rng.uniform(0.3, 0.9))
+        costs["flops"], budget["flops"] = (
+            Cost(5 + sum(s.hidden * other[s.name] for s in sites), other),
+            float(rng.uniform(0.3, 0.9)),
+        )
 
     def fits(kept):
         cut = {s.name: s.hidden - k for s, k in zip(sites, kept, strict=True)}
-        return all(costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items())  # exactly
+        return all(
+            costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items()
+        )  # exactly
 
     def lost(kept):
         return sum(loss[s.name][k] for s, k in zip(sites, kept, strict=True))
@@ -194,11 +205,17 @@ def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
     bumpy = np.maximum(steep / 10, (np.arange(641) < 300) * 5.0)
     costs = {"params": Cost(1920, {"a": 1, "b": 1, "c": 1})}
     for round_to in (1, 8, 64):
-        kept = fitted_widths(sites, {"a": flat, "b": steep, "c": bumpy}, budget={"params": 0.5}, costs=costs, round_to=round_to)
+        kept = fitted_widths(
+            sites, {"a": flat, "b": steep, "c": bumpy}, budget={"params": 0.5}, costs=costs, round_to=round_to
+        )
         assert all(count % round_to == 0 for count in kept.values()) and 960 - 2 * round_to < sum(kept.values()) <= 960
         assert kept["a"] < kept["b"] and kept["a"] >= max(10, round_to) and kept["c"] >= 300
-    assert fitted_widths(sites, {"a": flat * 0, "b": steep, "c": flat * 0}, budget={"params": 0.4}, costs=costs)["a"] == 10
-    with pytest.raises(DgmrError, match=r"budget params = 0.01 cannot be met: with the fewest neurons the tower still costs 30"):
+    assert (
+        fitted_widths(sites, {"a": flat * 0, "b": steep, "c": flat * 0}, budget={"params": 0.4}, costs=costs)["a"] == 10
+    )
+    with pytest.raises(
+        DgmrError, match=r"budget params = 0.01 cannot be met: with the fewest neurons the tower still costs 30"
+    ):
         fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"params": 0.01}, costs=costs)
     with pytest.raises(DgmrError, match=r"unknown budget 'watts'"):
         fitted_widths(sites, {"a": flat, "b": flat, "c": flat}, budget={"watts": 0.5}, costs=costs)
@@ -217,7 +234,12 @@ def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share)
 
     def clock(counts):
         asked.append(dict(counts))
-        return 0.2 + 0.8 * sum(weight[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items()) / whole
+        return (
+            0.2
+            + 0.8
+            * sum(weight[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items())
+            / whole
+        )
 
     def fit(cost):
         return fitted_widths(sites, loss, budget={"latency": share}, costs={"latency": cost}, round_to=4)
@@ -225,7 +247,9 @@ def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share)
     counts = widths_within(share, fit, tower, sites, 32, round_to=4, time_of=clock)
     assert 0.9 * share < clock(counts) <= share
     assert len(asked) <= 8 and all(count % 4 == 0 for count in counts.values())
-    with pytest.raises(DgmrError, match=r"budget latency = 0.1 cannot be met: with the fewest neurons the tower still takes 0.2"):
+    with pytest.raises(
+        DgmrError, match=r"budget latency = 0.1 cannot be met: with the fewest neurons the tower still takes 0.2"
+    ):
         widths_within(0.1, fit, tower, sites, 32, time_of=clock)
     for wrong in (0, 1, 3.5):
         with pytest.raises(DgmrError, match="share of the dense tower's time"):
@@ -236,11 +260,15 @@ def test_the_clock_runs_a_tower_of_these_widths_and_leaves_the_original_alone(mo
     tower = redraw(timm_tower()).train()
     before = copy.deepcopy(tower.state_dict())
     seen = []
-    monkeypatch.setattr("dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), seen.append(narrow)))
+    monkeypatch.setattr(
+        "dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), seen.append(narrow))
+    )
     counts = {site.name: 16 * (index + 1) for index, site in enumerate(find_sites(tower))}
     assert 0 < relative_time(tower, counts, 32) < 10
     assert {site.name: site.hidden for site in find_sites(seen[0])} == counts
-    assert not any(parameter.is_meta for parameter in seen[0].parameters()) and torch.isfinite(seen[0](pictures(2))).all()
+    assert (
+        not any(parameter.is_meta for parameter in seen[0].parameters()) and torch.isfinite(seen[0](pictures(2))).all()
+    )
     assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
     with torch.device("meta"):
         shadow = timm_tower()

@@ -85,7 +85,9 @@ def test_taylor_is_torch_prunings():
     tower, images = redraw(timm_tower()), pictures(40)
     stock = copy.deepcopy(tower)
     entropy()(stock(images), 0).backward()
-    ignored = [m for name, m in stock.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")]
+    ignored = [
+        m for name, m in stock.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")
+    ]
     options = {"in_channel_groups": {}, "out_channel_groups": {}, "num_heads": {}, "ignored_layers": ignored}
     taylor = tp.importance.TaylorImportance()
     tp.pruner.BasePruner(stock, (pictures(1),), importance=taylor, pruning_ratio=1 - 48.5 / 192, **options).step()
@@ -127,7 +129,9 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
         pruned = prune(tower, plan=plan).model
         forwards += sum(len(batch) for group in groups for batch in group)
         with torch.no_grad():
-            return float(np.mean([float(entropy()(torch.cat([pruned(batch) for batch in group]), 0)) for group in groups])), plan
+            return float(
+                np.mean([float(entropy()(torch.cat([pruned(batch) for batch in group]), 0)) for group in groups])
+            ), plan
 
     before, plan = judged(keep)
     for name in reversed(names):
@@ -149,10 +153,17 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
 def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
     tower, images = redraw(timm_tower()), pictures(48)
     expected, forwards = brute_force(
-        tower, gate_scores(as_encoder(tower), [[images[:24]], [images[24:]]]), [[images[:24]], [images[24:]]], threshold, 6, two_sided
+        tower,
+        gate_scores(as_encoder(tower), [[images[:24]], [images[24:]]]),
+        [[images[:24]], [images[24:]]],
+        threshold,
+        6,
+        two_sided,
     )
     found = search(tower, images.split(8), threshold=threshold, two_sided=two_sided, candidates=24)
-    assert {name: site.kept for name, site in found.plan.sites.items()} == {name: site.kept for name, site in expected.sites.items()}
+    assert {name: site.kept for name, site in found.plan.sites.items()} == {
+        name: site.kept for name, site in expected.sites.items()
+    }
     widths = {len(site.kept) for site in found.plan.sites.values()}
     assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials passed, some did not
     assert 0 < found.image_blocks < forwards * 3  # blocks in front of the trial are run once
@@ -165,7 +176,10 @@ def test_the_plan_gives_the_searchs_own_model():
     found = search(tower, groups[0], threshold=1e-4, candidates=24)
     again = prune(tower, plan=found.plan).model
     assert state.kept == {name: site.kept for name, site in found.plan.sites.items()}
-    assert all(torch.equal(a, b) for a, b in zip(encoder.module.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(encoder.module.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     with torch.no_grad():
         assert found.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
 
@@ -185,7 +199,14 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
         search(tower, [images], threshold=1e-4, candidates=24, journal=journal, progress=stop)
     assert len(json.loads(journal.read_text())["state"]["kept"]) == 2
     seen = []
-    resumed = search(tower, [images], threshold=1e-4, candidates=24, journal=journal, progress=lambda title, done, total: seen.append(done))
+    resumed = search(
+        tower,
+        [images],
+        threshold=1e-4,
+        candidates=24,
+        journal=journal,
+        progress=lambda title, done, total: seen.append(done),
+    )
     assert seen == [3] and resumed == whole
     other = search(tower, [images], threshold=-1, candidates=24, journal=journal)  # another question: from the start
     assert other.plan != whole.plan
@@ -197,7 +218,11 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
 
 
 def test_the_search_takes_another_objective():
-    tower, images, texts = redraw(timm_tower()), pictures(24), torch.randn(24, 10, generator=torch.Generator().manual_seed(1))
+    tower, images, texts = (
+        redraw(timm_tower()),
+        pictures(24),
+        torch.randn(24, 10, generator=torch.Generator().manual_seed(1)),
+    )
     found = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
     with torch.no_grad():
         value = contrastive([texts])(prune(tower, plan=found.plan).model(images), 0)
@@ -238,7 +263,9 @@ def test_the_command_and_a_recipe_search(tmp_path):
     assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()
     refused = call_command("amp", "--images", images, "--count", "60", "-o", tmp_path / "other.json")
-    assert refused.returncode == 2 and "groups of 512 images, got 60" in refused.stderr and refused.stderr.count("\n") == 1
+    assert (
+        refused.returncode == 2 and "groups of 512 images, got 60" in refused.stderr and refused.stderr.count("\n") == 1
+    )
 
 
 WORKER = """
@@ -271,8 +298,17 @@ def test_the_number_of_processes_changes_nothing(tmp_path):
     script.write_text(WORKER)
     results = []
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", script]
-        done = subprocess.run([*map(str, command), str(tmp_path.cwd() / "tests")], capture_output=True, text=True, timeout=300)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            script,
+        ]
+        done = subprocess.run(
+            [*map(str, command), str(tmp_path.cwd() / "tests")], capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
     one, two = results

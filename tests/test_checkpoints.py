@@ -82,7 +82,8 @@ def test_a_clip_opens_from_every_format(tiny_clip, tmp_path, file, width):
 def test_shards_open_by_their_index(tiny_clip, tmp_path):
     write_shards(tmp_path, tiny_clip.state_dict())
     same_and_not_by_chance(
-        open_model("open_clip:tiny-clip", str(tmp_path / "model.safetensors.index.json")).module.visual, tiny_clip.visual
+        open_model("open_clip:tiny-clip", str(tmp_path / "model.safetensors.index.json")).module.visual,
+        tiny_clip.visual,
     )
 
 
@@ -233,7 +234,9 @@ def release_internvit(directory):
 
 
 def test_internvits_release_opens_as_transformers(tmp_path):
-    in_transformers("InternVLVisionModel", "InternVLVisionConfig", **{**INTERN, "use_mean_pooling": True})(tmp_path / "ours")
+    in_transformers("InternVLVisionModel", "InternVLVisionConfig", **{**INTERN, "use_mean_pooling": True})(
+        tmp_path / "ours"
+    )
     release_internvit(tmp_path / "release")
     assert (tmp_path / "release" / "config.json").read_text() != (tmp_path / "ours" / "config.json").read_text()
     same_and_not_by_chance(open_model(str(tmp_path / "release")).module, open_model(str(tmp_path / "ours")).module)
@@ -258,7 +261,10 @@ def test_a_pickle_is_never_executed(tmp_path):
     [
         (lambda state: {}, "is no checkpoint"),
         (lambda state: {"step": 3}, "is no checkpoint"),
-        (lambda state: {name: t for name, t in state.items() if name != "visual.ln_post.bias"}, r"has no tensor 'visual\.ln_post\.bias'"),
+        (
+            lambda state: {name: t for name, t in state.items() if name != "visual.ln_post.bias"},
+            r"has no tensor 'visual\.ln_post\.bias'",
+        ),
         (
             lambda state: {**state, "visual.conv1.weight": torch.zeros(2)},
             r"'visual\.conv1\.weight' is \(2,\), the model says \(48, 3, 8, 8\)",
@@ -298,15 +304,26 @@ def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_p
     arguments = ("-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/sub/vit.pth", "--criterion", "l2")
     file = run_command("plan", *arguments, env=environment)
     assert file.returncode == 0 and "blocks.11.mlp" in file.stdout, file.stderr
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "missing-shard.safetensors"}}))
+    (snapshot / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "missing-shard.safetensors"}})
+    )
     index = run_command(
-        "plan", "-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/clip/model.safetensors.index.json", env=environment
+        "plan",
+        "-m",
+        "timm:vit_tiny_patch16_224",
+        "--pretrained",
+        "hf-hub:org/clip/model.safetensors.index.json",
+        env=environment,
     )
     assert index.returncode == 2 and "cannot get hf-hub:org/clip" in index.stderr and index.stderr.count("\n") == 1
-    nothing = run_command("plan", "-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/vit.pth", env=environment)
+    nothing = run_command(
+        "plan", "-m", "timm:vit_tiny_patch16_224", "--pretrained", "hf-hub:org/vit.pth", env=environment
+    )
     assert nothing.returncode == 2 and "names no file" in nothing.stderr
     missing = run_command("inspect", "hf-hub:org/other", env=environment)
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot get hf-hub:org/other" in missing.stderr
+    assert (
+        missing.returncode == 2 and missing.stderr.count("\n") == 1 and "cannot get hf-hub:org/other" in missing.stderr
+    )
 
 
 def test_open_clips_older_repositories_open(tiny_clip, tmp_path):
@@ -323,7 +340,8 @@ def test_open_clips_older_repositories_open(tiny_clip, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"architectures": ["InternVisionModel"]}, {"architectures": ["CLIPVisionModel"], "model_type": "magic"}]
+    "config",
+    [{}, {"architectures": ["InternVisionModel"]}, {"architectures": ["CLIPVisionModel"], "model_type": "magic"}],
 )
 @pytest.mark.parametrize("weights", ["none", "disk", "memory"])
 def test_a_config_that_describes_nothing_is_one_sentence(tmp_path, config, weights):

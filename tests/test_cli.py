@@ -27,7 +27,9 @@ def refused(*arguments, says):
 
 def test_a_mistake_ends_the_process_with_2():
     done = run_command("prune", "--model", "demo", "--keep", "0", "-o", "nowhere")
-    assert done.returncode == 2 and "keep 1 to 512" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert (
+        done.returncode == 2 and "keep 1 to 512" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +43,15 @@ def images(tmp_path_factory):
 
 
 def test_prune_writes_a_directory_that_opens(images, tmp_path):
-    done = call_command("prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out")
+    done = call_command(
+        "prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out"
+    )
     assert done.returncode == 0, done.stderr
     assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
-    assert {block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks} == {128}
+    assert {
+        block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks
+    } == {128}
     done = call_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
     assert done.returncode == 0, done.stderr
 
@@ -72,11 +78,22 @@ def test_inspect_and_eval(tmp_path):
 
 
 def test_misspelt_recipe_key(tmp_path):
-    refused("run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun; did you mean prune")
+    refused(
+        "run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun; did you mean prune"
+    )
 
 
 def test_unknown_model(tmp_path):
-    refused("prune", "--model", "open_clip:ViT-g-15", "--pretrained", "x", "-o", tmp_path / "out", says="did you mean ViT-g-14")
+    refused(
+        "prune",
+        "--model",
+        "open_clip:ViT-g-15",
+        "--pretrained",
+        "x",
+        "-o",
+        tmp_path / "out",
+        says="did you mean ViT-g-14",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -95,7 +112,11 @@ def test_image_folder_without_images(tmp_path):
     (tmp_path / "empty" / "notes.txt").write_text("hello")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
-    for name, says in (("empty", "holds no image (1 other files)"), ("broken", "none of the 1 images"), ("nowhere", "does not exist")):
+    for name, says in (
+        ("empty", "holds no image (1 other files)"),
+        ("broken", "none of the 1 images"),
+        ("nowhere", "does not exist"),
+    ):
         refused("prune", "--model", "demo", "--recover", tmp_path / name, "-o", tmp_path / "out", says=says)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
@@ -114,7 +135,10 @@ def test_memory_of_a_gpu_that_is_too_small(monkeypatch, tmp_path):
 
     monkeypatch.setattr("dgmr_tp.compression.prune.prune", none)
     refused(
-        "prune", "-o", tmp_path / "out", says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB.; take fewer images"
+        "prune",
+        "-o",
+        tmp_path / "out",
+        says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB.; take fewer images",
     )
 
 
@@ -124,13 +148,38 @@ def test_evaluations_that_are_asked_for_by_half(tmp_path):
         ["--knn-train", "a", "--knn-test", "b", "--root", "c"],
         ["--knn-train", "a", "--head-test", "b"],
     ):
-        refused("eval", "demo", *options, "-o", tmp_path / "out", says="give --dataset and --root, or --knn-train and --knn-test")
+        refused(
+            "eval",
+            "demo",
+            *options,
+            "-o",
+            tmp_path / "out",
+            says="give --dataset and --root, or --knn-train and --knn-test",
+        )
 
 
 def test_plan_for_another_model(tmp_path):
     (tmp_path / "plan.json").write_text('{"format": 1, "encoder": "x", "criterion": "y", "sites": {"nothing": []}}')
-    refused("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out", says="plan.json: this is no plan")
-    refused("prune", "--model", "demo", "--plan", tmp_path / "none.json", "-o", tmp_path / "out", says="cannot read the plan")
+    refused(
+        "prune",
+        "--model",
+        "demo",
+        "--plan",
+        tmp_path / "plan.json",
+        "-o",
+        tmp_path / "out",
+        says="plan.json: this is no plan",
+    )
+    refused(
+        "prune",
+        "--model",
+        "demo",
+        "--plan",
+        tmp_path / "none.json",
+        "-o",
+        tmp_path / "out",
+        says="cannot read the plan",
+    )
 
 
 @pytest.mark.parametrize(

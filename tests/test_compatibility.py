@@ -24,7 +24,9 @@ def drawn(rows=400, width=24, noise=0.0, seed=0):
 
 def naive(old, new, asked, indexed, count):
     """Shares of today's neighbours, by sorting all cosines in float64."""
-    unit = {name: rows.double() / rows.double().norm(dim=1, keepdim=True) for name, rows in (("old", old), ("new", new))}
+    unit = {
+        name: rows.double() / rows.double().norm(dim=1, keepdim=True) for name, rows in (("old", old), ("new", new))
+    }
     order = lambda asking, answering: (unit[asking][asked] @ unit[answering][indexed].T).argsort(dim=1, descending=True)  # noqa: E731
     today = order("old", "old")[:, :count]
     shares = {}
@@ -51,7 +53,9 @@ def test_overlaps_are_those_of_a_search_written_out():
     assert [worst["row"] for worst in found["worst"]] == np.argsort(cosines)[:8].tolist()
     assert found["images"] == 700 and found["queries"] == 150
     few = compatibility(old[:200], new[:200])
-    assert few["ways"]["new queries, old index"]["overlap@100"] is None, "all of an index of 100 are among its first 100"
+    assert few["ways"]["new queries, old index"]["overlap@100"] is None, (
+        "all of an index of 100 are among its first 100"
+    )
 
 
 def test_decisions_are_compared_by_the_old_classifier():
@@ -60,7 +64,9 @@ def test_decisions_are_compared_by_the_old_classifier():
     found = compatibility(old, new, classifier=classifier)
     same = ((old @ classifier).argmax(1) == (new @ classifier).argmax(1)).float().mean()
     assert found["agreement"] == pytest.approx(float(same)) and 0.3 < found["agreement"] < 0.99
-    assert found["score"] == min(found["agreement"], *(found["ways"][way]["recall@10"] for way in list(found["ways"])[:2]))
+    assert found["score"] == min(
+        found["agreement"], *(found["ways"][way]["recall@10"] for way in list(found["ways"])[:2])
+    )
     assert compatibility(old, new)["agreement"] is None
 
 
@@ -81,7 +87,10 @@ def test_a_turned_space_breaks_an_index_that_re_embedding_would_mend():
     turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2))).Q
     found = compatibility(old, old @ turn)
     assert found["verdict"] == "re-embed before you deploy"
-    assert found["ways"]["new queries, new index"]["recall@10"] == 1 and found["ways"]["new queries, old index"]["recall@10"] < 0.5
+    assert (
+        found["ways"]["new queries, new index"]["recall@10"] == 1
+        and found["ways"]["new queries, old index"]["recall@10"] < 0.5
+    )
 
 
 def test_what_cannot_be_compared_is_refused():
@@ -110,12 +119,18 @@ def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
     bad = prune(old, criterion="random", mlp_ratio=0.25).model
     classifier = text_classifier(old, pictures)
     side = lambda model: Side(Tower(model.encoder).eval(), model.preprocess)  # noqa: E731
-    found = {name: survey(side(old), side(new), pictures, classifier=classifier) for name, new in (("good", good), ("bad", bad))}
+    found = {
+        name: survey(side(old), side(new), pictures, classifier=classifier)
+        for name, new in (("good", good), ("bad", bad))
+    }
     assert (found["good"]["verdict"], found["bad"]["verdict"]) == ("keep the index", "re-embed before you deploy")
     images = torch.stack([old.preprocess(record.read()) for record in Images.find(pictures).records])
     labels = torch.tensor([int(record.class_name()) for record in Images.find(pictures).records])
     with torch.no_grad():
-        rows = {name: F.normalize(Tower(model.encoder)(images), dim=-1) for name, model in (("old", old), ("good", good), ("bad", bad))}
+        rows = {
+            name: F.normalize(Tower(model.encoder)(images), dim=-1)
+            for name, model in (("old", old), ("good", good), ("bad", bad))
+        }
     precision = {}
     for name, queries in rows.items():
         near = (queries[:200] @ rows["old"][200:].T).topk(10).indices + 200
@@ -136,7 +151,11 @@ def test_classes_are_read_from_a_file_a_folder_or_saved_embeddings(pictures, tmp
     assert torch.equal(text_classifier(demo, tmp_path / "classes.pt"), whole)
     (tmp_path / "one.txt").write_text("red circle\n")
     (tmp_path / "broken.pt").write_bytes(b"no")
-    for name, why in (("one.txt", "names 1 classes"), ("none.txt", "cannot read the class names"), ("broken.pt", "cannot read the class")):
+    for name, why in (
+        ("one.txt", "names 1 classes"),
+        ("none.txt", "cannot read the class names"),
+        ("broken.pt", "cannot read the class"),
+    ):
         with pytest.raises(DgmrError, match=why):
             text_classifier(demo, tmp_path / name)
 

@@ -14,7 +14,15 @@ from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
 from dgmr_tp.data.streams import find_images
-from dgmr_tp.distillation.data import Crops, StreamCrops, batches, distinct_places, places, stream_batches, training_transform
+from dgmr_tp.distillation.data import (
+    Crops,
+    StreamCrops,
+    batches,
+    distinct_places,
+    places,
+    stream_batches,
+    training_transform,
+)
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import write_whole
 
@@ -142,7 +150,9 @@ def test_a_damaged_shard_is_named_and_not_taken_for_a_shorter_one(tmp_path, dama
     if damage == "a header":
         content[member.offset] ^= 1
     else:
-        del content[{"cut at a header": member.offset, "cut in a file": member.offset_data + 10, "no end": end}[damage] :]
+        del content[
+            {"cut at a header": member.offset, "cut in a file": member.offset_data + 10, "no end": end}[damage] :
+        ]
     (tmp_path / "0.tar").write_bytes(content)
     with pytest.raises(DgmrError, match=r"cannot read the shard .*0\.tar: .*fetch it again"):
         Images.find(tmp_path / "0.tar")
@@ -176,7 +186,9 @@ def test_ranks_share_the_global_batch_and_a_resumed_run_sees_what_it_would_have_
 
     def seen(first=0, rank=0, world=1, micro=8):
         options = {"batch": 8, "seed": 1, "steps": 6, "workers": workers}
-        return [sample.images for sample in batches(crops, first_step=first, rank=rank, world=world, micro=micro, **options)]
+        return [
+            sample.images for sample in batches(crops, first_step=first, rank=rank, world=world, micro=micro, **options)
+        ]
 
     whole, halves, resumed = seen(), [seen(rank=rank, world=2, micro=4) for rank in (0, 1)], seen(first=4)
     for step in range(6):

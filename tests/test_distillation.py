@@ -125,10 +125,17 @@ def test_what_is_trained_and_what_is_decayed():
     tap = FeatureTap(as_encoder(tower))
     freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, 32, 32, device="meta"))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
-    assert {name for name, _ in tower.named_parameters()} - trained == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    assert {name for name, _ in tower.named_parameters()} - trained == {
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
     decayed, plain = ({id(p) for p in group["params"]} for group in parameter_groups(tap, 0.1))
     matrices = {name for name, p in tower.named_parameters() if id(p) in decayed}
-    assert matrices == {name for name in trained if name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))}
+    assert matrices == {
+        name for name in trained if name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+    }
     assert {"cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.ls1.gamma"} <= {
         name for name, p in tower.named_parameters() if id(p) in plain
     }
@@ -139,8 +146,12 @@ def test_what_is_trained_and_what_is_decayed():
 
 def test_the_schedule_of_the_papers():
     """Linear warm-up to base · batch / 256, a cosine to the end (torch's own as the reference), decay from 0.04 to 0.2."""
-    given = settings(steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2)
-    assert [given.learning_rate(step) for step in range(10)] == pytest.approx([2e-4 * (step + 1) / 10 for step in range(10)])
+    given = settings(
+        steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2
+    )
+    assert [given.learning_rate(step) for step in range(10)] == pytest.approx(
+        [2e-4 * (step + 1) / 10 for step in range(10)]
+    )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=1e-6)
     for step in range(10, 100):
@@ -172,20 +183,27 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
         path.write_text(json.dumps(content))
         return deepspeed_config(settings(deepspeed=str(path), zero_stage=2), 2, tmp_path)
 
-    assert deepspeed_config(settings(offload="all", zero_stage=3), 2, tmp_path)["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert deepspeed_config(settings(offload="all", zero_stage=3), 2, tmp_path)["zero_optimization"][
+        "offload_param"
+    ] == {"device": "cpu"}
     more = {"tensorboard": {"enabled": True}, "gradient_clipping": "auto", "train_batch_size": "auto"}
     config = joined(zero_optimization={"stage": 2, "overlap_comm": True}, **more)
     assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True} and config["tensorboard"]["enabled"]
     assert config["gradient_clipping"] == 0.0 and "train_batch_size" not in config
-    with pytest.raises(DgmrError, match=r"ds\.json: zero_optimization\.stage = 3, but distill in the recipe makes it 2"):
+    with pytest.raises(
+        DgmrError, match=r"ds\.json: zero_optimization\.stage = 3, but distill in the recipe makes it 2"
+    ):
         joined(zero_optimization={"stage": 3})
     assert joined(steps_per_print=2000, wall_clock_breakdown=True)["steps_per_print"] == 2000
     with pytest.raises(
-        DgmrError, match=r"offload_optimizer, but the recipe's distill section does not say offload: optimizer; say it there"
+        DgmrError,
+        match=r"offload_optimizer, but the recipe's distill section does not say offload: optimizer; say it there",
     ):
         joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
-    with pytest.raises(DgmrError, match=r"round_robin_gradients: with it DeepSpeed cannot give the trained weights back; remove it"):
+    with pytest.raises(
+        DgmrError, match=r"round_robin_gradients: with it DeepSpeed cannot give the trained weights back; remove it"
+    ):
         joined(zero_optimization={"round_robin_gradients": True})
     assert joined(zero_optimization={"round_robin_gradients": False})
     with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not for DeepSpeed to say"):
@@ -197,7 +215,9 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
 
 @pytest.fixture
 def process_group(tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
     yield
     torch.distributed.destroy_process_group()
 
@@ -214,7 +234,9 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
     folder = tmp_path / "checkpoints"
     assert checkpoints.newest(folder) == (None, [])
     for step in (3, 6, 9):
-        checkpoints.save(Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), [("w", torch.ones(2))], keep=2)
+        checkpoints.save(
+            Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), [("w", torch.ones(2))], keep=2
+        )
     assert sorted(path.name for path in folder.iterdir()) == ["step00000006", "step00000009"]
     found, damaged = checkpoints.newest(folder)
     assert (found.step, found.broken, damaged) == (9, {"a.png": "no image"}, [])
@@ -256,7 +278,11 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 
 def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), torch.distributed.DistBackendError("NCCL error"), RuntimeError("gloo")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.distributed.DistBackendError("NCCL error"),
+        RuntimeError("gloo"),
+    ):
         with pytest.raises(type(error)), checkpoints.writing(tmp_path):
             raise error
     with pytest.raises(DgmrError, match="cannot write the checkpoint"), checkpoints.writing(tmp_path):
@@ -269,7 +295,10 @@ def test_a_process_that_is_gone_is_one_sentence(process_group, tmp_path):
         RuntimeError("NCCL operation timed out"),
         RuntimeError("[gloo/tcp/pair.cc:5] Read error"),
     ):
-        with pytest.raises(DgmrError, match=r"another process of this training is gone \(.*(NCCL|gloo)"), training(tmp_path, settings()):
+        with (
+            pytest.raises(DgmrError, match=r"another process of this training is gone \(.*(NCCL|gloo)"),
+            training(tmp_path, settings()),
+        ):
             raise error
 
 
@@ -289,7 +318,9 @@ def test_a_process_that_fails_ends_those_that_wait_for_it(process_group, tmp_pat
     assert not (tmp_path / FAILED).exists()
 
 
-@pytest.mark.parametrize("says", ["CUDA error: out of memory", "Cuda failure 'out of memory'", "CUBLAS_STATUS_ALLOC_FAILED", "else"])
+@pytest.mark.parametrize(
+    "says", ["CUDA error: out of memory", "Cuda failure 'out of memory'", "CUBLAS_STATUS_ALLOC_FAILED", "else"]
+)
 def test_every_way_to_run_out_of_memory_names_what_needs_less(process_group, tmp_path, says):
     expected = RuntimeError if says == "else" else DgmrError
     with pytest.raises(expected) as caught, training(tmp_path, settings()):
@@ -308,7 +339,9 @@ def test_gpus_that_are_not_numbers_are_refused(tmp_path, monkeypatch):
 def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
     tuned = {"captions": "scenes:pairs", "steps": 2, "batch_size": 8, "base_lr": 1e-3}
     run = Run(recipe(scenes={"images": 200, "classes": 60, "captions": 40, "pairs": 20}, tune_text=tuned), tmp_path)
-    with pytest.raises(DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"):
+    with pytest.raises(
+        DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"
+    ):
         run.train_here("tune_text", "mlp_ratio-1")
 
 
@@ -348,8 +381,19 @@ MATRIX = {name: {**case, "weight_decay": 0.1} for name, case in MATRIX.items()}
 
 def launch(folder: Path, processes: int, cases: dict) -> None:
     (folder / "cases.json").write_text(json.dumps(cases))
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    program = [str(BIN / "torchrun"), "--nproc_per_node", str(processes), str(Path(__file__).with_name("distill_worker.py")), str(folder)]
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    program = [
+        str(BIN / "torchrun"),
+        "--nproc_per_node",
+        str(processes),
+        str(Path(__file__).with_name("distill_worker.py")),
+        str(folder),
+    ]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
@@ -368,10 +412,14 @@ def start() -> dict[str, torch.Tensor]:
 
 def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Softmax does not see a key's bias: its gradient is rounding alone, of which Adam makes steps of full size."""
-    return {k: torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if k.endswith("attn.in_proj_bias") else t for k, t in state.items()}
+    return {
+        k: torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if k.endswith("attn.in_proj_bias") else t for k, t in state.items()
+    }
 
 
-def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None) -> float:
+def apart(
+    a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None
+) -> float:
     """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding of a gradient
     near zero into a step of full size."""
     a, b, begin = map(without_key_biases, (a, b, begin or start()))
@@ -386,14 +434,23 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module.train()
     crops = Crops(
-        Images.find(folder / "images"), training_transform(opened.preprocess_config, 64, given.min_crop, given.flip), 0, given.fixed_crops
+        Images.find(folder / "images"),
+        training_transform(opened.preprocess_config, 64, given.min_crop, given.flip),
+        0,
+        given.fixed_crops,
     )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith(("ln_post", "proj")))
     decayed = ("conv1.weight", "in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
     groups = [
-        {"params": [p for n, p in student.named_parameters() if p.requires_grad and n.endswith(decayed)], "weight_decay": 0.1},
-        {"params": [p for n, p in student.named_parameters() if p.requires_grad and not n.endswith(decayed)], "weight_decay": 0.0},
+        {
+            "params": [p for n, p in student.named_parameters() if p.requires_grad and n.endswith(decayed)],
+            "weight_decay": 0.1,
+        },
+        {
+            "params": [p for n, p in student.named_parameters() if p.requires_grad and not n.endswith(decayed)],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     tokens = lambda tower, x: tower.transformer(tower._embeds(x))  # noqa: E731
@@ -401,7 +458,9 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
     seen = batches(crops, batch=8, micro=8, seed=0, first_step=0, steps=given.steps, rank=0, world=1, workers=0)
     for step, (images, *_) in enumerate(seen):
         for group in optimizer.param_groups:
-            group["lr"] = given.base_lr * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / given.steps))).item()
+            group["lr"] = (
+                given.base_lr * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / given.steps))).item()
+            )
         with torch.no_grad():
             wanted = tokens(teacher, images)
         got = tokens(student, images)
@@ -439,7 +498,9 @@ def test_bf16_trains_float32_weights(matrix):
         fc1 = found["transformer.resblocks.0.mlp.c_fc.weight"]
         assert (fc1 == fc1.bfloat16().float()).float().mean() < 0.1, f"{name}: the master weights were rounded"
         assert torch.equal(start()["ln_post.weight"], found["ln_post.weight"]), "what is not trained was rounded"
-        assert len(losses(matrix / name)) == 12 and torch.allclose(losses(matrix / name), losses(matrix / "zero1"), rtol=0.1), name
+        assert len(losses(matrix / name)) == 12 and torch.allclose(
+            losses(matrix / name), losses(matrix / "zero1"), rtol=0.1
+        ), name
 
 
 @pytest.mark.slow
@@ -450,7 +511,11 @@ def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
     opened, images = open_model("demo"), Images.find(matrix / "images")
     held_out, others = images.divided(9, seed=0)
     names = [{record.name for record in part.records} for part in (held_out, others)]
-    assert len(names[0]) == 9 and not names[0] & names[1] and names[0] | names[1] == {record.name for record in images.records}
+    assert (
+        len(names[0]) == 9
+        and not names[0] & names[1]
+        and names[0] | names[1] == {record.name for record in images.records}
+    )
     pictures = torch.stack([opened.preprocess(held_out.read(i)) for i in range(9)])
     student = prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module
     student.load_state_dict(load_file(matrix / f"{case}.safetensors"))
@@ -546,9 +611,15 @@ def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
 def test_features_are_kept_only_for_what_reads_them(changes, says):
     with pytest.raises(DgmrError, match=says):
         recipe(distill={**SMALL["distill"], **changes})
-    assert recipe(distill={**SMALL["distill"], "keep_features": True}, prune={"mlp_ratio": [1, 2]}).distill.keep_features
-    url = recipe(images="https://nowhere/{0..3}.tar", distill={**SMALL["distill"], "keep_features": True, "fixed_crops": True})
-    with pytest.raises(DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered; set it to false"):
+    assert recipe(
+        distill={**SMALL["distill"], "keep_features": True}, prune={"mlp_ratio": [1, 2]}
+    ).distill.keep_features
+    url = recipe(
+        images="https://nowhere/{0..3}.tar", distill={**SMALL["distill"], "keep_features": True, "fixed_crops": True}
+    )
+    with pytest.raises(
+        DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered; set it to false"
+    ):
         Run(url, "runs/none").run()
 
 
@@ -567,7 +638,10 @@ def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision)
     found = KeptFeatures(tmp_path / "kept", draw(1), 100).read([90, 7, 8])  # as another process does
     assert found.keys() == first.keys()
     for name, values in found.items():
-        assert torch.equal(values, torch.cat([first[name][[2, 0]], second[name][1:]])) and values.dtype == first[name].dtype
+        assert (
+            torch.equal(values, torch.cat([first[name][[2, 0]], second[name][1:]]))
+            and values.dtype == first[name].dtype
+        )
     assert kept.read([7, 1]) is None and kept.read([200]) is None, "what was never written"
     with (tmp_path / "kept").open("r+b") as file:
         file.seek(8 * kept.row - 1)
@@ -587,7 +661,9 @@ def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix
     shutil.copytree(matrix / "images", tmp_path / "images")
     kept = {"features": "file"}
     launch(tmp_path, 2, {"plain": {}, "writes": kept, "reads": {**kept, "lost": True}, "lost": {"lost": True}})
-    plain, writes, reads, lost = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "writes", "reads", "lost"))
+    plain, writes, reads, lost = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "writes", "reads", "lost")
+    )
     assert all(torch.equal(plain[name], writes[name]) and torch.equal(plain[name], reads[name]) for name in plain)
     assert apart(lost, plain) > 0.1
     fixed, fresh = (load_file(matrix / f"{name}.safetensors") for name in ("fixed", "zero1"))
@@ -604,7 +680,10 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
         assert seal["processes"] == 1 and not list((matrix / f"{name} one" / "checkpoints").glob("*universal*"))
     launch(matrix, 2, {f"{name} back": {**case, "after": f"{name} one", "step": 8} for name, case in cases.items()})
     for name in cases:
-        whole, there_and_back = load_file(matrix / f"{name}.safetensors"), load_file(matrix / f"{name} back.safetensors")
+        whole, there_and_back = (
+            load_file(matrix / f"{name}.safetensors"),
+            load_file(matrix / f"{name} back.safetensors"),
+        )
         assert apart(whole, there_and_back) < (0.005 if name == "bf16" else 0.0005), name
         curves = losses(matrix / name), losses(matrix / f"{name} back")
         assert len(curves[1]) == 12 and torch.allclose(*curves, rtol=0.005 if name == "bf16" else 1e-4), name
@@ -646,17 +725,25 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     says = lambda name: (matrix / f"{name}.error").read_text()  # noqa: E731
     assert apart(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.0005
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
-    assert "the loss is" in says("not finite") and "lower distill.base_lr" in says("not finite") and ".tar:" in says("not finite")
+    assert (
+        "the loss is" in says("not finite")
+        and "lower distill.base_lr" in says("not finite")
+        and ".tar:" in says("not finite")
+    )
     assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")
     held_out = {record.name for record in Images.find(matrix / "broken").divided(9, seed=0)[0].records}
     listed = held_out & json.loads((matrix / "broken held out.figures").read_text())["broken_images"].keys()
     assert 0 < len(listed) < 9 and all(0 < score <= 1 for _, score in read_curve(matrix / "broken held out", "score"))
-    assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says("too many held out")
+    assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says(
+        "too many held out"
+    )
     assert "the processes do not see the same files in" in says("unlike")
     assert "cannot read the shard pipe:cat" in says("no shard") and "Traceback" not in says("no shard")
     assert "cannot read the shard pipe:head" in says("cut shard") and "Traceback" not in says("cut shard")
     assert "none of the 60 images in" in says("all broken")
-    assert 0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5  # other crops
+    assert (
+        0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5
+    )  # other crops
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
     met = {name for name in listed if name.endswith(".png")}
     assert len(met) == 20  # 12 · 8 images are more than an epoch of 60
@@ -672,7 +759,8 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a start; by turns to
     the command and to one of the processes that it launched, which then ends the job with code 2."""
     path = write_recipe(
-        tmp_path / "small.yaml", distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5}
+        tmp_path / "small.yaml",
+        distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5},
     )
     for name in ("whole", "killed"):
         begun(small_run[0], tmp_path / name)
@@ -692,7 +780,10 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     assert not (directory / "distill/mlp_ratio-1").exists(), "it was over before the last kill"
     done = run_command("run", path, "-o", directory, "--until", "distill")
     assert done.returncode == 0 and "goes on at step" in done.stdout, done.stdout + done.stderr
-    ours, reference = (load_file(tmp_path / name / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for name in ("killed", "whole"))
+    ours, reference = (
+        load_file(tmp_path / name / "distill/mlp_ratio-1/model/open_clip_model.safetensors")
+        for name in ("killed", "whole")
+    )
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
@@ -701,12 +792,18 @@ def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(sm
     whole, _ = small_run
     directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml")
     again = command("run", path, "-o", directory, "--until", "distill")
-    full = subprocess.run(["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300)
-    assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "make room" in full.stderr, full.stdout + full.stderr
+    full = subprocess.run(
+        ["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300
+    )
+    assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "make room" in full.stderr, (
+        full.stdout + full.stderr
+    )
     assert not list(directory.glob(f"distill/.*/checkpoints/*/{SEAL}"))
     done = run_command("run", path, "-o", directory, "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
-    ours, reference = (load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole))
+    ours, reference = (
+        load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole)
+    )
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
@@ -731,7 +828,9 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
     assert 3 <= step < 24
     done = run_command("run", path, "-o", directory, "--until", "distill")
     assert done.returncode == 0 and f"goes on at step {step} of 24" in done.stdout, done.stdout + done.stderr
-    ours, reference = (load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole))
+    ours, reference = (
+        load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole)
+    )
     assert all(torch.equal(ours[name], reference[name]) for name in reference)
 
 
@@ -765,7 +864,9 @@ def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
         write(tmp_path / f"model {name}")
     short = {"steps": 2, "batch_size": 4}
     cases = {
-        f"{name} {bits}": {**short, "model": str(tmp_path / f"model {name}"), "bf16": bits == 16} for name in FAMILIES for bits in (16, 32)
+        f"{name} {bits}": {**short, "model": str(tmp_path / f"model {name}"), "bf16": bits == 16}
+        for name in FAMILIES
+        for bits in (16, 32)
     }
     cases["swin in pieces"] = {**cases["timm Swin 32"], "micro_batch": 1}
     launch(tmp_path, 1, cases)
@@ -779,6 +880,12 @@ def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
 
 def test_what_does_not_decide_the_result_may_change_between_two_starts():
     base = recipe().distill
-    for change in ({"processes": 1}, {"workers": 2}, {"micro_batch": 2}, {"checkpoint_every": 5}, {"hostfile": "hosts"}):
+    for change in (
+        {"processes": 1},
+        {"workers": 2},
+        {"micro_batch": 2},
+        {"checkpoint_every": 5},
+        {"hostfile": "hosts"},
+    ):
         assert recipe(distill={**SMALL["distill"], **change}).distill.deciding == base.deciding
     assert recipe(distill={**SMALL["distill"], "base_lr": 2e-3}).distill.deciding != base.deciding

@@ -27,7 +27,9 @@ FAST = "ViT-g-14"
 
 def table_row(system):
     """Blocks, and the parameters and GFLOPs at ratio 1, as docs/models.md prints them."""
-    [line] = [line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith(f"| {system} |")]
+    [line] = [
+        line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith(f"| {system} |")
+    ]
     cells = [re.match(r"[\d.]+", cell.strip()) for cell in line.split("|")[3:9]]
     return [float(cell.group()) for cell in cells]
 
@@ -43,7 +45,9 @@ def environment(monkeypatch, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("system", [pytest.param(s, id=s[0], marks=() if s[0] == FAST else pytest.mark.slow) for s in SYSTEMS])
+@pytest.mark.parametrize(
+    "system", [pytest.param(s, id=s[0], marks=() if s[0] == FAST else pytest.mark.slow) for s in SYSTEMS]
+)
 def test_a_recipe_plans_what_the_table_says(environment, system):
     name, row, blocks, hidden, kept, published, saved = system
     found = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))

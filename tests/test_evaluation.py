@@ -45,7 +45,9 @@ def demo():
 
 
 def run(model, clip, root, output, **options):
-    return evaluate(clip, model.preprocess, model.tokenizer, dataset="wds/test", root=root, output=output, name="test", **options)
+    return evaluate(
+        clip, model.preprocess, model.tokenizer, dataset="wds/test", root=root, output=output, name="test", **options
+    )
 
 
 def test_top1_is_what_a_direct_computation_gives(demo, data, tmp_path):
@@ -55,7 +57,9 @@ def test_top1_is_what_a_direct_computation_gives(demo, data, tmp_path):
         embedding = F.normalize(demo.module.encode_image(images), dim=-1)
         classes = []
         for name in CLASSNAMES:
-            prompts = F.normalize(demo.module.encode_text(demo.tokenizer([t.format(c=name) for t in TEMPLATES])), dim=-1)
+            prompts = F.normalize(
+                demo.module.encode_text(demo.tokenizer([t.format(c=name) for t in TEMPLATES])), dim=-1
+            )
             classes.append(F.normalize(prompts.mean(0), dim=0))
     top1 = np.mean((embedding @ torch.stack(classes).T).argmax(1).numpy() == [scene.label for scene in drawn])
     metrics = run(demo, demo.module, data / "classes", tmp_path / "a" / "r.json")
@@ -67,13 +71,17 @@ def test_top1_is_what_a_direct_computation_gives(demo, data, tmp_path):
 def test_retrieval_is_found_by_the_folder_and_has_three_recalls(demo, data, tmp_path):
     metrics = run(demo, demo.module, data / "captions", tmp_path / "r.json")
     assert {f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in (1, 5, 10)} <= metrics.keys()
-    assert metrics["text_retrieval_recall@1"] <= metrics["text_retrieval_recall@5"] <= metrics["text_retrieval_recall@10"]
+    assert (
+        metrics["text_retrieval_recall@1"] <= metrics["text_retrieval_recall@5"] <= metrics["text_retrieval_recall@10"]
+    )
 
 
 def test_another_image_encoder_is_really_used(demo, data, tmp_path):
     same = CLIPWithEncoder(demo.module, demo.module.encode_image)
     constant = CLIPWithEncoder(demo.module, lambda images: torch.ones(len(images), 128))
-    accuracy = [run(demo, clip, data / "classes", tmp_path / "r.json")["acc1"] for clip in (demo.module, same, constant)]
+    accuracy = [
+        run(demo, clip, data / "classes", tmp_path / "r.json")["acc1"] for clip in (demo.module, same, constant)
+    ]
     assert accuracy[0] == accuracy[1] and accuracy[2] < 0.1 < accuracy[0]
 
 
@@ -132,17 +140,30 @@ def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_pat
     draws = {seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((9, 320), (7, 120))}
     with torch.no_grad():
         known, judged = (
-            F.normalize(demo.module.encode_image(torch.stack([demo.preprocess(Image.fromarray(s.image())) for s in drawn])), dim=-1)
+            F.normalize(
+                demo.module.encode_image(torch.stack([demo.preprocess(Image.fromarray(s.image())) for s in drawn])),
+                dim=-1,
+            )
             for drawn in draws.values()
         )
     labels, answers = ([scene.label for scene in drawn] for drawn in draws.values())
-    probes = [LogisticRegression(max_iter=1000, C=c).fit(known, labels).score(judged, answers) for c in (1, 10, 100, 1000)]
-    assert any(metrics["lp_acc1_sklearn"] == pytest.approx(score, abs=0.01) for score in probes) and metrics["lp_acc1_sklearn"] > 0.5
+    probes = [
+        LogisticRegression(max_iter=1000, C=c).fit(known, labels).score(judged, answers) for c in (1, 10, 100, 1000)
+    ]
+    assert (
+        any(metrics["lp_acc1_sklearn"] == pytest.approx(score, abs=0.01) for score in probes)
+        and metrics["lp_acc1_sklearn"] > 0.5
+    )
 
 
 def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
     images = torch.stack([demo.preprocess(Image.fromarray(Scene.draw(7, i).image())) for i in range(3)])
-    options = {"model": "demo", "preprocess": demo.preprocess_config, "formats": ["onnx", "torchscript"], "latency_batches": ()}
+    options = {
+        "model": "demo",
+        "preprocess": demo.preprocess_config,
+        "formats": ["onnx", "torchscript"],
+        "latency_batches": (),
+    }
     assert not failures(export_bundle(parts_of(demo, images), tmp_path, **options))
     where = {"dataset": "wds/test", "root": data / "classes", "folder": tmp_path / "out"}
     commands.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
@@ -163,7 +184,15 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
 
 def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path):
     known = run(demo, demo.module, data / "classes", tmp_path / "a.json")
-    options = ["--dataset", "wds/test", "--dataset_root", data / "classes", "--task", "zeroshot_classification", "--no_amp"]
+    options = [
+        "--dataset",
+        "wds/test",
+        "--dataset_root",
+        data / "classes",
+        "--task",
+        "zeroshot_classification",
+        "--no_amp",
+    ]
     output = ["--num_workers", 0, "--output", tmp_path / "{model}.json"]
     done = call_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
     assert done.returncode == 0, done.stderr
@@ -171,7 +200,8 @@ def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path)
     assert "Models: [('demo', 'none')]" in done.stdout, "every other argument is clip_benchmark's"
     with pytest.raises(DgmrError, match="unknown model 'nowhere'"):
         clip_benchmark(
-            ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options), *map(str, output)], lambda **_: open_model("nowhere")
+            ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options), *map(str, output)],
+            lambda **_: open_model("nowhere"),
         )
 
 
@@ -182,7 +212,8 @@ def test_the_zoos_three_figures_are_means(tmp_path):
     assert figures == pytest.approx({"zero-shot": 25.0, "retrieval": 100 * 1.6 / 3, "k-NN": 75.0})
     (tmp_path / "imagenet1k").mkdir()
     with pytest.raises(
-        DgmrError, match="lacks imagenet-a, imagenet-r, imagenetv2, imagenet_sketch, objectnet, flickr30k, mscoco_captions;"
+        DgmrError,
+        match="lacks imagenet-a, imagenet-r, imagenetv2, imagenet_sketch, objectnet, flickr30k, mscoco_captions;",
     ):
         find_zoo(tmp_path)
     with pytest.raises(DgmrError, match="needs the folders train and test"):
@@ -200,13 +231,25 @@ def test_the_zoo_in_two_processes_gives_one_processes_numbers(data, tmp_path):
     one = call_command(*options, "-o", tmp_path / "one")
     assert one.returncode == 0, one.stderr
     assert re.search(r"demo +9\d\.\d +\d+\.\d +\d+\.\d", one.stdout) and "EVA-CLIP-E, DGMR 1.24 B" in one.stdout
-    program = [str(BIN / "torchrun"), "--nproc_per_node", "2", str(BIN / "dgmr-tp"), *options, "-o", str(tmp_path / "two")]
-    two = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    program = [
+        str(BIN / "torchrun"),
+        "--nproc_per_node",
+        "2",
+        str(BIN / "dgmr-tp"),
+        *options,
+        "-o",
+        str(tmp_path / "two"),
+    ]
+    two = subprocess.run(
+        program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     tables = [[line for line in done.stdout.splitlines() if "s left" not in line] for done in (one, two)]
     assert tables[0] == tables[1]
     for path in (tmp_path / "one").glob("*.json"):
-        assert json.loads((tmp_path / "two" / path.name).read_text())["metrics"] == json.loads(path.read_text())["metrics"]
+        assert (
+            json.loads((tmp_path / "two" / path.name).read_text())["metrics"] == json.loads(path.read_text())["metrics"]
+        )
     assert len(list((tmp_path / "two").iterdir())) == 10
 
 

@@ -37,7 +37,9 @@ FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
 
 def bundle(part, directory, **options):
-    return export_bundle([part], directory, model="somewhere", preprocess={"mean": [0.5] * 3}, **{"latency_batches": (), **options})
+    return export_bundle(
+        [part], directory, model="somewhere", preprocess={"mean": [0.5] * 3}, **{"latency_batches": (), **options}
+    )
 
 
 def part(tower, **options):
@@ -83,7 +85,10 @@ def test_every_format_computes_what_the_model_computes_at_any_batch(served, form
     assert 0.97 < min(entry["cosine"]["patches"].values()) <= 1.000001
     assert entry["sha256"] == {entry["file"]: hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()}
     assert entry["latency_ms"]["2"].keys() == ({"original", "pruned"} if form == "onnx" else {"pruned"})
-    assert entry["latency_ms"]["2"]["pruned"]["low"] <= entry["latency_ms"]["2"]["pruned"]["median"] and entry["peak_memory_mb"] > 0
+    assert (
+        entry["latency_ms"]["2"]["pruned"]["low"] <= entry["latency_ms"]["2"]["pruned"]["median"]
+        and entry["peak_memory_mb"] > 0
+    )
     assert names(folder) == ["export.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx", "model.pt"]
 
 
@@ -104,10 +109,18 @@ def test_a_runtime_opens_the_files_as_export_json_says(served):
         for block in encoder.blocks():
             state = block(state)
         patches = encoder.features(encoder.norm(state))[1]
-    for file, tolerance in (("model.onnx", 1e-4), ("model.fp16.onnx", 1e-2)):  # default settings, in which half precision crashed once
+    for file, tolerance in (
+        ("model.onnx", 1e-4),
+        ("model.fp16.onnx", 1e-2),
+    ):  # default settings, in which half precision crashed once
         session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
-        assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [("image", ["batch", 3, 32, 32], "tensor(float)")]
-        assert [(o.name, o.type) for o in session.get_outputs()] == [("embedding", "tensor(float)"), ("patches", "tensor(float)")]
+        assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
+            ("image", ["batch", 3, 32, 32], "tensor(float)")
+        ]
+        assert [(o.name, o.type) for o in session.get_outputs()] == [
+            ("embedding", "tensor(float)"),
+            ("patches", "tensor(float)"),
+        ]
         found = [torch.from_numpy(rows) for rows in session.run(["embedding", "patches"], {"image": images.numpy()})]
         assert [["batch", *rows.shape[1:]] for rows in found] == [output["shape"] for output in described["outputs"]]
         assert worst(found[0], embedding) < tolerance and worst(found[1].flatten(1), patches.flatten(1)) < tolerance
@@ -124,7 +137,9 @@ def test_embeddings_of_length_one(served, tmp_path):
     with torch.no_grad():
         embedding = tower(pictures(3))
     found = open_exported(tmp_path / "model.onnx")(pictures(3))
-    assert torch.allclose(found, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(found, embedding, atol=1e-2)
+    assert torch.allclose(found, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(
+        found, embedding, atol=1e-2
+    )
     assert report["towers"]["image"]["normalised"]
     with pytest.raises(DgmrError, match="unknown output 'logits'; known: embedding, patches"):
         part(tower, outputs=("logits",))
@@ -143,7 +158,9 @@ def test_a_text_tower(tmp_path):
     assert worst(open_exported(tmp_path / "text.onnx")(texts), expected) < 1e-4 < worst(expected.flip(0), expected)
     assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
     opened = torch.jit.load(str(tmp_path / "text.pt"))
-    assert not any("visual" in name for name, _ in opened.named_parameters()), "the vision tower is not in the text tower's file"
+    assert not any("visual" in name for name, _ in opened.named_parameters()), (
+        "the vision tower is not in the text tower's file"
+    )
     assert hasattr(demo.module, "visual")
     vit = replace(demo, module=timm_tower(), tower="", tokenizer=None)
     with pytest.raises(DgmrError, match="no text tower"):
@@ -154,7 +171,9 @@ def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(t
     other, write = part(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
     tower = part(redraw(timm_tower()))
     with monkeypatch.context() as patched:
-        patched.setitem(FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda part, path: write(other, path)))
+        patched.setitem(
+            FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda part, path: write(other, path))
+        )
         report = bundle(tower, tmp_path, formats=["torchscript", "onnx"])
     assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
     assert names(tmp_path) == ["export.json", "model.onnx", "model.pt.failed"], "the other format goes on"
@@ -173,7 +192,9 @@ def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(t
 def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
     """The runtime of the proving process dies of the signal that onnxruntime died of on half-precision norms."""
     (tmp_path / "crash").mkdir()
-    program = "import os, onnxruntime\nonnxruntime.InferenceSession = lambda *args, **options: os.kill(os.getpid(), 11)\n"
+    program = (
+        "import os, onnxruntime\nonnxruntime.InferenceSession = lambda *args, **options: os.kill(os.getpid(), 11)\n"
+    )
     (tmp_path / "crash" / "sitecustomize.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'crash'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     report = bundle(part(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
@@ -198,7 +219,10 @@ def test_errors_that_are_no_numbers_are_no_proof():
     ones = torch.ones(2, 4)
     assert _compare(ones * torch.nan, ones) == _compare(ones[:, :3], ones) == _compare(ones, ones * 0) == (None, None)
     assert _compare(ones * 1.5, ones)[0] == pytest.approx(0.5)
-    assert "not finite" in _judge({"embedding": {1: 0.0, 3: None}}, 1e-4) and _judge({"embedding": {1: 0.0, 3: 1e-5}}, 1e-4) == VERIFIED
+    assert (
+        "not finite" in _judge({"embedding": {1: 0.0, 3: None}}, 1e-4)
+        and _judge({"embedding": {1: 0.0, 3: 1e-5}}, 1e-4) == VERIFIED
+    )
 
 
 def test_outputs_that_are_not_finite_fail(tmp_path):
@@ -232,7 +256,13 @@ def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
     (tmp_path / "damaged.onnx").write_bytes((served[1] / "model.onnx").read_bytes()[:9000])
     (tmp_path / "damaged.pt").write_bytes(b"nothing")
     (tmp_path / "damaged.pt2").write_bytes(b"nothing")
-    for name, why in (("opset.onnx", "opset"), ("split.onnx", "split.data"), ("damaged.onnx", ""), ("damaged.pt", ""), ("damaged.pt2", "")):
+    for name, why in (
+        ("opset.onnx", "opset"),
+        ("split.onnx", "split.data"),
+        ("damaged.onnx", ""),
+        ("damaged.pt", ""),
+        ("damaged.pt2", ""),
+    ):
         with pytest.raises(DgmrError, match=rf"^cannot open .*{name}: .*{why}") as caught:
             open_exported(tmp_path / name, trusted=True)
         assert "\n" not in str(caught.value)
@@ -333,11 +363,15 @@ def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsy
 def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
     part = Part("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
     for free in (9e6, 11e6):
-        monkeypatch.setattr("dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(
+            "dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
+        )
         if free > 10e6:
             assert not failures(bundle(part, tmp_path, formats=["torchscript"]))
             continue
-        with pytest.raises(DgmrError, match="a file of the image tower takes up to 10 MB, but 9 MB are free; make room"):
+        with pytest.raises(
+            DgmrError, match="a file of the image tower takes up to 10 MB, but 9 MB are free; make room"
+        ):
             bundle(part, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)
 

@@ -39,7 +39,9 @@ def written(tmp_path_factory):
             model = open_model(str(done[name]))
             before = plain_output(model.encoder.module.eval(), IMAGES)
             for site in block_sites(model):
-                assert moved(before, plain_output(without(model.encoder.module, site), IMAGES)) > 0.01, f"{site.name} does not matter"
+                assert moved(before, plain_output(without(model.encoder.module, site), IMAGES)) > 0.01, (
+                    f"{site.name} does not matter"
+                )
         return done[name]
 
     return write
@@ -82,7 +84,9 @@ def swapped(plan):
     name, site = next(iter(plan.sites.items()))
     dropped = min(set(range(site.hidden)) - set(site.kept))
     kept = tuple(sorted({*site.kept[1:], dropped}))
-    return Plan(plan.encoder, plan.criterion, {**plan.sites, name: SitePlan(site.width, site.hidden, kept, site.sha256)})
+    return Plan(
+        plan.encoder, plan.criterion, {**plan.sites, name: SitePlan(site.width, site.hidden, kept, site.sha256)}
+    )
 
 
 def test_the_walk_is_the_towers_own_forward(model):
@@ -92,7 +96,11 @@ def test_the_walk_is_the_towers_own_forward(model):
         assert torch.allclose(Tower(model.encoder)(IMAGES), expected, atol=1e-6)
         assert moved(expected, model.encoder.embed(state.flip(-1))) > 0.01
         class_token, patches = model.encoder.features(state)
-    assert patches.ndim == 3 and patches.shape[0] == 3 and (class_token is None or class_token.shape == patches[:, 0].shape)
+    assert (
+        patches.ndim == 3
+        and patches.shape[0] == 3
+        and (class_token is None or class_token.shape == patches[:, 0].shape)
+    )
 
 
 def masked(tower, sites, plan):
@@ -120,7 +128,9 @@ class NormedSwiGLU(nn.Module):
             for row, layer in zip(rows, (self.gate, self.value), strict=True)
         )
         hidden = gate * torch.sigmoid(gate) * value
-        hidden = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, unbiased=False, keepdim=True) + self.mlp.norm.eps).sqrt()
+        hidden = (hidden - hidden.mean(-1, keepdim=True)) / (
+            hidden.var(-1, unbiased=False, keepdim=True) + self.mlp.norm.eps
+        ).sqrt()
         hidden = hidden * self.mlp.norm.weight.double()[self.kept] + self.mlp.norm.bias.double()[self.kept]
         return (hidden @ self.mlp.fc2.weight.double()[:, self.kept].T + self.mlp.fc2.bias.double()).float()
 
@@ -131,7 +141,11 @@ def reference(tower, sites, plan):
     tower = copy.deepcopy(tower)
     for site in sites:
         parent, _, child = site.name.rpartition(".")
-        setattr(tower.get_submodule(parent), child, NormedSwiGLU(tower.get_submodule(site.name), site, plan.sites[site.name].kept))
+        setattr(
+            tower.get_submodule(parent),
+            child,
+            NormedSwiGLU(tower.get_submodule(site.name), site, plan.sites[site.name].kept),
+        )
     return tower
 
 
@@ -166,7 +180,9 @@ def test_recovery_lowers_every_sites_error_and_the_towers(model):
     recovered, _, table = prune(model, pictures(200).split(50), keep=keep)
     assert [row.site for row in table] == [site.name for site in block_sites(model)]
     assert all(row.recovered_error < row.cut_error or row.kept_cut for row in table)
-    assert moved(dense, plain_output(recovered.encoder.module, new)) < 0.9 * moved(dense, plain_output(cut.encoder.module, new))
+    assert moved(dense, plain_output(recovered.encoder.module, new)) < 0.9 * moved(
+        dense, plain_output(cut.encoder.module, new)
+    )
 
 
 def test_a_saved_directory_opens_with_the_same_outputs(model, directory, tmp_path):
@@ -229,7 +245,9 @@ def test_the_plain_library_opens_what_its_config_can_say(model, directory, tmp_p
 def test_exported_files_compute_the_same(model, tmp_path):
     pruned, _, _ = prune(model, keep=uneven(block_sites(model)))
     part = vision_part(pruned.encoder, IMAGES, outputs=("embedding", "patches"))
-    report = export_bundle([part], tmp_path, model="", preprocess={}, formats=["onnx", "onnx-fp16", "torchscript"], latency_batches=())
+    report = export_bundle(
+        [part], tmp_path, model="", preprocess={}, formats=["onnx", "onnx-fp16", "torchscript"], latency_batches=()
+    )
     assert not failures(report)
     for file in ("model.onnx", "model.pt"):
         run = open_exported(tmp_path / file, trusted=True)
@@ -250,14 +268,22 @@ def test_a_moved_directory_with_a_timm_trunk_is_relocated(written, tmp_path):
     path = tmp_path / "after" / "open_clip_config.json"
     assert "/before/" in path.read_text()
     assert relocate(tmp_path / "after")
-    assert json.loads(path.read_text())["model_cfg"]["vision_cfg"]["timm_model_name"] == f"local-dir:{tmp_path}/after/trunk"
+    assert (
+        json.loads(path.read_text())["model_cfg"]["vision_cfg"]["timm_model_name"]
+        == f"local-dir:{tmp_path}/after/trunk"
+    )
 
 
 def test_an_encoder_whose_mlp_shares_its_projection_with_attention_is_refused_with_the_reason():
     import timm
 
     parallel = timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, block_fn=timm.models.vision_transformer.ParallelScalingBlock
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=3,
+        block_fn=timm.models.vision_transformer.ParallelScalingBlock,
     )
     with pytest.raises(DgmrError, match=r"share one projection"):
         MLPPruner(parallel, keep=8)

@@ -30,13 +30,21 @@ OPEN_CLIP = {"ViT-bigG-14": (48, 1664, 8192), "coca_ViT-L-14": (24, 1024, 4096),
 
 
 def intern_300m():
-    config = transformers.InternVLVisionConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    config = transformers.InternVLVisionConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
+    )
     return transformers.InternVLVisionModel(config), 448
 
 
 def dinov2_giant():
     config = transformers.Dinov2Config(
-        hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, mlp_ratio=4, use_swiglu_ffn=True, image_size=518, patch_size=14
+        hidden_size=1536,
+        num_hidden_layers=40,
+        num_attention_heads=24,
+        mlp_ratio=4,
+        use_swiglu_ffn=True,
+        image_size=518,
+        patch_size=14,
     )
     return transformers.Dinov2Model(config), 518
 

@@ -130,7 +130,9 @@ def test_it_works_in_a_stock_pruner():
     rankings = rank_encoder(as_encoder(tower), [pictures(40)])
     scores = {name: ranking.scores for name, ranking in rankings.items()}
     pruned = copy.deepcopy(tower)
-    ignored = [m for name, m in pruned.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")]
+    ignored = [
+        m for name, m in pruned.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")
+    ]
     pruner = tp.pruner.BasePruner(
         pruned,
         (pictures(1),),
@@ -253,7 +255,10 @@ def test_few_images_do_not_make_the_last_block_worthless():
     """Its head reads one token an image, from which as many neurons rebuild the output whole: no reason to cut it to the floor."""
     tower = redraw(timm_tower())
     for images in (24, 26, 60):
-        widths = [len(site.kept) for site in make_plan(tower, "output", [pictures(images)], budget={"params": 0.6}).sites.values()]
+        widths = [
+            len(site.kept)
+            for site in make_plan(tower, "output", [pictures(images)], budget={"params": 0.6}).sites.values()
+        ]
         assert min(widths) > 20, widths
     with pytest.raises(DgmrError, match="the embedding is the same for all these images"):
         make_plan(tower, "output", [pictures(1)], budget={"params": 0.6})
@@ -284,7 +289,11 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     """Two sizes from one ranking in a run; the commands give the same plans from their own file."""
     budgets = [{"params": 0.6}, {"params": 0.5, "flops": 0.52}]
     recipe = write_recipe(
-        tmp_path / "small.yaml", prune={"budget": budgets, "criterion": "output"}, distill=None, evaluate=None, export=None
+        tmp_path / "small.yaml",
+        prune={"budget": budgets, "criterion": "output"},
+        distill=None,
+        evaluate=None,
+        export=None,
     )
     done = call_command("run", recipe, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -303,7 +312,10 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
         (("prune", "--criterion", "output", "-o", tmp_path / "out"), "looks at calibration images"),
         (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
         (("plan", "--rankings", ranked, "--images", images), "leave out --images"),
-        (("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", written), "one plan can be written"),
+        (
+            ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", written),
+            "one plan can be written",
+        ),
         (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
         (("prune", "--rankings", ranked, "--plan", written, "-o", tmp_path / "out"), "either --plan or --rankings"),
         (("rank", "--images", images, "-o", ranked), "exists already"),

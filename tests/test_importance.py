@@ -13,7 +13,9 @@ from dgmr_tp.pruning.selection import select_diverse_rows
 
 
 def stock_pruner(model, ratio, **options):
-    ignored = [m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")]
+    ignored = [
+        m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d) and not name.endswith("mlp.fc1")
+    ]
     return tp.pruner.BasePruner(
         model,
         (pictures(1),),

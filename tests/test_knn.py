@@ -28,7 +28,9 @@ def test_votes_are_scikit_learns(size, count, block, seed):
     bank, queries = (torch.randn(n, 5, generator=random, dtype=torch.float64) for n in (size, 20))
     classes = torch.randint(4, (size,), generator=random)
     weigh = lambda distance: torch.exp((1 - torch.from_numpy(distance)) / 0.07).numpy()  # noqa: E731
-    reference = KNeighborsClassifier(min(count, size), metric="cosine", weights=weigh, algorithm="brute").fit(bank, classes)
+    reference = KNeighborsClassifier(min(count, size), metric="cosine", weights=weigh, algorithm="brute").fit(
+        bank, classes
+    )
     assert nearest_classes(bank, classes, queries, count).tolist() == reference.predict(queries).tolist()
     similar, index = nearest(bank, queries, count, block)
     distance, rows = reference.kneighbors(queries)
@@ -61,8 +63,12 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
         bank, queries = embed(train), embed(test)
     wanted = [int(r.class_name()) for r in test.records]
     for count in NEIGHBOURS:
-        found = nearest_classes(bank, torch.tensor([int(r.class_name()) for r in train.records]), queries, count).tolist()
-        assert figures[f"knn@{count}"] == pytest.approx(sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted))
+        found = nearest_classes(
+            bank, torch.tensor([int(r.class_name()) for r in train.records]), queries, count
+        ).tolist()
+        assert figures[f"knn@{count}"] == pytest.approx(
+            sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+        )
     assert 0.1 < figures["knn@10"] < 1
     few = Images.find(folders / "train")
     few.records = few.records[:15]
@@ -76,10 +82,21 @@ def test_images_that_do_not_decode_are_left_out_and_named(folders, tmp_path):
         record.read().save(tmp_path / "images" / record.class_name() / f"{i}.png")
     damaged = tmp_path / "images" / record.class_name() / "damaged.png"
     damaged.write_bytes(b"no image")
-    options = ["--knn-train", tmp_path / "images", "--knn-test", tmp_path / "images", "--workers", 1, "-o", tmp_path / "found"]
+    options = [
+        "--knn-train",
+        tmp_path / "images",
+        "--knn-test",
+        tmp_path / "images",
+        "--workers",
+        1,
+        "-o",
+        tmp_path / "found",
+    ]
     done = call_command("eval", "demo", *options)
     assert done.returncode == 0, done.stderr
-    assert f"1 of 51 images of {tmp_path / 'images'} do not decode and are left out; the first: {damaged}: " in done.stdout
+    assert (
+        f"1 of 51 images of {tmp_path / 'images'} do not decode and are left out; the first: {damaged}: " in done.stdout
+    )
     assert json.loads((tmp_path / "found" / "demo-knn.json").read_text())["images_left_out"] == 2  # of both sides
 
 
@@ -128,7 +145,9 @@ def test_two_processes_give_one_processes_numbers(folders, tmp_path):
         "-o",
         str(tmp_path / "two"),
     ]
-    two = subprocess.run(program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    two = subprocess.run(
+        program, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
     assert two.returncode == 0 and two.stdout.count("knn@20 ") == 1, two.stderr[-3000:]
     assert (tmp_path / "one" / "demo-knn.json").read_text() == (tmp_path / "two" / "demo-knn.json").read_text()
 

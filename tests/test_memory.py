@@ -61,7 +61,9 @@ def test_the_states_are_those_of_deepspeed_s_own_estimate():
     plan = Planner(opened.encoder, opened.encoder, base, 224)
     teacher, bucket, live = 2 * plan.teacher, 2 * plan.trained, 2 * plan.student
     for world in (2, 8):
-        _, theirs = estimate_zero2_model_states_mem_needs(plan.student, world, 1, cpu_offload=False, additional_buffer_factor=1)
+        _, theirs = estimate_zero2_model_states_mem_needs(
+            plan.student, world, 1, cpu_offload=False, additional_buffer_factor=1
+        )
         ours = plan.needs(base, world).states - teacher - bucket
         assert ours == pytest.approx(theirs, rel=0.15), world
         _, theirs, _ = estimate_zero3_model_states_mem_needs(plan.student, 0, world, 1, False, False, False, 1)
@@ -84,7 +86,9 @@ def test_the_beginning_has_to_fit_too():
     plan = planner(base)
     plan.student = plan.trained = plan.teacher = 4_000_000_000
     assert plan.needs(base, 64).states < 10e9 and plan.needs(base, 64).start > 16e9
-    assert plan.needs(base, 64).most_images(Devices(64, 16e9)) == 0 < plan.needs(base, 64).most_images(Devices(64, 24e9))
+    assert (
+        plan.needs(base, 64).most_images(Devices(64, 16e9)) == 0 < plan.needs(base, 64).most_images(Devices(64, 24e9))
+    )
 
 
 def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
@@ -93,7 +97,10 @@ def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
     assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
     assert "\n192 images\n" in plan_memory(given, "2x1GB")[0] + "\n"
-    assert plan_memory(given, "2x0.028GB")[1] == "mlp_ratio-1 does not fit into 2x0.028GB; it would fit with distill.micro_batch: 2"
+    assert (
+        plan_memory(given, "2x0.028GB")[1]
+        == "mlp_ratio-1 does not fit into 2x0.028GB; it would fit with distill.micro_batch: 2"
+    )
     assert "take larger devices" in plan_memory(given, "2x0.001GB")[1]
     done = call_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
     assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
@@ -108,7 +115,9 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     [log] = directory.glob("distill/mlp_ratio-1/log/*samples_per_second.csv")
     rates = [float(line.split(",")[1]) for line in log.read_text().splitlines()[1:]]
     later = rates[len(rates) // 2 :]
-    said = re.search(r"192 images at ([\d.]+) a second \(measured in", plan_memory(recipe(), "2x1GB", str(directory))[0])
+    said = re.search(
+        r"192 images at ([\d.]+) a second \(measured in", plan_memory(recipe(), "2x1GB", str(directory))[0]
+    )
     assert min(later) * 0.999 <= float(said[1]) <= max(later) * 1.001
     begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
     begun.mkdir(parents=True)

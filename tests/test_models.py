@@ -36,7 +36,9 @@ PREPROCESS = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "interpolation":
 def open_clip_directory(tmp_path):
     directory = tmp_path / "clip"
     directory.mkdir()
-    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP_CONFIG, "preprocess_cfg": PREPROCESS}))
+    (directory / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": OPEN_CLIP_CONFIG, "preprocess_cfg": PREPROCESS})
+    )
     module = redraw(open_clip.create_model(f"local-dir:{directory}", load_weights=False))
     save_file(module.state_dict(), directory / "open_clip_model.safetensors")
     return directory
@@ -68,9 +70,9 @@ def test_a_pruned_directory_opens_again_with_the_same_outputs(directory, tmp_pat
     again = load_pruned(tmp_path / "pruned")
     assert torch.equal(embed(again), embed(model))
     assert not torch.allclose(embed(again), embed(open_model(str(directory))), rtol=1e-2, atol=1e-2)
-    assert {name: len(site.kept) for name, site in plan.sites.items()} == json.loads((tmp_path / "pruned" / "dgmr_tp.json").read_text())[
-        "hidden"
-    ]
+    assert {name: len(site.kept) for name, site in plan.sites.items()} == json.loads(
+        (tmp_path / "pruned" / "dgmr_tp.json").read_text()
+    )["hidden"]
     assert again.preprocess_config == model.preprocess_config
     assert not list(tmp_path.glob(".*partial"))
 
@@ -103,10 +105,14 @@ def test_the_text_tower_comes_along(open_clip_directory, tmp_path):
     original = open_model(str(open_clip_directory))
     tokens = original.tokenizer(["a red star", "a blue ring"])
     with torch.no_grad():
-        assert torch.equal(load_pruned(tmp_path / "pruned").module.encode_text(tokens), original.module.encode_text(tokens))
+        assert torch.equal(
+            load_pruned(tmp_path / "pruned").module.encode_text(tokens), original.module.encode_text(tokens)
+        )
 
 
-@pytest.mark.parametrize(("keep", "opens"), [(29, True), ({"visual.*": 29, "*": 50}, True), ({"transformer.*.1.*": 17, "*": 50}, False)])
+@pytest.mark.parametrize(
+    ("keep", "opens"), [(29, True), ({"visual.*": 29, "*": 50}, True), ({"transformer.*.1.*": 17, "*": 50}, False)]
+)
 def test_both_towers_may_be_pruned(open_clip_directory, tmp_path, keep, opens):
     config = json.loads((open_clip_directory / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["layers"] = 2
@@ -126,7 +132,9 @@ def test_both_towers_may_be_pruned(open_clip_directory, tmp_path, keep, opens):
         assert ("alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text()) == opens
         if opens:
             assert torch.allclose(
-                open_clip.create_model(f"local-dir:{tmp_path / 'pruned'}").eval().encode_text(tokens), expected, atol=1e-6
+                open_clip.create_model(f"local-dir:{tmp_path / 'pruned'}").eval().encode_text(tokens),
+                expected,
+                atol=1e-6,
             )
 
 
@@ -237,7 +245,9 @@ def hugging_face_tokenizer(directory):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "star": 4, "blue": 5, "ring": 6}, unk_token="[UNK]"))
+    words = Tokenizer(
+        models.WordLevel({"[PAD]": 0, "[UNK]": 1, "a": 2, "red": 3, "star": 4, "blue": 5, "ring": 6}, unk_token="[UNK]")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(directory)
 
@@ -270,7 +280,9 @@ def test_classes_of_its_own_survive(tmp_path):
     assert plain(images).shape == (1, 7) and torch.equal(plain(images), module(images))
 
 
-@pytest.mark.parametrize("name", ["timm:vit_small_patch16_dinov3", "open_clip:ViT-S-32-alt", "timm:vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["timm:vit_small_patch16_dinov3", "open_clip:ViT-S-32-alt", "timm:vit_tiny_patch16_224"]
+)
 def test_an_image_size_of_its_own_survives(tmp_path, name):
     opened = open_model(name, "none", image_size=64)
     assert opened.image_size == 64
@@ -292,7 +304,9 @@ def test_shapes_alone_need_no_network(monkeypatch):
     assert done.stdout.strip() == "12", done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("source", "tag"), [("timm:vit_tiny_patch16_224", "augreg_in21k_ft_in1k"), ("open_clip:ViT-B-32", "openai")])
+@pytest.mark.parametrize(
+    ("source", "tag"), [("timm:vit_tiny_patch16_224", "augreg_in21k_ft_in1k"), ("open_clip:ViT-B-32", "openai")]
+)
 def test_unknown_tags_are_refused_without_a_download(source, tag):
     assert open_model(source, tag, weights="none").encoder.module is not None
     with pytest.raises(DgmrError, match=f"has no weights 'nonsense'; there are: .*{tag}"):

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 
 def test_import_loads_nothing_heavy_and_the_pruner_torch_torch_pruning_and_scipy_only():
     program = "import dgmr_tp, sys; print([m for m in ('torch', 'scipy', 'pydantic') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
     heavy = [
         "open_clip",
         "timm",
@@ -28,8 +31,14 @@ def test_import_loads_nothing_heavy_and_the_pruner_torch_torch_pruning_and_scipy
         "PIL",
     ]
     before = "import sys, torch, torch_pruning, scipy.linalg; before = set(sys.modules)\n"
-    program = before + f"import dgmr_tp; dgmr_tp.MLPPruner; print([m for m in {heavy} if m in sys.modules and m not in before])"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    program = (
+        before
+        + f"import dgmr_tp; dgmr_tp.MLPPruner; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+        == "[]"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +64,17 @@ def test_the_wheel_holds_all_rooms_as_real_files(wheel):
 
 
 def test_the_installed_wheel_imports_from_another_directory(wheel, tmp_path):
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(tmp_path / "site"),
+        str(wheel),
+    ]
     subprocess.run(install, check=True, capture_output=True)
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"

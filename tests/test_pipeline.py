@@ -33,7 +33,14 @@ def same(a, b):
 
 def test_a_run_leaves_every_stage_and_a_table(small_run):
     directory, printed = small_run
-    for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1", "evaluate/original", "export/mlp_ratio-1"):
+    for key in (
+        "scenes/all",
+        "prune/mlp_ratio-1",
+        "recover/mlp_ratio-1",
+        "distill/mlp_ratio-1",
+        "evaluate/original",
+        "export/mlp_ratio-1",
+    ):
         assert (directory / key / "manifest.json").exists(), key
     assert not list(directory.rglob("*.partial"))
     for model in directory.glob("*/*/model"):
@@ -49,21 +56,33 @@ def test_distillation_trains_the_student_and_only_what_the_features_need(small_r
     before, after = weights(directory, "recover"), weights(directory)
     changed = {name for name in before if not (before[name] == after[name]).all()}
     assert "visual.transformer.resblocks.5.mlp.c_fc.weight" in changed and "visual.conv1.weight" in changed
-    assert not any(name.startswith(("visual.ln_post", "visual.proj", "transformer", "token_embedding", "logit_scale")) for name in changed)
+    assert not any(
+        name.startswith(("visual.ln_post", "visual.proj", "transformer", "token_embedding", "logit_scale"))
+        for name in changed
+    )
     manifest = json.loads((directory / "distill/mlp_ratio-1/manifest.json").read_text())
     losses = [loss for _, loss in manifest["figures"]["losses"]]
-    assert [step for step, _ in manifest["figures"]["losses"]] == list(range(1, 25)) and manifest["figures"]["processes"] == 2
+    assert [step for step, _ in manifest["figures"]["losses"]] == list(range(1, 25)) and manifest["figures"][
+        "processes"
+    ] == 2
     assert all(loss > 0 for loss in losses)
 
 
 def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_model_scores(small_run):
     directory, _ = small_run
-    kept = {path.name for path in directory.glob("evaluate/*/*.json")} | {path.name for path in directory.glob("export/*/onnx-*.json")}
+    kept = {path.name for path in directory.glob("evaluate/*/*.json")} | {
+        path.name for path in directory.glob("export/*/onnx-*.json")
+    }
     assert {
-        f"{label}-wds_{name}.json" for label in ("original", "pruned", "recovered", "distilled", "onnx") for name in ("scenes", "captions")
+        f"{label}-wds_{name}.json"
+        for label in ("original", "pruned", "recovered", "distilled", "onnx")
+        for name in ("scenes", "captions")
     } <= kept
     read = lambda path: json.loads((directory / path).read_text())["metrics"]  # noqa: E731
-    distilled, onnx = read("evaluate/mlp_ratio-1/distilled-wds_scenes.json"), read("export/mlp_ratio-1/onnx-wds_scenes.json")
+    distilled, onnx = (
+        read("evaluate/mlp_ratio-1/distilled-wds_scenes.json"),
+        read("export/mlp_ratio-1/onnx-wds_scenes.json"),
+    )
     assert distilled["acc1"] == onnx["acc1"] and distilled.keys() == onnx.keys()
 
 
@@ -143,7 +162,11 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
     (tmp_path / "prune" / "a").mkdir()  # whose manifest somebody took away
     run = RunDirectory(tmp_path)
     run.do(step)
-    assert len(calls) == 1 and run.figures("prune/a") == {"figure": 1} and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
+    assert (
+        len(calls) == 1
+        and run.figures("prune/a") == {"figure": 1}
+        and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
+    )
     run.do(Step("prune", "a", {"other": 1}, (), step.work))
     assert len(calls) == 2, "another recipe's step is another"
 
@@ -181,7 +204,8 @@ def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
     changed = recipe(evaluate={"datasets": SMALL["evaluate"]["datasets"][:1]})
     Run(changed, directory).run(redo="evaluate", until="evaluate", say=done_before.append)
     assert [line for line in done_before if line.endswith("done before")] == [
-        f"{key}: done before" for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1")
+        f"{key}: done before"
+        for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1")
     ]
     assert not (directory / "evaluate/original/original-wds_captions.json").exists()
     with pytest.raises(DgmrError, match="unknown stage"):
@@ -256,7 +280,10 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
         assert same(weights(directory, name), weights(whole, name)), name
     assert not same(weights(directory, models[-1]), weights(directory, models[-2]))
     if stage in ("evaluate", "export"):
-        ours, reference = (json.loads((root / stage / "mlp_ratio-1/manifest.json").read_text())["figures"] for root in (directory, whole))
+        ours, reference = (
+            json.loads((root / stage / "mlp_ratio-1/manifest.json").read_text())["figures"]
+            for root in (directory, whole)
+        )
         assert ours == reference if stage == "evaluate" else ours["metrics"] == reference["metrics"]
 
 
@@ -297,7 +324,16 @@ def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
     }
-    by_hand = ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--module", "dgmr_tp", "distill", str(directory)]
+    by_hand = [
+        "deepspeed",
+        "--num_accelerators",
+        "2",
+        "--no_local_rank",
+        "--module",
+        "dgmr_tp",
+        "distill",
+        str(directory),
+    ]
     launched = subprocess.run(by_hand, env=environment, capture_output=True, text=True, timeout=600)
     assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
     done = run_command("run", path, "-o", directory, "--until", "distill")

@@ -86,7 +86,13 @@ def test_rankings_and_multiples_are_used(model, images):
     pictures = list(held_out(images, model, 80)[0].split(64))
     fresh = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80, round_to=8)
     stored = prune_to_promise(
-        model, images, min_cosine=0.9999, calibration=160, held_out=80, round_to=8, rankings=rank(model, "output", pictures)
+        model,
+        images,
+        min_cosine=0.9999,
+        calibration=160,
+        held_out=80,
+        round_to=8,
+        rankings=rank(model, "output", pictures),
     )
     assert fresh.pruned.plan == stored.pruned.plan
     assert all(len(site.kept) % 8 == 0 or len(site.kept) == site.hidden for site in fresh.pruned.plan.sites.values())
@@ -124,12 +130,16 @@ def test_classes_come_from_folders_and_from_shards(tmp_path, images):
         tar.add(tmp_path / "a.cls", "./a.cls")
     assert [record.class_name() for record in Images.find(tmp_path / "with_dots.tar").records] == ["7"]
     shards = Images.find(images).records
-    assert [record.class_name() for record in shards] == [str(scenes.Scene.draw(11, i).label) for i in range(len(shards))]
+    assert [record.class_name() for record in shards] == [
+        str(scenes.Scene.draw(11, i).label) for i in range(len(shards))
+    ]
 
 
 def test_a_ranking_that_may_know_the_judges_is_refused(model, images):
     rankings = rank(model, "output", list(held_out(images, model, 80)[0].split(64)))
-    with pytest.raises(DgmrError, match="holds 240 images that can be read, fewer than the 200 to calibrate on and the 80 to judge by"):
+    with pytest.raises(
+        DgmrError, match="holds 240 images that can be read, fewer than the 200 to calibrate on and the 80 to judge by"
+    ):
         prune_to_promise(model, images, min_cosine=0.9, calibration=200, held_out=80, rankings=rankings)
 
 
@@ -160,7 +170,10 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
         sizes[limit] = parameters(recovered)
     assert sizes[0.999] < sizes[0.9999] < parameters(dense)
     data = collect(run.directory, "small", {step.key: run.figures(step.key) for step in run.steps})
-    assert f"mean cosine {promise['value']:.4f} on images held out, at least {promise['bound']:.4f}" in data["sizes"][1]["promise"]
+    assert (
+        f"mean cosine {promise['value']:.4f} on images held out, at least {promise['bound']:.4f}"
+        in data["sizes"][1]["promise"]
+    )
 
 
 def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_path):
@@ -175,7 +188,12 @@ def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_p
             for index in range(1, 120):
                 (tmp_path / "one" / f"{index}.png").write_bytes((tmp_path / "one" / "0.png").read_bytes())
         asked = recipe(
-            images=str(source), prune={**promise, "held_out": held_out or 50}, distill=None, scenes=None, evaluate=None, compare=None
+            images=str(source),
+            prune={**promise, "held_out": held_out or 50},
+            distill=None,
+            scenes=None,
+            evaluate=None,
+            compare=None,
         )
         with pytest.raises(DgmrError, match=says):
             Run(asked, tmp_path / "run").run()
@@ -199,7 +217,19 @@ def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover,
 
 @pytest.mark.slow
 def test_the_command(tmp_path, images):
-    done = call_command("prune", "--min-cosine", "0.98", "--recover", images, "--count", "160", "--held-out", "80", "-o", tmp_path / "out")
+    done = call_command(
+        "prune",
+        "--min-cosine",
+        "0.98",
+        "--recover",
+        images,
+        "--count",
+        "160",
+        "--held-out",
+        "80",
+        "-o",
+        tmp_path / "out",
+    )
     assert done.returncode == 0 and "mean cosine" in done.stdout and "broken" in done.stdout, done.stderr
     assert parameters(open_model(str(tmp_path / "out")).encoder.module) < 1_200_000
     for command, says in (

@@ -36,7 +36,9 @@ def test_sites_are_the_mlps(tower):
         assert len(site.producers) == 1
 
 
-@pytest.mark.parametrize("importance", [DGMRImportance(), tp.importance.MagnitudeImportance(p=2), tp.importance.RandomImportance()])
+@pytest.mark.parametrize(
+    "importance", [DGMRImportance(), tp.importance.MagnitudeImportance(p=2), tp.importance.RandomImportance()]
+)
 def test_pruned_equals_masked_original(tower, importance):
     pruned = copy.deepcopy(tower)
     pruner = MLPPruner(pruned, importance, mlp_ratio=1)
@@ -49,7 +51,9 @@ def test_pruned_equals_masked_original(tower, importance):
     name, site = next(iter(plan.sites.items()))
     other = next(i for i in range(site.hidden) if i not in site.kept)
     swapped = Plan(
-        plan.encoder, plan.criterion, {**plan.sites, name: type(site)(site.width, site.hidden, (*site.kept[1:], other), site.sha256)}
+        plan.encoder,
+        plan.criterion,
+        {**plan.sites, name: type(site)(site.width, site.hidden, (*site.kept[1:], other), site.sha256)},
     )
     assert not torch.allclose(pruned(images), masked(tower, swapped)(images), rtol=1e-4, atol=1e-5)
 
@@ -111,7 +115,8 @@ def test_walk_computes_what_the_model_computes(tower):
 
 
 @pytest.mark.parametrize(
-    ("width", "options", "kept"), [(100, {"mlp_ratio": 0.29}, 29), (48, {"keep_ratio": 1 / 3}, 63), (48, {"keep": 7}, 7)]
+    ("width", "options", "kept"),
+    [(100, {"mlp_ratio": 0.29}, 29), (48, {"keep_ratio": 1 / 3}, 63), (48, {"keep": 7}, 7)],
 )
 def test_keep_counts_are_exact(width, options, kept):
     model = timm_tower(layers=1, embed_dim=width, num_heads=4 if width == 100 else 3)
@@ -139,7 +144,9 @@ def test_batches_that_are_none_are_refused():
 @pytest.mark.parametrize("inference", [False, True])
 def test_looking_for_sites_leaves_no_hook_behind(inference):
     """Attention with Linears of its own fails in torch-pruning, which leaves its hooks on them."""
-    tower = redraw(timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10))
+    tower = redraw(
+        timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10)
+    )
     mine = tower.blocks[0].attn.q_proj.register_forward_hook(lambda *_: None)
     with torch.inference_mode(inference):
         assert len(find_sites(tower)) == 2

@@ -60,16 +60,28 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
             r"prune.search: images = 9 make no group of candidates = 512",
         ),
         ("mlp_ratio: 1", "budget: {params: 0}", r"line 4: prune: params must be above 0, got 0"),
-        ("mlp_ratio: 1", "budget: {parameters: 0.5}", r"line 4: prune: a budget has one or more of params, flops, latency, got"),
+        (
+            "mlp_ratio: 1",
+            "budget: {parameters: 0.5}",
+            r"line 4: prune: a budget has one or more of params, flops, latency, got",
+        ),
         ("mlp_ratio: 1", "budget: {}", r"line 4: prune: a budget has one or more of params, flops, latency, got {}"),
         ("mlp_ratio: 1", "keep_ratio: 2", r"line 4: prune: keep_ratio must be 1 at most, got 2"),
-        ("root: DATA}", "root: DATA}\n    - {dataset: wds/x, root: OTHER}", r"line 6: evaluate: datasets names wds/x twice"),
+        (
+            "root: DATA}",
+            "root: DATA}\n    - {dataset: wds/x, root: OTHER}",
+            r"line 6: evaluate: datasets names wds/x twice",
+        ),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
         ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, keep, budget"),
         ("mlp_ratio: 1", "mlp_ratio: 1\n  criterion: best", r"line 6: prune\.criterion: .*'dgmr'.*got 'best'"),
         ("IMAGES", "scenes:images", r"no section scenes"),
         ("prune:", "recover: {images: 3}\nprune:", r"line 4: recover\.images: .*10, got 3"),
-        ("prune:", "distill: {steps: 1, batch_size: 3, processes: 2, base_lr: 1}\nprune:", r"3 cannot be divided over .* 2"),
+        (
+            "prune:",
+            "distill: {steps: 1, batch_size: 3, processes: 2, base_lr: 1}\nprune:",
+            r"3 cannot be divided over .* 2",
+        ),
         ("model: demo", "model: {source: [", r"line \d+: this is no YAML"),
     ],
 )
@@ -126,7 +138,10 @@ TABLES = {
 def test_recipes_have_the_papers_hyper_parameters(name, monkeypatch):
     monkeypatch.setenv("IMAGENET_DIR", "/somewhere")
     monkeypatch.setenv("EVA_CLIP_8B", "/somewhere")
-    found, (base, least, batch, epochs, warm_up, decay, ema, crop, size) = load_recipe(SHIPPED[0].parent / f"{name}.yaml"), TABLES[name]
+    found, (base, least, batch, epochs, warm_up, decay, ema, crop, size) = (
+        load_recipe(SHIPPED[0].parent / f"{name}.yaml"),
+        TABLES[name],
+    )
     given = found.distill
     assert (given.base_lr, given.min_lr, given.batch_size) == (base, least, batch)
     assert given.steps == pytest.approx(epochs * EPOCH / batch, rel=1e-3)
@@ -144,6 +159,10 @@ def test_recipes_have_the_papers_hyper_parameters(name, monkeypatch):
 
 def test_a_recipe_reads_back_what_it_writes(tmp_path):
     """A run directory keeps its recipe with every default written out."""
-    for amount in ("mlp_ratio: 1", "criterion: amp\n  threshold: 0.1\n  search: {candidates: 9}", "budget: {params: 0.5}"):
+    for amount in (
+        "mlp_ratio: 1",
+        "criterion: amp\n  threshold: 0.1\n  search: {candidates: 9}",
+        "budget: {params: 0.5}",
+    ):
         recipe = load_recipe(write(tmp_path, GOOD.replace("mlp_ratio: 1", amount)))
         assert parse_recipe(json.loads(recipe.model_dump_json()), tmp_path) == recipe

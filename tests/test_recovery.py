@@ -32,7 +32,9 @@ def reference(h, y, w, weight, bias, damping):
     penalty = np.sqrt(damping * variance)
     prior = np.zeros((h.shape[1], rows.shape[1]))
     prior[:, : h.shape[1]] = penalty * np.eye(h.shape[1])
-    solution = np.linalg.lstsq(np.concatenate([rows, prior]), np.concatenate([targets, penalty * weight.T]), rcond=None)[0]
+    solution = np.linalg.lstsq(
+        np.concatenate([rows, prior]), np.concatenate([targets, penalty * weight.T]), rcond=None
+    )[0]
     return solution[: h.shape[1]].T, (solution[-1] if bias is not None else None)
 
 
@@ -55,7 +57,9 @@ def moments_of(h, y, w, parts=4):
 def test_refit_minimises_the_stated_objective(seed, damping, with_bias):
     h, y, w, weight, bias = problem(seed)
     bias = bias if with_bias else None
-    got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias), damping)
+    got, got_bias = refit(
+        moments_of(h, y, w), torch.from_numpy(weight), None if bias is None else torch.from_numpy(bias), damping
+    )
     expected, expected_bias = reference(h, y, w, weight, bias, damping)
     assert np.allclose(got, expected, rtol=1e-6, atol=1e-8)
     assert (got_bias is None) == (bias is None)
@@ -159,7 +163,9 @@ def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, de
     block, last = cut.blocks()[depth], linears(cut.blocks()[depth])[-1]
     with torch.no_grad():
         state, goal = dense.stem(images), dense.stem(images)
-        for before, dense_before in zip(pruned.blocks()[:depth], dense.blocks()[:depth], strict=True):  # recovered already
+        for before, dense_before in zip(
+            pruned.blocks()[:depth], dense.blocks()[:depth], strict=True
+        ):  # recovered already
             state, goal = before(state), dense_before(goal)
         weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
         seen = {}
@@ -182,8 +188,13 @@ def test_later_blocks_make_good_what_earlier_ones_lost(tower):
     """Only the first block is pruned hard; a second one that lost a single neuron still repairs part of the stream."""
     drifts = []
     for sites in (("0",), ("0", "1")):
-        keep = {f"{dense_block.name}.mlp": 8 if str(i) == "0" else 191 for i, dense_block in enumerate(as_encoder(tower).blocks()[:2])}
-        dense, pruned = pruned_pair(tower, keep={name: count for name, count in keep.items() if name.split(".")[-2] in sites})
+        keep = {
+            f"{dense_block.name}.mlp": 8 if str(i) == "0" else 191
+            for i, dense_block in enumerate(as_encoder(tower).blocks()[:2])
+        }
+        dense, pruned = pruned_pair(
+            tower, keep={name: count for name, count in keep.items() if name.split(".")[-2] in sites}
+        )
         recover(dense, pruned, pictures(300).split(50))
         drifts.append(drift(dense, pruned, pictures(40, seed=9)))
     assert drifts[1] < 0.97 * drifts[0]
@@ -217,7 +228,9 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
 
     def error(model):
         with torch.no_grad():
-            wanted, found = (as_encoder(each).features(last_state(as_encoder(each), judged))[1] for each in (tower, model))
+            wanted, found = (
+                as_encoder(each).features(last_state(as_encoder(each), judged))[1] for each in (tower, model)
+            )
         return float((found - wanted).square().mean())
 
     assert (error(fitted) < 0.5 * error(by_class_token)) == few
@@ -256,7 +269,10 @@ def test_images_held_out_choose_between_two_targets(right):
     layer = nn.Linear(12, 5)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight)), layer.bias.copy_(torch.from_numpy(bias))
-        fit, held_out = moments_of(h, np.concatenate([first, second], axis=1), w), moments_of(h, np.concatenate([first, y], axis=1), w)
+        fit, held_out = (
+            moments_of(h, np.concatenate([first, second], axis=1), w),
+            moments_of(h, np.concatenate([first, y], axis=1), w),
+        )
         _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), fit, held_out, damping=1e-3)
     expected, _ = reference(h, y, w, weight, bias, 1e-3)
     wrong, _ = reference(h, other, w, weight, bias, 1e-3)

@@ -11,17 +11,27 @@ from rich.console import Console
 
 from dgmr_tp.pipeline.report import collect, print_table, write_html
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 needs_a_browser = pytest.mark.skipif(
-    CHROMIUM is None and "CI" not in os.environ, reason="the report is looked at in Chromium: install it (apt-get install chromium)"
+    CHROMIUM is None and "CI" not in os.environ,
+    reason="the report is looked at in Chromium: install it (apt-get install chromium)",
 )
 
 
 def browse(path, *options):
     assert CHROMIUM, "no Chromium"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=2000"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=2000",
+    ]
     return subprocess.run([CHROMIUM, *flags, *options, path.as_uri()], capture_output=True, text=True, timeout=120)
 
 
@@ -64,14 +74,20 @@ def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
 def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     distilled = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
     distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
-    details = {"loss_class_token": [[1, 1.0], [3, 0.1]], "loss_patches": [[1, 1.0]], "gradient_norm": [[1, 0.1], [3, 1.0]]}
+    details = {
+        "loss_class_token": [[1, 1.0], [3, 0.1]],
+        "loss_patches": [[1, 1.0]],
+        "gradient_norm": [[1, 0.1], [3, 1.0]],
+    }
     distilled |= {"details": details}
     figures = {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}
     figures["evaluate/original"] = {"original": {"k-NN": {"knn@20": 0.5, "images_left_out": 3}}}
     data = collect(tmp_path, "run", figures, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
-    assert 'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
+    assert (
+        'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
+    )
     assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on images held out; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
@@ -83,8 +99,15 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
 def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
     names = ["imagenet1k", "imagenet-a", "imagenet-r", "imagenetv2", "imagenet_sketch", "objectnet", "mscoco_captions"]
     measured = {name: {"acc1": 0.101 + i / 10} for i, name in enumerate(names)}
-    cut = {"original": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9}, "pruned": {"parameters": 1237 * 10**6, "flops": 654 * 10**9}}
-    figures = {"evaluate/original": {"original": measured}, "evaluate/mlp_ratio-1": {"recovered": measured}, "prune/mlp_ratio-1": cut}
+    cut = {
+        "original": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9},
+        "pruned": {"parameters": 1237 * 10**6, "flops": 654 * 10**9},
+    }
+    figures = {
+        "evaluate/original": {"original": measured},
+        "evaluate/mlp_ratio-1": {"recovered": measured},
+        "prune/mlp_ratio-1": cut,
+    }
     written = io.StringIO()
     print_table(collect(tmp_path, "run", figures), Console(file=written, width=80))
     text = written.getvalue()
@@ -100,6 +123,8 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
         "pruned": {"parameters": 5, "flops": 10},
         "sites": [{"site": "blocks.0.mlp", "width": 2, "hidden": 8, "kept": 2}],
     }
-    data = collect(tmp_path, "<begun>", {"prune/mlp_ratio-1": cut, "recover/mlp_ratio-1": None, "evaluate/original": None})
+    data = collect(
+        tmp_path, "<begun>", {"prune/mlp_ratio-1": cut, "recover/mlp_ratio-1": None, "evaluate/original": None}
+    )
     text = write_html(data, tmp_path / "report.html").read_text()
     assert "−50.0 %" in text and "blocks.0.mlp" in text and "&lt;begun&gt;" in text

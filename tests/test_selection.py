@@ -29,7 +29,9 @@ def residuals_along(weight: np.ndarray, order: np.ndarray) -> list[tuple[float, 
         if norms[pick] > 0:
             direction = residual[pick] / np.linalg.norm(residual[pick])
             residual = residual - np.outer(residual @ direction, direction)
-            residual -= np.outer(residual @ direction, direction)  # twice is enough: the transcription itself must not drift
+            residual -= np.outer(
+                residual @ direction, direction
+            )  # twice is enough: the transcription itself must not drift
     return steps
 
 
@@ -48,7 +50,9 @@ def check(weight: np.ndarray, order: np.ndarray) -> None:
 MATRICES = {
     "random": lambda rng: rng.standard_normal((90, 24)),
     "wide": lambda rng: rng.standard_normal((10, 40)),
-    "correlated": lambda rng: rng.standard_normal((80, 6)) @ rng.standard_normal((6, 24)) + 0.05 * rng.standard_normal((80, 24)),
+    "correlated": lambda rng: (
+        rng.standard_normal((80, 6)) @ rng.standard_normal((6, 24)) + 0.05 * rng.standard_normal((80, 24))
+    ),
     "rank deficient": lambda rng: rng.standard_normal((80, 7)) @ rng.standard_normal((7, 24)),
     "duplicated": lambda rng: np.repeat(rng.standard_normal((30, 16)), 3, axis=0),
     "zero rows": lambda rng: np.where(rng.random((60, 1)) < 0.3, 0, rng.standard_normal((60, 16))),

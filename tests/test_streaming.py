@@ -16,7 +16,14 @@ from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.compression.streaming import JOURNAL, prune_streaming
 from dgmr_tp.utils.files import hold
 
-SOURCES = ["open_clip", "timm DINOv2-g", "open_clip EVA02-L", "timm Swin", "transformers CLIPVisionModel", "transformers InternViT"]
+SOURCES = [
+    "open_clip",
+    "timm DINOv2-g",
+    "open_clip EVA02-L",
+    "timm Swin",
+    "transformers CLIPVisionModel",
+    "transformers InternViT",
+]
 
 
 @pytest.fixture(params=SOURCES)
@@ -36,10 +43,14 @@ def test_the_directory_is_the_same_as_from_memory(source, tmp_path, options):
     streamed, saved = tmp_path / "streamed", tmp_path / "saved"
     assert sorted(file.name for file in streamed.iterdir()) == sorted(file.name for file in saved.iterdir())
     for file in saved.glob("*.json"):
-        assert json.loads((streamed / file.name).read_text().replace("/streamed", "/saved")) == json.loads(file.read_text()), file.name
+        assert json.loads((streamed / file.name).read_text().replace("/streamed", "/saved")) == json.loads(
+            file.read_text()
+        ), file.name
     opened = load_pruned(streamed)
     images = pictures(3)
-    assert torch.equal(plain_output(opened.encoder.module.eval(), images), plain_output(expected.encoder.module.eval(), images))
+    assert torch.equal(
+        plain_output(opened.encoder.module.eval(), images), plain_output(expected.encoder.module.eval(), images)
+    )
     dense = plain_output(open_model(str(source)).encoder.module.eval(), images)
     assert not torch.allclose(plain_output(opened.encoder.module, images), dense, rtol=1e-3)
     assert not list(tmp_path.glob(".*partial"))
@@ -138,7 +149,9 @@ def test_two_at_once_are_refused(tmp_path):
 
 def test_what_cannot_stream_is_refused(tmp_path):
     FAMILIES["transformers DINOv2"](tmp_path / "dinov2")
-    with pytest.raises(DgmrError, match=r"model\.safetensors holds a tensor 'encoder\.layer\.0\.attention\.attention\.key"):
+    with pytest.raises(
+        DgmrError, match=r"model\.safetensors holds a tensor 'encoder\.layer\.0\.attention\.attention\.key"
+    ):
         prune_streaming(str(tmp_path / "dinov2"), tmp_path / "out", keep=40)
     assert not list(tmp_path.glob(".*partial"))
     (tmp_path / "there").mkdir()

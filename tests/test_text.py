@@ -35,7 +35,9 @@ from dgmr_tp.pipeline.run import Run
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
     scenes.write_retrieval(tmp_path / "shards", 12, seed=3)
     pairs = Captioned.find(tmp_path / "shards")
-    expected = [scene.caption for scene, _ in zip(distinct(Scene.draw(3, i) for i in range(100)), range(12), strict=False)]
+    expected = [
+        scene.caption for scene, _ in zip(distinct(Scene.draw(3, i) for i in range(100)), range(12), strict=False)
+    ]
     assert [lines for [lines] in pairs.captions] == expected and len(pairs) == len(pairs.images) == 12
 
     folder = tmp_path / "folder"
@@ -112,8 +114,16 @@ def test_a_text_tower_of_hugging_face_is_trained(tmp_path):
     """Whose attention masks need values: nothing can be found out on the meta device."""
     FAMILIES["open_clip EVA02-L"](tmp_path / "model")
     clip = open_model(str(tmp_path / "model")).module
-    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    clip.text = HFTextEncoder("roberta", output_dim=24, proj_type="linear", config=transformers.RobertaConfig(**sizes), pretrained=False)
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    clip.text = HFTextEncoder(
+        "roberta", output_dim=24, proj_type="linear", config=transformers.RobertaConfig(**sizes), pretrained=False
+    )
     tower = TextTower(clip)
     freeze_what_outputs_do_not_need(tower, torch.tensor([[0, 5, 6, 2]]))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
@@ -151,17 +161,29 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     FAMILIES["timm ViT"](tmp_path / "model")
     scenes.write_retrieval(tmp_path / "pairs", 10, seed=5)
     section = {"steps": 1, "batch_size": 2, "base_lr": 0.1, "captions": str(tmp_path / "pairs")}
-    changes = {"model": str(tmp_path / "model"), "distill": None, "evaluate": None, "export": None, "compare": None, "tune_text": section}
+    changes = {
+        "model": str(tmp_path / "model"),
+        "distill": None,
+        "evaluate": None,
+        "export": None,
+        "compare": None,
+        "tune_text": section,
+    }
     with pytest.raises(DgmrError, match=r"tune_text: .*model has no text tower that can be tuned"):
         Run(recipe(**changes), tmp_path / "run").run()
     for key, asked in (("export.text", {"export": {"text": True}}), ("compare.classes", {"compare": SMALL["compare"]})):
-        with pytest.raises(DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer's files; leave that key out"):
+        with pytest.raises(
+            DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer's files; leave that key out"
+        ):
             Run(recipe(**{**changes, "tune_text": None, **asked}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     with pytest.raises(DgmrError, match=r"tune_text.captions: .*nowhere does not exist"):
         Run(recipe(**{**changes, "tune_text": {**section, "captions": "/nowhere"}}), tmp_path / "run").run()
     with pytest.raises(DgmrError, match="no caption"):
-        Run(recipe(**{**changes, "tune_text": {**section, "captions": str(write_pictures(tmp_path / "bare"))}}), tmp_path / "run").run()
+        Run(
+            recipe(**{**changes, "tune_text": {**section, "captions": str(write_pictures(tmp_path / "bare"))}}),
+            tmp_path / "run",
+        ).run()
     held_out = {
         "images": "pipe:cat x.tar",
         "distill": {**SMALL["distill"], "held_out": 5},
@@ -190,7 +212,12 @@ def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
     opened = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model
     clip, pairs = opened.module, Captioned.find(folder / "pairs")
     with torch.no_grad():
-        images = torch.cat([clip.encode_image(opened.preprocess(pairs.images.read(i))[None], normalize=True) for i in range(len(pairs))])
+        images = torch.cat(
+            [
+                clip.encode_image(opened.preprocess(pairs.images.read(i))[None], normalize=True)
+                for i in range(len(pairs))
+            ]
+        )
     matrices = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight")
     named = [(name, p) for name, p in clip.named_parameters() if not name.startswith("visual.")]
     groups = [
@@ -200,7 +227,9 @@ def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     for step in range(TEXT["steps"]):
         for group in optimizer.param_groups:
-            group["lr"] = TEXT["base_lr"] * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / TEXT["steps"]))).item()
+            group["lr"] = (
+                TEXT["base_lr"] * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / TEXT["steps"]))).item()
+            )
         chosen = [index for _, index in distinct_places(len(pairs), 8, 0, step)]
         texts = clip.encode_text(opened.tokenizer([pairs.captions[i][0] for i in chosen]))
         texts = F.normalize(texts, dim=-1) if normalised else texts
@@ -236,7 +265,9 @@ def test_text_tuning_on_two_processes_ends_where_plain_torch_ends(tuned):
         assert all(torch.equal(found[key], before[key]) for key in found if key.startswith("visual."))
         assert found["logit_scale"].shape == () and found["logit_scale"] != before["logit_scale"]
     bf16 = load_file(folder / "bf16.safetensors")
-    assert all(torch.equal(bf16[key], before[key]) for key in bf16 if key.startswith("visual.")), "what is frozen was rounded"
+    assert all(torch.equal(bf16[key], before[key]) for key in bf16 if key.startswith("visual.")), (
+        "what is frozen was rounded"
+    )
     assert apart(bf16, expected, start()) < 0.5
 
 
@@ -246,7 +277,10 @@ def test_text_tuning_goes_on_at_another_number_of_processes(tuned):
     launch(folder, 1, {"one": {**case, "after": "two", "step": 4}})
     found = load_file(folder / "one.safetensors")
     assert apart(found, load_file(folder / "two.safetensors"), start()) < 0.01
-    assert sorted(path.name for path in (folder / "one/checkpoints").glob("images-*.npy")) == ["images-0-of-2.npy", "images-1-of-2.npy"]
+    assert sorted(path.name for path in (folder / "one/checkpoints").glob("images-*.npy")) == [
+        "images-0-of-2.npy",
+        "images-1-of-2.npy",
+    ]
 
 
 @pytest.mark.slow
@@ -258,7 +292,11 @@ def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
     record = Captioned.find(folder / "broken").images.records[7]
     content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
-    cases = {"left out": {**case, "max_broken": 0.1}, "stops": case, "too few": {**case, "batch_size": 30, "max_broken": 0.1}}
+    cases = {
+        "left out": {**case, "max_broken": 0.1},
+        "stops": case,
+        "too few": {**case, "batch_size": 30, "max_broken": 0.1},
+    }
     launch(folder, 2, {name: {**each, "captions": str(folder / "broken")} for name, each in cases.items()})
     assert torch.isfinite(load_file(folder / "left out.safetensors")["logit_scale"])
     assert "1 of 30 images do not decode, more than tune_text.max_broken" in (folder / "stops.error").read_text()

@@ -43,8 +43,12 @@ def theirs(directory):
 def embeddings(directory, images, texts):
     model, tokenizer, _ = theirs(directory)
     tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    mask = {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}  # as its users call it
-    return model.get_image_features(images).pooler_output, model.get_text_features(tokens["input_ids"], **mask).pooler_output
+    mask = (
+        {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}
+    )  # as its users call it
+    return model.get_image_features(images).pooler_output, model.get_text_features(
+        tokens["input_ids"], **mask
+    ).pooler_output
 
 
 @torch.no_grad()
@@ -69,7 +73,9 @@ def test_a_pruned_one_keeps_its_words(directory, tmp_path):
         ours = Tower(again.encoder)(images), again.text.encode_text(again.tokenizer(TEXTS))
     dense = embeddings(directory, images, TEXTS)
     assert not torch.allclose(ours[0], dense[0], atol=1e-3) and torch.allclose(ours[1], dense[1], atol=1e-5)
-    if "alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text():  # SigLIP's head has the blocks' width
+    if (
+        "alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text()
+    ):  # SigLIP's head has the blocks' width
         assert torch.allclose(ours[0], embeddings(tmp_path / "pruned", images, TEXTS)[0], atol=1e-5)
     else:
         assert opened.module.config.model_type == "siglip"
@@ -87,7 +93,9 @@ def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_p
     pixels = processor([record.read() for record in records], return_tensors="pt")["pixel_values"]
     image, text = embeddings(directory, pixels, [f"a photo of {name}" for name in names])
     unit = torch.nn.functional.normalize
-    right = (unit(image, dim=-1) @ unit(text, dim=-1).T).argmax(1) == torch.tensor([int(record.class_name()) for record in records])
+    right = (unit(image, dim=-1) @ unit(text, dim=-1).T).argmax(1) == torch.tensor(
+        [int(record.class_name()) for record in records]
+    )
     assert metrics["acc1"] == pytest.approx(float(right.float().mean()), abs=1e-6)
     assert torch.allclose(text_classifier(opened, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
 
@@ -95,12 +103,20 @@ def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_p
 @pytest.mark.slow
 def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tmp_path):
     opened, images = open_model(str(directory)), pictures(4)
-    options = {"source": str(directory), "layout": "huggingface", "text": True, "formats": ["onnx", "torchscript"], "latency_batches": ()}
+    options = {
+        "source": str(directory),
+        "layout": "huggingface",
+        "text": True,
+        "formats": ["onnx", "torchscript"],
+        "latency_batches": (),
+    }
     assert not failures(export_model(opened, images, tmp_path, **options))
     _, tokenizer, _ = theirs(directory)
     ids = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="np")["input_ids"]
     image, text = embeddings(directory, images, TEXTS)
-    vision, words = (onnxruntime.InferenceSession(str(tmp_path / "onnx" / f"{name}_model.onnx")) for name in ("vision", "text"))
+    vision, words = (
+        onnxruntime.InferenceSession(str(tmp_path / "onnx" / f"{name}_model.onnx")) for name in ("vision", "text")
+    )
     assert np.allclose(vision.run(["image_embeds"], {"pixel_values": images.numpy()})[0], image.numpy(), atol=1e-4)
     assert np.allclose(words.run(["text_embeds"], {"input_ids": ids})[0], text.numpy(), atol=1e-4)
     assert not np.allclose(words.run(["text_embeds"], {"input_ids": ids[::-1].copy()})[0], text.numpy(), atol=1e-3)
@@ -120,8 +136,15 @@ def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tm
     silent = open_model(str(tmp_path / "model"))
     with pytest.raises(DgmrError, match="no text tower to export, or no tokenizer"):
         export_model(silent, pictures(2), tmp_path / "out", source="", text=True)
-    asked = {"model": str(tmp_path / "model"), "export": {"formats": ["onnx"], "text": True}, "compare": None, "distill": None}
-    with pytest.raises(DgmrError, match=r"export.text: .* has no text tower, or no tokenizer's files; leave that key out"):
+    asked = {
+        "model": str(tmp_path / "model"),
+        "export": {"formats": ["onnx"], "text": True},
+        "compare": None,
+        "distill": None,
+    }
+    with pytest.raises(
+        DgmrError, match=r"export.text: .* has no text tower, or no tokenizer's files; leave that key out"
+    ):
         Run(recipe(**asked), tmp_path / "run").run()
     with pytest.raises(DgmrError, match="immich takes CLIPs of open_clip's"):
         export_model(opened, pictures(2), tmp_path / "out", source="", layout="immich")
@@ -129,4 +152,6 @@ def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tm
 
 def test_words_of_the_scenes_are_known_to_the_tokenizer(directory):
     opened = open_model(str(directory))
-    assert (opened.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), "unknown words would prove little"
+    assert (opened.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), (
+        "unknown words would prove little"
+    )

@@ -12,10 +12,15 @@ out = Console(highlight=False, markup=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[
-    str | None, typer.Option(help="Weights for a NAME: the library's tag, a file, hf-hub:ORG/REPO/FILE, or TAG+FILE; none: random.")
+    str | None,
+    typer.Option(
+        help="Weights for a NAME: the library's tag, a file, hf-hub:ORG/REPO/FILE, or TAG+FILE; none: random."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
-TrustOption = Annotated[bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, wherever they come from.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, wherever they come from.")
+]
 
 
 def device() -> str:

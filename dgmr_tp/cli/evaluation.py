@@ -26,25 +26,45 @@ TextOption = Annotated[
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")],
-    dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")
+    ],
+    dataset: Annotated[
+        str | None, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
-    knn_train: Annotated[Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")] = None,
+    knn_train: Annotated[
+        Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")
+    ] = None,
     knn_test: Annotated[Path | None, typer.Option(help="k-NN: the images that are judged.")] = None,
-    head_test: Annotated[Path | None, typer.Option(help="A linear classifier on the embeddings: the images that are judged.")] = None,
+    head_test: Annotated[
+        Path | None, typer.Option(help="A linear classifier on the embeddings: the images that are judged.")
+    ] = None,
     head: Annotated[
         Path | None, typer.Option(help="Its weight and bias: .safetensors, .pt. Without: the encoder's own classifier.")
     ] = None,
     head_train: Annotated[Path | None, typer.Option(help="Or fit it to the first model, with these images.")] = None,
-    suite: Annotated[str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo beside the published ones.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo beside the published ones.")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="For a suite: a folder for each of its data sets.")] = None,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="The folder for the figures: a JSON each, and table.csv.")] = Path("results"),
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder for the figures: a JSON each, and table.csv.")
+    ] = Path("results"),
     pretrained: PretrainedOption = None,
     text: TextOption = None,
-    task: Annotated[str, typer.Option(help="zeroshot_classification, zeroshot_retrieval, linear_probe or auto.")] = "auto",
-    annotations: Annotated[Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")] = None,
-    classnames: Annotated[Path | None, typer.Option(help="Your own class names: JSON, keyed by the data set's name.")] = None,
-    templates: Annotated[Path | None, typer.Option(help="Your own prompts: JSON, keyed by the data set's name.")] = None,
+    task: Annotated[
+        str, typer.Option(help="zeroshot_classification, zeroshot_retrieval, linear_probe or auto.")
+    ] = "auto",
+    annotations: Annotated[
+        Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")
+    ] = None,
+    classnames: Annotated[
+        Path | None, typer.Option(help="Your own class names: JSON, keyed by the data set's name.")
+    ] = None,
+    templates: Annotated[
+        Path | None, typer.Option(help="Your own prompts: JSON, keyed by the data set's name.")
+    ] = None,
     save_classifier: Annotated[Path | None, typer.Option(help="Keep the class embeddings in this file.")] = None,
     load_classifier: Annotated[
         list[Path] | None, typer.Option(help="Class embeddings instead of the text tower; several are averaged.")
@@ -58,8 +78,13 @@ def evaluate(
     from dgmr_tp.evaluation.zero_shot import tabulate, task_of
 
     kinds = ((dataset, root), (knn_train, knn_test), (suite, data_root), (head_test,))
-    if sum(None not in kind for kind in kinds) != 1 or sum(any(part is not None for part in kind) for kind in kinds) != 1:
-        raise DgmrError("give --dataset and --root, or --knn-train and --knn-test, or --head-test, or --suite and --data-root")
+    if (
+        sum(None not in kind for kind in kinds) != 1
+        or sum(any(part is not None for part in kind) for kind in kinds) != 1
+    ):
+        raise DgmrError(
+            "give --dataset and --root, or --knn-train and --knn-test, or --head-test, or --suite and --data-root"
+        )
     if (head or head_train) and (head_test is None or (head and head_train)):
         raise DgmrError("--head FILE, or --head-train IMAGES, goes with --head-test IMAGES")
     if suite is not None and suite != "dgmr-zoo":
@@ -105,13 +130,18 @@ def evaluate(
     if suite:
         from dgmr_tp.evaluation.zoo import FIGURES, PUBLISHED
 
-        published: dict[str, Any] = {f"{name} (published)": dict(zip(FIGURES, row, strict=True)) for name, row in PUBLISHED.items()}
+        published: dict[str, Any] = {
+            f"{name} (published)": dict(zip(FIGURES, row, strict=True)) for name, row in PUBLISHED.items()
+        }
         _print_metrics({**rows, **published}, percent=True)
         return
     _print_metrics(rows)
 
 
-@app.command("clip_benchmark", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+@app.command(
+    "clip_benchmark",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
 def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> None:
     """clip_benchmark's own command line, which then knows --model_type dgmr_tp: --model takes what eval takes, files too.
 
@@ -132,7 +162,9 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
 
 @app.command()
 def compare(
-    old: Annotated[str, typer.Argument(help="The encoder of your index: a model, an exported file, or its embeddings as .npy.")],
+    old: Annotated[
+        str, typer.Argument(help="The encoder of your index: a model, an exported file, or its embeddings as .npy.")
+    ],
     new: Annotated[str, typer.Argument(help="The encoder to be served, likewise.")],
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for compatibility.json and .html.")],
     images: Annotated[Path | None, typer.Option(help="Images like those in your index. Not with .npy.")] = None,
@@ -163,14 +195,20 @@ def compare(
     limits = Limits(keep, convenient)
     arrays = [Path(side).suffix == ".npy" for side in (old, new)]
     if any(arrays) and (not all(arrays) or images or (classes and classes.suffix != ".pt")):
-        raise DgmrError("OLD and NEW are both .npy, without --images, and --classes then are saved embeddings (.pt); or neither is")
+        raise DgmrError(
+            "OLD and NEW are both .npy, without --images, and --classes then are saved embeddings (.pt); or neither is"
+        )
     if not any(arrays) and images is None:
-        raise DgmrError("two encoders are compared on images: give --images FOLDER, with images like those in your index")
+        raise DgmrError(
+            "two encoders are compared on images: give --images FOLDER, with images like those in your index"
+        )
     if all(arrays):
         from dgmr_tp.evaluation.index_compatibility import saved_classifier
 
         rows = [_array(side) for side in (old, new)]
-        found = compatibility(*rows, classifier=saved_classifier(classes) if classes else None, queries=queries, limits=limits, seed=seed)
+        found = compatibility(
+            *rows, classifier=saved_classifier(classes) if classes else None, queries=queries, limits=limits, seed=seed
+        )
     else:
         from dgmr_tp.evaluation.index_compatibility import Side, survey, text_classifier
         from dgmr_tp.evaluation.loading import open_served
@@ -180,7 +218,14 @@ def compare(
             open_served(side, pretrained, text=text, trusted=trust_file, device=device())
             for side, pretrained in ((old, old_pretrained), (new, new_pretrained))
         ]
-        options = {"count": count, "queries": queries, "limits": limits, "seed": seed, "device": device(), "workers": workers}
+        options = {
+            "count": count,
+            "queries": queries,
+            "limits": limits,
+            "seed": seed,
+            "device": device(),
+            "workers": workers,
+        }
         with shown() as progress:
             found = survey(
                 *(Side(side.embed, side.model.preprocess) for side in opened),
@@ -191,7 +236,11 @@ def compare(
             )
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / "compatibility.json", json.dumps(found, indent=1) + "\n")
-    page = write_html({"found": found, "old": _label(old, []), "new": _label(new, [])}, out_dir / "compatibility.html", "compare.html.j2")
+    page = write_html(
+        {"found": found, "old": _label(old, []), "new": _label(new, [])},
+        out_dir / "compatibility.html",
+        "compare.html.j2",
+    )
     out.print(in_words(found))
     table = Table("", "same of 10", "same of 100", "first among ten", box=None)
     for name, way in found["ways"].items():
@@ -204,7 +253,9 @@ def _benchmark(served, label, dataset, root, file, **how) -> dict[str, float]:  
     from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
 
     model = served.model
-    return run_clip_benchmark(served.clip, model.preprocess, model.tokenizer, dataset=dataset, root=root, output=file, name=label, **how)
+    return run_clip_benchmark(
+        served.clip, model.preprocess, model.tokenizer, dataset=dataset, root=root, output=file, name=label, **how
+    )
 
 
 def _knn(served, label, train, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
@@ -253,7 +304,9 @@ def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict
     for name, (dataset, place) in found.items():
         task = "zeroshot_retrieval" if name in RETRIEVAL else "zeroshot_classification"
         files.append(folder / f"{label}-{name}-{task}.json")
-        metrics[name] = _benchmark(served, label, dataset, place, files[-1], task=task, batch_size=batch_size, workers=workers)
+        metrics[name] = _benchmark(
+            served, label, dataset, place, files[-1], task=task, batch_size=batch_size, workers=workers
+        )
     files.append(folder / f"{label}-knn.json")
     knn = _knn(served, label, train, test, files[-1], batch_size=batch_size, workers=workers, speaks=speaks)
     return zoo_figures(metrics, knn), files
@@ -272,7 +325,14 @@ def _written(metrics, label, task, file, speaks, judged, *others) -> dict[str, f
     """Figures that are not clip_benchmark's own, kept in its form."""
     if speaks:
         file.parent.mkdir(parents=True, exist_ok=True)
-        form = {"dataset": str(judged.source), "model": label, "pretrained": "none", "task": task, "metrics": metrics, "language": ""}
+        form = {
+            "dataset": str(judged.source),
+            "model": label,
+            "pretrained": "none",
+            "task": task,
+            "metrics": metrics,
+            "language": "",
+        }
         left_out = _say_what_is_left_out(judged, *others)
         write_whole(file, json.dumps({**form, "images_left_out": left_out}, indent=1) + "\n")
     return metrics

@@ -26,12 +26,17 @@ def export(
         str, typer.Option(help="By commas: onnx, onnx-fp16, onnx-int8, torchscript, pt2, aotinductor.")
     ] = "onnx,torchscript",
     outputs: Annotated[str, typer.Option(help="By commas: embedding, patches.")] = "embedding",
-    normalised: Annotated[bool, typer.Option("--normalised", help="Make embeddings of length 1 inside the files.")] = False,
+    normalised: Annotated[
+        bool, typer.Option("--normalised", help="Make embeddings of length 1 inside the files.")
+    ] = False,
     text: Annotated[bool, typer.Option("--text", help="Export a CLIP's text tower too.")] = False,
     layout: Annotated[str, typer.Option(help="Names and side files: plain, huggingface, immich.")] = "plain",
-    images: Annotated[str | None, typer.Option(help="Your own images, to prove the files with [default: generated scenes].")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Your own images, to prove the files with [default: generated scenes].")
+    ] = None,
     tolerance: Annotated[
-        list[str] | None, typer.Option(help="The relative error that a format may have, such as onnx-int8=0.3; may be repeated.")
+        list[str] | None,
+        typer.Option(help="The relative error that a format may have, such as onnx-int8=0.3; may be repeated."),
     ] = None,
 ) -> None:
     """Export the towers; every file is proved against PyTorch in a process of its own, and timed beside the original's."""
@@ -83,7 +88,9 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
         share = parameters(tower.get_submodule(site.name)) / total
         table.add_row(site.name, str(site.width), str(site.hidden), f"{share:.1%}")
     out.print(table)
-    out.print(f"{opened.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image")
+    out.print(
+        f"{opened.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image"
+    )
 
 
 @app.command()
@@ -92,7 +99,9 @@ def relocate(directory: Annotated[Path, typer.Argument(help="A model directory t
     from dgmr_tp.utils.lazy_imports import require
 
     changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
-    out.print(f"{directory}: {'its config names the new path' if changed else 'its config holds no path; nothing to do'}")
+    out.print(
+        f"{directory}: {'its config names the new path' if changed else 'its config holds no path; nothing to do'}"
+    )
 
 
 def _tolerance(text: str) -> tuple[str, float]:

@@ -27,16 +27,22 @@ KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a f
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width, in neurons.")]
 BudgetOption = Annotated[
     list[str] | None,
-    typer.Option(help="What the tower may cost: params=0.5, flops=0.4, latency=0.6 (measured here), or several by commas."),
+    typer.Option(
+        help="What the tower may cost: params=0.5, flops=0.4, latency=0.6 (measured here), or several by commas."
+    ),
 ]
 RankingsOption = Annotated[Path | None, typer.Option(help="Choose by these rankings, written by dgmr-tp rank.")]
-RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this, such as 8 or 64.")]
+RoundOption = Annotated[
+    int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this, such as 8 or 64.")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
 
 
 @app.command()
 def rank(
-    images: Annotated[str, typer.Option(help="Unlabelled images like those you serve: a folder, a tar, shards, or URLs of shards.")],
+    images: Annotated[
+        str, typer.Option(help="Unlabelled images like those you serve: a folder, a tar, shards, or URLs of shards.")
+    ],
     file: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -55,7 +61,9 @@ def rank(
     with shown() as progress:
         rankings = rank_model(opened, criterion, images, calibration=count, seed=seed, progress=progress)
     rankings.save(file)
-    table = Table("site", "hidden", "neurons for 99 %", "sensitivity", title=f"{rankings.encoder} · {criterion}", box=None)
+    table = Table(
+        "site", "hidden", "neurons for 99 %", "sensitivity", title=f"{rankings.encoder} · {criterion}", box=None
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, ranking in rankings.sites.items():
@@ -69,15 +77,23 @@ def rank(
 
 @app.command()
 def amp(
-    images: Annotated[str, typer.Option(help="Unlabelled images, not those you will judge by: a folder, shards, URLs.")],
+    images: Annotated[
+        str, typer.Option(help="Unlabelled images, not those you will judge by: a folder, shards, URLs.")
+    ],
     file: Annotated[Path, typer.Option("--out", "-o", help="The plan (JSON) to write.")],
     threshold: Annotated[float, typer.Option(help="How much each MLP's cut may raise the entropy, nats.")] = 0.01,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Of the similarities.")] = 1 / 15,
-    candidates: Annotated[int, typer.Option(min=2, help="Images of one entropy; the threshold's meaning depends on it.")] = 512,
-    count: Annotated[int, typer.Option(min=1, help="How many images to search on, in whole groups of candidates.")] = 4096,
-    two_sided: Annotated[bool, typer.Option("--two-sided", help="A fall of the entropy counts too; the paper lets it pass.")] = False,
+    candidates: Annotated[
+        int, typer.Option(min=2, help="Images of one entropy; the threshold's meaning depends on it.")
+    ] = 512,
+    count: Annotated[
+        int, typer.Option(min=1, help="How many images to search on, in whole groups of candidates.")
+    ] = 4096,
+    two_sided: Annotated[
+        bool, typer.Option("--two-sided", help="A fall of the entropy counts too; the paper lets it pass.")
+    ] = False,
     seed: SeedOption = 0,
 ) -> None:
     """Find every MLP's width by AMP's search (arXiv 2603.08100) and write the plan. Goes on where it was stopped.
@@ -109,16 +125,25 @@ def amp(
     if first:
         _print_plan(opened, found.plan)
         blocks = len(opened.encoder.blocks())
-        out.print(f"entropy {found.entropy:.4f} nats; the search cost {found.image_blocks / blocks:,.0f} forward passes of an image")
+        out.print(
+            f"entropy {found.entropy:.4f} nats; the search cost {found.image_blocks / blocks:,.0f} forward passes of an image"
+        )
         write_whole(file, found.plan.to_json() + "\n")  # in the journal's place
 
 
 @app.command()
 def plan(
-    recipe: Annotated[Path | None, typer.Argument(help="With --devices: a recipe, whose distillation is planned.")] = None,
-    devices: Annotated[str | None, typer.Option(help="Does the recipe's distillation fit into these? Such as 8x48GB.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="With --devices: a recipe, whose distillation is planned.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="Does the recipe's distillation fit into these? Such as 8x48GB.")
+    ] = None,
     rate: Annotated[
-        str | None, typer.Option(help="With --devices: images per second, or a run directory that measured them, to say how long it takes.")
+        str | None,
+        typer.Option(
+            help="With --devices: images per second, or a run directory that measured them, to say how long it takes."
+        ),
     ] = None,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -197,18 +222,26 @@ def prune(
     round_to: RoundOption = 1,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of deciding.")] = None,
     rankings: RankingsOption = None,
-    recover: Annotated[str | None, typer.Option(help="Recover on these unlabelled images: a folder, shards, URLs.")] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="Recover on these unlabelled images: a folder, shards, URLs.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="How many images recovery reads.")] = 1024,
     damping: Annotated[float, typer.Option(help="Ridge of the recovery, relative.")] = 1e-3,
     seed: SeedOption = 0,
     min_cosine: Annotated[
-        float | None, typer.Option(help="Find the smallest size whose embeddings keep this mean cosine on images held out.")
+        float | None,
+        typer.Option(help="Find the smallest size whose embeddings keep this mean cosine on images held out."),
     ] = None,
     max_drop: Annotated[
-        str | None, typer.Option(help="Find the smallest size whose k-NN accuracy falls by no more than this, such as 1%; needs classes.")
+        str | None,
+        typer.Option(
+            help="Find the smallest size whose k-NN accuracy falls by no more than this, such as 1%; needs classes."
+        ),
     ] = None,
     held_out: Annotated[int, typer.Option(min=50, help="For these two: how many images judge.")] = 512,
-    stream: Annotated[bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")] = False,
+    stream: Annotated[
+        bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; without recovery.")
+    ] = False,
 ) -> None:
     """Prune an encoder, recover it if images are given, and write a model directory."""
     amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
@@ -217,7 +250,9 @@ def prune(
     [amount] = amounts
     if stream:
         if plan_file or rankings or recover or min_cosine is not None or max_drop is not None:
-            raise DgmrError("--stream decides by the weights alone and does not recover; leave out what looks at images, and --plan")
+            raise DgmrError(
+                "--stream decides by the weights alone and does not recover; leave out what looks at images, and --plan"
+            )
         _prune_streaming(model, pretrained, out_dir, criterion or "dgmr", seed, amount)
         return
     if plan_file and rankings:
@@ -226,7 +261,9 @@ def prune(
         raise DgmrError("a plan or rankings were made by a criterion already; leave out --criterion")
     if min_cosine is not None or max_drop is not None:
         if plan_file or recover is None or any(value is not None for key, value in amount.items() if key != "round_to"):
-            raise DgmrError("--min-cosine and --max-drop find the size by themselves, on images: give --recover IMAGES and no size or plan")
+            raise DgmrError(
+                "--min-cosine and --max-drop find the size by themselves, on images: give --recover IMAGES and no size or plan"
+            )
         limits = {"min_cosine": min_cosine, "max_drop": None if max_drop is None else _fraction(max_drop)}
         options = {
             "criterion": criterion or "output",
@@ -294,7 +331,9 @@ def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> N
     from dgmr_tp.utils.progress import shown
 
     with shown() as progress:
-        plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, progress=progress, **amount)
+        plan = prune_streaming(
+            model, directory, pretrained, criterion=criterion, seed=seed, progress=progress, **amount
+        )
     out.print(str(plan), markup=False)
     out.print(f"written: {directory}")
 
@@ -314,7 +353,12 @@ def _prune_to_promise(model, pretrained, directory, images, rankings, options) -
     what = "mean cosine" if options["min_cosine"] is not None else "drop of k-NN accuracy"
     table = Table("M params", what, "95 % bound", "", box=None)
     for trial in found.trials:
-        table.add_row(f"{trial.parameters / 1e6:.2f}", f"{trial.value:.4f}", f"{trial.bound:.4f}", "kept" if trial.kept else "broken")
+        table.add_row(
+            f"{trial.parameters / 1e6:.2f}",
+            f"{trial.value:.4f}",
+            f"{trial.bound:.4f}",
+            "kept" if trial.kept else "broken",
+        )
     out.print(table)
     _finish(opened, found.pruned, directory, None)
 
@@ -344,9 +388,13 @@ def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untype
         table.add_row(row.site, str(row.hidden), str(row.kept), *errors)
     out.print(table)
     if found is not None and (found.broken or found.other_files):
-        out.print(f"skipped {len(found.broken)} images that do not decode and {found.other_files} files that are no images")
+        out.print(
+            f"skipped {len(found.broken)} images that do not decode and {found.other_files} files that are no images"
+        )
     before, after = parameters(opened.encoder.module), parameters(result.model.encoder.module)
-    out.print(f"{opened.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}")
+    out.print(
+        f"{opened.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}"
+    )
 
 
 def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
@@ -356,7 +404,9 @@ def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
     tower = opened.encoder.module
     found = costs(tower, [site for site in find_sites(tower) if site.name in plan.sites], opened.image_size)
     size, work, after = found["params"], found["flops"], plan.cost(found)
-    table = Table("site", "width", "hidden", "kept", "M params", "GFLOPs", title=f"{plan.encoder} · {plan.criterion}", box=None)
+    table = Table(
+        "site", "width", "hidden", "kept", "M params", "GFLOPs", title=f"{plan.encoder} · {plan.criterion}", box=None
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for name, site in plan.sites.items():
@@ -378,21 +428,36 @@ def _print_plans(opened, names, plans) -> None:  # type: ignore[no-untyped-def]
     tower = opened.encoder.module
     sites = [site for site in find_sites(tower) if site.name in plans[0].sites]
     found = costs(tower, sites, opened.image_size)
-    table = Table("budget", "M params", "GFLOPs", "narrowest", "widest", title=f"{plans[0].encoder} · {plans[0].criterion}", box=None)
+    table = Table(
+        "budget",
+        "M params",
+        "GFLOPs",
+        "narrowest",
+        "widest",
+        title=f"{plans[0].encoder} · {plans[0].criterion}",
+        box=None,
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("all", f"{found['params'].total / 1e6:.2f}", f"{found['flops'].total / 1e9:.2f}", "", "")
     for name, plan in zip(names, plans, strict=True):
         after = plan.cost(found)
         kept = [len(site.kept) for site in plan.sites.values()]
-        table.add_row(name, f"{after['params'] / 1e6:.2f}", f"{after['flops'] / 1e9:.2f}", str(min(kept)), str(max(kept)))
+        table.add_row(
+            name, f"{after['params'] / 1e6:.2f}", f"{after['flops'] / 1e9:.2f}", str(min(kept)), str(max(kept))
+        )
     out.print(table)
 
 
-def _amounts(mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int) -> list[Amount]:
+def _amounts(
+    mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int
+) -> list[Amount]:
     """The options that say how many neurons stay, as the library takes them: one size, or one per budget."""
     limits = [_budget(text) for text in budgets] if budgets else [None]
-    return [{"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": limit, "round_to": round_to} for limit in limits]
+    return [
+        {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": limit, "round_to": round_to}
+        for limit in limits
+    ]
 
 
 def _budget(text: str) -> dict[str, float]:

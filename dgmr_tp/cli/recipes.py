@@ -22,10 +22,16 @@ STAGES = "scenes, rank, prune, recover, distill, tune_text, evaluate, compare, e
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    directory: Annotated[Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")] = None,
-    redo: Annotated[str | None, typer.Option(help=f"Drop this stage and those after it, and do them again; one of {STAGES}.")] = None,
+    directory: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")
+    ] = None,
+    redo: Annotated[
+        str | None, typer.Option(help=f"Drop this stage and those after it, and do them again; one of {STAGES}.")
+    ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage, likewise.")] = None,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, without weights, data or a GPU; do nothing.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, without weights, data or a GPU; do nothing.")
+    ] = False,
 ) -> None:
     """Run a recipe: prune, recover, distil, evaluate, export, report. Goes on where it was stopped."""
     if dry:
@@ -55,7 +61,9 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 @app.command()
 def distill(
     directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a distill section.")],
-    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
+    ] = None,
 ) -> None:
     """Run the distillation of a run directory; also the program that the deepspeed launcher starts in every process.
 
@@ -68,7 +76,9 @@ def distill(
 @app.command("tune-text")
 def tune_text(
     directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a tune_text section.")],
-    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
+    ] = None,
 ) -> None:
     """Tune the text towers of a run directory to their pruned vision towers; launched like distill."""
     _train(directory, "tune_text", size)

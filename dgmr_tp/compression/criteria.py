@@ -35,7 +35,16 @@ from dgmr_tp.pruning import (
     sites_in_blocks,
 )
 from dgmr_tp.pruning.allocation import check_budget, fitted_widths, keep_counts
-from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, put, search_widths, weight_gradients
+from dgmr_tp.pruning.amp import (
+    TEMPERATURE,
+    Objective,
+    Search,
+    entropy,
+    gate_scores,
+    put,
+    search_widths,
+    weight_gradients,
+)
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
@@ -82,8 +91,14 @@ class Rankings:
         sites = block_sites(model) or find_sites(tower)
         for site in sites:
             ranked, found = self.sites.get(site.name), weight_sha256(tower, site)
-            if ranked is None or len(ranked.order) != site.hidden or (found != self.sha256[site.name] and not found.startswith("meta")):
-                raise DgmrError(f"the rankings were made for another encoder or checkpoint than {self.encoder}: {site.name} differs")
+            if (
+                ranked is None
+                or len(ranked.order) != site.hidden
+                or (found != self.sha256[site.name] and not found.startswith("meta"))
+            ):
+                raise DgmrError(
+                    f"the rankings were made for another encoder or checkpoint than {self.encoder}: {site.name} differs"
+                )
         if budget := amount.get("budget"):
             if len(given := asked(amount)) > 1:
                 raise DgmrError(f"give exactly one of {', '.join(given)}")
@@ -92,7 +107,9 @@ class Rankings:
             known, round_to = costs(tower, sites, size), amount.get("round_to", 1)
 
             def fit(time: Cost | None = None) -> dict[str, int]:
-                return fitted_widths(sites, loss, budget=budget, costs=known | ({"latency": time} if time else {}), round_to=round_to)
+                return fitted_widths(
+                    sites, loss, budget=budget, costs=known | ({"latency": time} if time else {}), round_to=round_to
+                )
 
             if "latency" not in budget:
                 keep = fit()
@@ -110,9 +127,16 @@ class Rankings:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""
-        sites = {name: {"sensitivity": ranking.sensitivity, "sha256": self.sha256[name]} for name, ranking in self.sites.items()}
+        sites = {
+            name: {"sensitivity": ranking.sensitivity, "sha256": self.sha256[name]}
+            for name, ranking in self.sites.items()
+        }
         note = json.dumps({"encoder": self.encoder, "criterion": self.criterion, "sites": sites})
-        tensors = {f"{name}.{part}": getattr(ranking, part) for name, ranking in self.sites.items() for part in ("order", "error")}
+        tensors = {
+            f"{name}.{part}": getattr(ranking, part)
+            for name, ranking in self.sites.items()
+            for part in ("order", "error")
+        }
         aside = path.with_name(f".{path.name}.partial")
         safetensors.torch.save_file(tensors, aside, {"rankings": note})
         os.replace(aside, path)
@@ -128,12 +152,16 @@ class Rankings:
             with safetensors.safe_open(path, "pt") as file:
                 note = json.loads(file.metadata()["rankings"])
                 sites = {
-                    name: Ranking(file.get_tensor(f"{name}.order"), file.get_tensor(f"{name}.error"), site["sensitivity"])
+                    name: Ranking(
+                        file.get_tensor(f"{name}.order"), file.get_tensor(f"{name}.error"), site["sensitivity"]
+                    )
                     for name, site in note["sites"].items()
                 }
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
             raise DgmrError(f"cannot read the rankings {path}: {error}; make them with dgmr-tp rank") from error
-        return cls(note["encoder"], note["criterion"], sites, {name: site["sha256"] for name, site in note["sites"].items()})
+        return cls(
+            note["encoder"], note["criterion"], sites, {name: site["sha256"] for name, site in note["sites"].items()}
+        )
 
 
 def rank(
@@ -161,11 +189,21 @@ def rank(
     if criterion not in SEEING:
         raise DgmrError(f"criterion {criterion} needs no ranking; those that look at images are {', '.join(SEEING)}")
     if images is None:
-        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)")
+        raise DgmrError(
+            f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)"
+        )
     encoder = encoder_of(model)
-    found = rank_encoder(encoder, batches(images, model, calibration, seed), by=criterion, picks=picks, progress=partial(progress, "rank"))
+    found = rank_encoder(
+        encoder,
+        batches(images, model, calibration, seed),
+        by=criterion,
+        picks=picks,
+        progress=partial(progress, "rank"),
+    )
     sites = {site.name: site for site in find_sites(encoder.module)}
-    return Rankings(encoder.name, criterion, found, {name: weight_sha256(encoder.module, sites[name]) for name in found})
+    return Rankings(
+        encoder.name, criterion, found, {name: weight_sha256(encoder.module, sites[name]) for name in found}
+    )
 
 
 def make_plan(
@@ -192,7 +230,9 @@ def make_plan(
         # Only a budget needs the whole curves.
         check_amount(model, **amount)
         picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower), **_or_default(amount))
-        return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(model, **amount)
+        return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(
+            model, **amount
+        )
     with ExitStack() as stack:
         if isinstance(criterion, str) and criterion in DIFFERENTIATING:
             if not amount.get("budget"):
@@ -339,11 +379,15 @@ def candidate_groups(
         DgmrError: no images, or not one whole group; unless ``at_least`` is False: then all of them are one group.
     """
     if images is None:
-        raise DgmrError(f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)")
+        raise DgmrError(
+            f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)"
+        )
     found = list(batches(images, model, count, seed))
     total = sum(map(len, found))
     if total < candidates and (at_least or not total):
-        raise DgmrError(f"{criterion} compares groups of {candidates} images, got {total}; give more images or fewer candidates")
+        raise DgmrError(
+            f"{criterion} compares groups of {candidates} images, got {total}; give more images or fewer candidates"
+        )
     candidates = min(candidates, total)
     size = min(candidates, len(found[0]))
     joined = torch.cat(found)
@@ -393,11 +437,15 @@ def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
         return None
     sites = sites_in_blocks(encoder)
     if not sites:
-        raise DgmrError(f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?")
+        raise DgmrError(
+            f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?"
+        )
     return sites
 
 
-def batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Module, count: int, seed: int) -> Iterator[Tensor]:
+def batches(
+    images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Module, count: int, seed: int
+) -> Iterator[Tensor]:
     """Preprocessed batches on the model's device and in its dtype."""
     like = next(tower_of(model).parameters())
     found = images
@@ -405,7 +453,9 @@ def batches(images: str | Path | Iterable[Tensor], model: OpenedModel | nn.Modul
         from dgmr_tp.data.streams import find_images
 
         if not isinstance(model, OpenedModel):
-            raise DgmrError("a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches")
+            raise DgmrError(
+                "a folder of images needs the encoder's preprocessing: open it with open_model, or pass preprocessed batches"
+            )
         found = find_images(images).sample(count, seed, model.preprocess)
     return (_batch(batch).to(like.device, like.dtype) for batch in found)  # type: ignore[union-attr]
 

@@ -76,23 +76,31 @@ def prune(
         DgmrError: bad input; says what and what to do.
     """
     opened = open_model(model, pretrained) if isinstance(model, str) else model
-    images = images if images is None or isinstance(images, str | Path) else list(images)  # read twice by criteria that see them
+    images = (
+        images if images is None or isinstance(images, str | Path) else list(images)
+    )  # read twice by criteria that see them
     if plan is None:
         criterion = criterion or ("dgmr" if images is None else "output")
         plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, progress=progress, **amount)
     elif asked(amount):
         raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(asked(amount))}")
-    result = opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)  # late: deciding may need the memory
+    result = (
+        opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
+    )  # late: deciding may need the memory
     MLPPruner(tower_of(result)).apply(plan)
 
     errors = {}
     if images is not None:
         seen = batches(images, opened, calibration, seed)
-        report = recover(encoder_of(opened), encoder_of(result), seen, damping=damping, progress=partial(progress, "recover"))
+        report = recover(
+            encoder_of(opened), encoder_of(result), seen, damping=damping, progress=partial(progress, "recover")
+        )
         errors = {entry.site: entry for entry in report}
     table = []
     for site, decided in plan.sites.items():
         entry = errors.get(site)
-        cut, recovered, kept_cut = (entry.cut_error, entry.recovered_error, entry.kept_cut) if entry else (None, None, False)
+        cut, recovered, kept_cut = (
+            (entry.cut_error, entry.recovered_error, entry.kept_cut) if entry else (None, None, False)
+        )
         table.append(SiteRow(site, decided.width, decided.hidden, len(decided.kept), cut, recovered, kept_cut))
     return Pruned(result, plan, table)

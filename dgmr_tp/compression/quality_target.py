@@ -98,14 +98,18 @@ def prune_to_promise(
         raise DgmrError(f"held_out = {held_out}; {FEWEST} images are the fewest that can bear a promise")
     pictures, labels = Images.find(images).labelled(calibration + held_out, seed, model.preprocess)
     if len(pictures) < held_out + 10:
-        raise DgmrError(f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed")
+        raise DgmrError(
+            f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed"
+        )
     if rankings and len(pictures) < calibration + held_out:
         raise DgmrError(
             f"{images} holds {len(pictures)} images that can be read, fewer than the {calibration} to calibrate on and the {held_out} to "
             "judge by: the ranking might know the judges; add images, or take fewer of the two"
         )
     if max_drop is not None and None in labels:
-        raise DgmrError(f"max_drop compares accuracies, but not every image in {images} has a class; give sub-folders, or min_cosine")
+        raise DgmrError(
+            f"max_drop compares accuracies, but not every image in {images} has a class; give sub-folders, or min_cosine"
+        )
     pictures = pictures.to(next(model.encoder.module.parameters()))
     seen, judged = list(pictures[:-held_out].split(64)), list(pictures[-held_out:].split(64))
     rankings = rankings or rank(model, criterion, seen, progress=progress)
@@ -133,7 +137,9 @@ def prune_to_promise(
 
     tower, sites = model.encoder.module, block_sites(model) or []
     cost = parameter_cost(tower, sites)
-    fewest = cost.without({site.name: site.hidden - count for site, count in zip(sites, least(sites, round_to).values(), strict=True)})
+    fewest = cost.without(
+        {site.name: site.hidden - count for site, count in zip(sites, least(sites, round_to).values(), strict=True)}
+    )
     low, high, count = fewest, cost.total, fewest  # the fewest may do
     best, trials = None, []
     for _ in range(HALVINGS):
@@ -166,5 +172,7 @@ def _embeddings(model: OpenedModel, batches: Sequence[Tensor]) -> Tensor:
 
 def _interval(values: np.ndarray, seed: int) -> Any:
     """The 95 % bootstrap interval of the mean."""
-    bootstrap = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed))
+    bootstrap = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed)
+    )
     return bootstrap.confidence_interval

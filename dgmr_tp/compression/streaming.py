@@ -28,7 +28,14 @@ from dgmr_tp.utils.modules import meta_copy
 
 JOURNAL = "decided.json"
 """The plan so far, in the unfinished directory: a run that was killed goes on from there."""
-TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.bool: "BOOL"}
+TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+}
 
 
 def prune_streaming(
@@ -120,7 +127,9 @@ def _cut(opened: OpenedModel, plan: Plan, progress: Progress) -> Iterator[tuple[
             progress("write", len(plan.sites) - len(waiting), len(plan.sites))
 
 
-def _write(path: Path, shapes: Mapping[str, torch.Size], types: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]]) -> None:
+def _write(
+    path: Path, shapes: Mapping[str, torch.Size], types: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]]
+) -> None:
     """A safetensors file from tensors that come one after the other: its header needs only their shapes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0

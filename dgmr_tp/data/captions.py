@@ -37,11 +37,15 @@ class Captioned:
         if Path(source).suffix == ".json":
             return cls._karpathy(Path(source), images)
         if images is not None:
-            raise DgmrError(f"captions in {source} stand beside their images; the folder {images} goes with a .json of captions")
+            raise DgmrError(
+                f"captions in {source} stand beside their images; the folder {images} goes with a .json of captions"
+            )
         found = Images.find(source)
         pairs = [(record, lines) for record in found.records if (lines := record.captions())]
         if not pairs:
-            raise DgmrError(f"{source} holds {len(found)} images and no caption; put a .txt beside each image, or give Karpathy's JSON")
+            raise DgmrError(
+                f"{source} holds {len(found)} images and no caption; put a .txt beside each image, or give Karpathy's JSON"
+            )
         without = len(found) - len(pairs)
         found.records = [record for record, _ in pairs]
         return cls(found, [lines for _, lines in pairs], without)

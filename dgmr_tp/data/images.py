@@ -39,7 +39,9 @@ class Record:
 
     def class_name(self) -> str | None:
         """Its class, if it is known."""
-        return self._bytes(*self.label).decode(errors="replace").strip() if isinstance(self.label, tuple) else self.label
+        return (
+            self._bytes(*self.label).decode(errors="replace").strip() if isinstance(self.label, tuple) else self.label
+        )
 
     def captions(self) -> list[str]:
         """The lines of its ``.txt`` in the tar, or of the file of its name beside it; none, if there is none.
@@ -106,7 +108,9 @@ class Images:
         """
         source = Path(source)
         if not source.exists():
-            raise DgmrError(f"{source} does not exist; give a folder of images, a .tar of them, or a folder of .tar shards")
+            raise DgmrError(
+                f"{source} does not exist; give a folder of images, a .tar of them, or a folder of .tar shards"
+            )
         files = files_below(source)
         records: list[Record] = []
         other = 0
@@ -136,7 +140,9 @@ class Images:
         names = [record.class_name() for record in self.records]
         if None in names:
             nameless = self.records[names.index(None)].name
-            raise DgmrError(f"{nameless} has no class; give a folder for every class, or tars with .cls beside the images")
+            raise DgmrError(
+                f"{nameless} has no class; give a folder for every class, or tars with .cls beside the images"
+            )
         return [str(name) for name in names]
 
     def divided(self, count: int, seed: int) -> tuple[Images, Images]:
@@ -154,7 +160,9 @@ class Images:
             self.broken[self.records[index].name] = str(error) or type(error).__name__
             return None
 
-    def sample(self, count: int, seed: int, preprocess: Callable[[Any], Tensor], batch_size: int = 64) -> Iterator[Tensor]:
+    def sample(
+        self, count: int, seed: int, preprocess: Callable[[Any], Tensor], batch_size: int = 64
+    ) -> Iterator[Tensor]:
         """``count`` random images (all of them, if there are fewer) as batches ``[batch, 3, height, width]``.
 
         The choice depends on ``seed`` alone; a broken image is replaced by the next of the same random order.
@@ -192,11 +200,17 @@ def _tar_records(path: Path) -> list[Record]:
             if not _is_zero_block(path, tar.offset):
                 raise tarfile.ReadError(f"it breaks off behind {len(members)} files, at byte {tar.offset}")
     except (tarfile.TarError, OSError) as error:
-        raise DgmrError(f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again") from error
+        raise DgmrError(
+            f"cannot read the shard {path}: {error}; it must be an uncompressed tar; remove it or fetch it again"
+        ) from error
     beside = {str(Path(m.name)): (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
     return [
         Record(
-            f"{path}:{m.name}", path, m.offset_data, m.size, *(beside.get(str(Path(m.name).with_suffix(end))) for end in (".cls", ".txt"))
+            f"{path}:{m.name}",
+            path,
+            m.offset_data,
+            m.size,
+            *(beside.get(str(Path(m.name).with_suffix(end))) for end in (".cls", ".txt")),
         )
         for m in members
         if Path(m.name).suffix.lower() in EXTENSIONS

@@ -65,9 +65,13 @@ class Stream:
                 yield name, image
         except Exception as error:  # what webdataset raises depends on the kind of URL
             what = error.args[0] if error.args else type(error).__name__
-            raise DgmrError(f"cannot read the shard {shard}: {what}; look whether it is there and whole, then run again") from error
+            raise DgmrError(
+                f"cannot read the shard {shard}: {what}; look whether it is there and whole, then run again"
+            ) from error
 
-    def sample(self, count: int, seed: int, preprocess: Callable[[Any], Tensor], batch_size: int = 64) -> Iterator[Tensor]:
+    def sample(
+        self, count: int, seed: int, preprocess: Callable[[Any], Tensor], batch_size: int = 64
+    ) -> Iterator[Tensor]:
         """The first ``count`` images of a random order of shards, as batches ``[batch, 3, height, width]``.
 
         Raises:

@@ -46,7 +46,9 @@ class Checkpoint:
         return f"step{self.step:08d}"
 
 
-def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: Iterable[tuple[str, Tensor]], keep: int) -> None:
+def save(
+    engine: Any, directory: Path, checkpoint: Checkpoint, average: Iterable[tuple[str, Tensor]], keep: int
+) -> None:
     """Write and seal a checkpoint; all but the newest ``keep`` are dropped. Every process has to call it.
 
     Raises:
@@ -73,7 +75,9 @@ def save(engine: Any, directory: Path, checkpoint: Checkpoint, average: Iterable
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
     damaged: list[str] = []
-    seals = from_first(lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True))
+    seals = from_first(
+        lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True)
+    )
     for name, found in seals:
         if found and _checksums(directory / name, found.files) == found.files:
             return found, damaged
@@ -105,14 +109,18 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
     if checkpoint.processes == distributed.get_world_size() or checkpoint.zero_stage == 0:
         yield checkpoint.tag, False
         return
-    name: str = from_first(lambda: f"universal-{checkpoint.tag}-{os.getpid()}")  # an earlier attempt may still be writing its own
+    name: str = from_first(
+        lambda: f"universal-{checkpoint.tag}-{os.getpid()}"
+    )  # an earlier attempt may still be writing its own
     converted = directory / name
 
     def convert() -> str | None:
         folders = ["--input_folder", str(directory / checkpoint.tag), "--output_folder", str(converted)]
         program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
         done = subprocess.run(program, capture_output=True, text=True)
-        return (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
+        return (
+            (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
+        )
 
     if problem := from_first(convert):
         raise DgmrError(
@@ -130,7 +138,11 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
 def writing(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError where the disk is full
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch's writer raises RuntimeError where the disk is full
         if isinstance(error, OutOfMemoryError) or is_about_another_process(error):
             raise
         problem = str(error).splitlines()[0]

@@ -94,7 +94,9 @@ class Settings:
         peak = self.base_lr * self.batch_size / 256
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
-        return self._cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps) if peak else 0.0
+        return (
+            self._cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps) if peak else 0.0
+        )
 
     def decay(self, step: int) -> float:
         """The weight decay at ``step``, counted from 0: a cosine from ``weight_decay`` to ``final_weight_decay``."""

@@ -37,10 +37,15 @@ def check_seen_alike(images: Images | Stream) -> None:
     if isinstance(images, Stream):
         names = images.shards
     else:
-        names = [f"{record.name.removeprefix(str(images.source))} {record.offset} {record.length}" for record in images.records]
+        names = [
+            f"{record.name.removeprefix(str(images.source))} {record.offset} {record.length}"
+            for record in images.records
+        ]
     listed = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
     if len(set(all_of({distributed.get_rank(): listed}).values())) > 1:
-        raise DgmrError(f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again")
+        raise DgmrError(
+            f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again"
+        )
 
 
 class Sample(NamedTuple):
@@ -87,8 +92,17 @@ class StreamCrops(IterableDataset):
     ``first`` is the position in the endless order of shards at which a resumed run goes on.
     """
 
-    def __init__(self, stream: Stream, transform: Callable[[Any], Tensor], seed: int, first: int, rank: int, world: int) -> None:
-        self.stream, self.transform, self.seed, self.first, self.rank, self.world = stream, transform, seed, first, rank, world
+    def __init__(
+        self, stream: Stream, transform: Callable[[Any], Tensor], seed: int, first: int, rank: int, world: int
+    ) -> None:
+        self.stream, self.transform, self.seed, self.first, self.rank, self.world = (
+            stream,
+            transform,
+            seed,
+            first,
+            rank,
+            world,
+        )
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -99,12 +113,16 @@ class StreamCrops(IterableDataset):
         found = self.first  # the last position with an image
         while True:
             if position - found > len(self.stream.shards) * readers:
-                raise DgmrError(f"{self.stream.source} holds no image that can be read; endings: {', '.join(EXTENSIONS)}")
+                raise DgmrError(
+                    f"{self.stream.source} holds no image that can be read; endings: {', '.join(EXTENSIONS)}"
+                )
             for number, (name, image) in enumerate(self.stream.read(self.stream.shard(position, self.seed), position)):
                 broken = {name: error for name, error in self.stream.broken.items() if name not in known}
                 known |= broken.keys()
                 found = position
-                yield Sample(_crop(self.transform, image, (self.seed, position, number)), [name], broken, (reader, position))
+                yield Sample(
+                    _crop(self.transform, image, (self.seed, position, number)), [name], broken, (reader, position)
+                )
             position += readers
 
 
@@ -162,7 +180,14 @@ def stream_batches(crops: StreamCrops, *, micro: int, workers: int) -> Generator
 def _loaded(crops: Dataset, workers: int, **how: Any) -> Generator[Sample]:
     over = multiprocessing.Event()
     stay = partial(_stay_until, over)
-    loader = DataLoader(crops, num_workers=workers, collate_fn=_collated, pin_memory=torch.cuda.is_available(), worker_init_fn=stay, **how)
+    loader = DataLoader(
+        crops,
+        num_workers=workers,
+        collate_fn=_collated,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=stay,
+        **how,
+    )
     try:
         yield from loader
     except DgmrError as error:  # a worker's comes with its traceback before it
@@ -195,14 +220,18 @@ def training_transform(
     """
     from torchvision.transforms import v2
 
-    steps: list[Any] = [v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)]
+    steps: list[Any] = [
+        v2.RandomResizedCrop(size, scale=(min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    ]
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if augment == "dinov2":
         steps += [
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
             v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.9),  # as its code runs: its p = 0.1 is the chance of no blur
+            v2.RandomApply(
+                [v2.GaussianBlur(9, (0.1, 2.0))], 0.9
+            ),  # as its code runs: its p = 0.1 is the chance of no blur
             v2.RandomSolarize(128, 0.2),
         ]
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]

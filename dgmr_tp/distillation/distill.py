@@ -16,7 +16,15 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.config import DistillSettings
-from dgmr_tp.distillation.data import Crops, Sample, StreamCrops, batches, check_seen_alike, stream_batches, training_transform
+from dgmr_tp.distillation.data import (
+    Crops,
+    Sample,
+    StreamCrops,
+    batches,
+    check_seen_alike,
+    stream_batches,
+    training_transform,
+)
 from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
 from dgmr_tp.distillation.feature_cache import KeptFeatures
 from dgmr_tp.distillation.loop import Task, train, training
@@ -92,7 +100,11 @@ def distill(
         kept = _kept(features, answers, probe, images, settings) if features else None
 
         def place(done: Checkpoint) -> str:
-            return "" if isinstance(images, Images) else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
+            return (
+                ""
+                if isinstance(images, Images)
+                else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
+            )
 
         count = len(images) if isinstance(images, Images) else None
         task = Task(
@@ -138,14 +150,20 @@ def _kept(
     crops = settings.steps * settings.batch_size
     kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
     if distributed.get_rank() == 0:
-        print(f"  distillation: the original's features are kept in {file}, up to {kept.bytes / 1e6:,.0f} MB", flush=True)
+        print(
+            f"  distillation: the original's features are kept in {file}, up to {kept.bytes / 1e6:,.0f} MB", flush=True
+        )
     return kept
 
 
-def _loader(images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint) -> Generator[Sample]:
+def _loader(
+    images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint
+) -> Generator[Sample]:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     micro = settings.micro_batch_of(world)
-    transform = training_transform(teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment)
+    transform = training_transform(
+        teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment
+    )
     if isinstance(images, Stream):
         if settings.fixed_crops:
             raise DgmrError("distill.fixed_crops: shards behind a URL cannot be numbered; set it to false")
@@ -175,5 +193,7 @@ def _teacher(
     config = deepspeed_config(settings, distributed.get_world_size(), directory)
     zero = {key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")}
     same = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
-    engine, *_ = require("deepspeed", "distill").initialize(model=tap, config={**same, "zero_optimization": {**zero, "stage": 3}})
+    engine, *_ = require("deepspeed", "distill").initialize(
+        model=tap, config={**same, "zero_optimization": {**zero, "stage": 3}}
+    )
     return engine, engine.destroy

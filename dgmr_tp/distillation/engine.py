@@ -74,7 +74,9 @@ def deepspeed_config(settings: Settings, world: int, directory: Path) -> dict[st
         "bf16": {"enabled": settings.bf16},
         "data_types": {
             "grad_accum_dtype": "fp32" if settings.zero_stage >= 2 else None,
-            "buffer_dtype": "bf16" if settings.bf16 else None,  # as the teacher's: EVA's biases and Swin's masks meet the activations
+            "buffer_dtype": "bf16"
+            if settings.bf16
+            else None,  # as the teacher's: EVA's biases and Swin's masks meet the activations
         },
         "csv_monitor": {"enabled": True, "output_path": str(directory), "job_name": "log"},
     }
@@ -103,7 +105,9 @@ def _joined(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: s
         if name in SCRAMBLING and value not in (False, -1):
             raise DgmrError(f"{path}: {name}: with it DeepSpeed cannot give the trained weights back; remove it")
         if name in OFFLOADS and key not in ours and isinstance(value, dict) and value.get("device", "none") != "none":
-            raise DgmrError(f"{path}: {name}, but the recipe's {section} section does not say offload: {OFFLOADS[name]}; say it there")
+            raise DgmrError(
+                f"{path}: {name}, but the recipe's {section} section does not say offload: {OFFLOADS[name]}; say it there"
+            )
         if isinstance(value, dict) and isinstance(ours.get(key, {}), dict):
             result[key] = _joined(ours.get(key, {}), value, path, section, f"{name}.")
         elif key not in ours or value == ours[key]:

@@ -37,7 +37,8 @@ class KeptFeatures:
     def __init__(self, file: Path, example: Features, crops: int) -> None:
         self.file = file
         self.parts = {
-            name: (value.shape[1:], value.dtype, math.prod(value.shape[1:]) * value.element_size()) for name, value in example.items()
+            name: (value.shape[1:], value.dtype, math.prod(value.shape[1:]) * value.element_size())
+            for name, value in example.items()
         }
         self.row = CHECKSUM + sum(size for *_, size in self.parts.values())
         self.bytes = crops * self.row
@@ -74,7 +75,9 @@ class KeptFeatures:
         Raises:
             DgmrError: the disk does not take them.
         """
-        parts: list[Tensor] = [features[name].detach().cpu().contiguous().flatten(1).view(torch.uint8) for name in self.parts]
+        parts: list[Tensor] = [
+            features[name].detach().cpu().contiguous().flatten(1).view(torch.uint8) for name in self.parts
+        ]
         try:
             for row, values in zip(rows, torch.cat(parts, dim=1), strict=True):
                 if row == UNNUMBERED:

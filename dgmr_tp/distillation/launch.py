@@ -84,7 +84,9 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
         stop.unlink(missing_ok=True)
         raise Preempted("preempted; run again to go on")
     if code:
-        raise DgmrError(f"the training ended with code {code}; its message stands above; run again to go on from the last checkpoint")
+        raise DgmrError(
+            f"the training ended with code {code}; its message stands above; run again to go on from the last checkpoint"
+        )
 
 
 def _wait_until_free(directory: Path) -> None:

@@ -116,7 +116,9 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
         if any(words in str(error) for words in OUT_OF_MEMORY):
             raise DgmrError(f"out of memory: {first_line(error)}; {settings.needs_less_memory}") from error
         if checkpoints.is_about_another_process(error):
-            raise DgmrError(f"another process of this training is gone ({first_line(error)}); see its message, and run again") from error
+            raise DgmrError(
+                f"another process of this training is gone ({first_line(error)}); see its message, and run again"
+            ) from error
         raise
     finally:
         if lock is not None:
@@ -146,9 +148,15 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
     deepspeed = require("deepspeed", "distill")
     rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
     config = deepspeed_config(settings, world, directory)
-    module = task.module.eval()  # no dropout, no stochastic depth: the teacher's features are to be hit, and the same for any batch
+    module = (
+        task.module.eval()
+    )  # no dropout, no stochastic depth: the teacher's features are to be hit, and the same for any batch
     freeze_what_outputs_do_not_need(module, task.probe)
-    untouched = {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()] if not t.requires_grad}
+    untouched = {
+        name: t.detach().clone()
+        for name, t in [*module.named_parameters(), *module.named_buffers()]
+        if not t.requires_grad
+    }
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
     config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))  # DeepSpeed allocates all of it
     module.to(device, torch.float32)
@@ -167,12 +175,18 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
         engine.eval()
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
-        for state in optimizer.state.values() if universal else ():  # ZeRO-3 reads one counter for all groups, which would all advance it
+        for state in (
+            optimizer.state.values() if universal else ()
+        ):  # ZeRO-3 reads one counter for all groups, which would all advance it
             state["step"] = state["step"].clone()
     done = found or Checkpoint(0, world, settings.zero_stage)
     if rank == 0 and done.step:
         print(f"  {settings.what}: goes on at step {done.step} of {settings.steps}{task.place(done)}", flush=True)
-    average = Average(engine.module, settings.ema, checkpoints.average_of(folder, found) if found else {}) if settings.ema else None
+    average = (
+        Average(engine.module, settings.ema, checkpoints.average_of(folder, found) if found else {})
+        if settings.ema
+        else None
+    )
     if settings.compile:
         engine.compile()
 
@@ -203,7 +217,12 @@ def _steps(
     stop: Callable[[], bool],
 ) -> dict[str, str]:
     """The steps that are left after ``done``."""
-    rank, world, device, folder = distributed.get_rank(), distributed.get_world_size(), device_here(), directory / CHECKPOINTS
+    rank, world, device, folder = (
+        distributed.get_rank(),
+        distributed.get_world_size(),
+        device_here(),
+        directory / CHECKPOINTS,
+    )
     accumulated = engine.gradient_accumulation_steps()
     loader = task.samples(done)
     speed = Speed(settings.batch_size, world * peak_flops(device, settings.precision) if task.flops else 0.0)
@@ -220,11 +239,16 @@ def _steps(
 
     def draw(step: int, curves: dict[str, float]) -> None:
         if curves:
-            engine.monitor.write_events([(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()])
+            engine.monitor.write_events(
+                [(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()]
+            )
 
     if done.step == 0:
         draw(0, judged(0))
-    with contextlib.closing(loader), Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter:
+    with (
+        contextlib.closing(loader),
+        Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter,
+    ):
         for step in range(done.step + 1, settings.steps + 1):
             started = time.monotonic()
             losses: Losses = {}

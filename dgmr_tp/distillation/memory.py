@@ -104,7 +104,9 @@ class Planner:
         states = weights + gradients + (0 if settings.offload != "none" else optimizer) + teacher
         states += width * min(BUCKET, trained) if stage else 0
         states += average * trained / parts
-        return Needs(states, self.images[settings.recompute], start=max(width * self.teacher, teacher + 4 * self.student))
+        return Needs(
+            states, self.images[settings.recompute], start=max(width * self.teacher, teacher + 4 * self.student)
+        )
 
     def table(self, settings: DistillSettings, devices: Devices) -> str:
         """States, and images at a time, in every ZeRO stage with and without recomputation; then the settings as they are."""
@@ -119,7 +121,9 @@ class Planner:
             plain = replace(settings, zero_stage=stage, shard_teacher=sharded, offload="none")
             both = [self.needs(replace(plain, recompute=again), devices.count) for again in (False, True)]
             shown = "".join(f"{needs.image / 1e6:13.0f}: {needs.most_images(devices):6d}" for needs in both)
-            lines.append(f"{f'{stage}, shard_teacher' if sharded else stage!s:<26} {both[0].states / 1e9:10.1f} {shown}")
+            lines.append(
+                f"{f'{stage}, shard_teacher' if sharded else stage!s:<26} {both[0].states / 1e9:10.1f} {shown}"
+            )
         needs, micro = self.needs(settings, devices.count), settings.micro_batch_of(devices.count)
         total = (needs.states + micro * needs.image) / 1e9
         there = f"{devices.count} devices, about {total:.1f} of {devices.memory / 1e9:g} GB"
@@ -184,7 +188,9 @@ def _kept(run: Callable[[Tensor], Any], given: Tensor, module: nn.Module | None 
 def _fused_attention() -> Iterator[None]:
     """Attention keeps no matrix of tokens by tokens where it is computed for good; on the meta device it would."""
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any) -> Tensor:  # type: ignore[no-untyped-def]
+    def fused(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any
+    ) -> Tensor:  # type: ignore[no-untyped-def]
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return operation(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -69,7 +69,9 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
                 "and none may be twice in a batch; set it to that many at most"
             )
         tower, device = TextTower(model.module), device_here()
-        loss = require("open_clip", "encoders").loss.ClipLoss(gather_with_grad=True, cache_labels=True, rank=rank, world_size=world)
+        loss = require("open_clip", "encoders").loss.ClipLoss(
+            gather_with_grad=True, cache_labels=True, rank=rank, world_size=world
+        )
 
         def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
             found = engine(sample.texts.to(device))
@@ -104,7 +106,9 @@ class TextTower(nn.Module):
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.vision = [clip.visual]  # in a list: its weights are not the module's, so they are neither trained nor saved
+        self.vision = [
+            clip.visual
+        ]  # in a list: its weights are not the module's, so they are neither trained nor saved
         clip._modules["visual"] = None
         self.scalars = [name for name, parameter in clip.named_parameters() if parameter.ndim == 0]
         self.clip = clip
@@ -140,13 +144,17 @@ class Embeddings:
         self.readable, self.broken = np.flatnonzero(found), np.flatnonzero(~found).tolist()
 
     @classmethod
-    def of(cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]) -> Embeddings:
+    def of(
+        cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
+    ) -> Embeddings:
         """Computed, or from an earlier start, then perhaps of another number of processes."""
         files = from_first(lambda: _whole_set(directory))
         return cls(files or cls._compute(model, pairs, directory, settings, stop))
 
     @staticmethod
-    def _compute(model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]) -> list[Path]:
+    def _compute(
+        model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
+    ) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
         vision = copy.deepcopy(Tower(model.encoder)).to(device, settings.precision).eval()
@@ -162,10 +170,17 @@ class Embeddings:
                 if stop():
                     raise Preempted("preempted while the images were embedded; run again to begin that anew")
 
-            how: dict[str, Any] = {"device": device, "workers": settings.workers, "title": "embed the images", "progress": step}
+            how: dict[str, Any] = {
+                "device": device,
+                "workers": settings.workers,
+                "title": "embed the images",
+                "progress": step,
+            }
             found, where = embedded_share(embed, model.preprocess, pairs.images, **how)
         if not found.isfinite().all():
-            raise DgmrError(f"some embeddings of {pairs.images.source} are not finite; check the weights and the preprocessing")
+            raise DgmrError(
+                f"some embeddings of {pairs.images.source} are not finite; check the weights and the preprocessing"
+            )
         rows = np.full((len(range(rank, len(pairs), world)), found.shape[1]), np.nan, np.float32)
         rows[where.numpy() // world] = found.cpu().numpy()
         mine = _parts(directory, world)[rank]
@@ -198,7 +213,11 @@ def _why(images: Images, index: int) -> str:
 
 
 def _samples(
-    known: Embeddings, pairs: Captioned, tokenizer: Callable[[list[str]], Tensor], settings: TextSettings, done: Checkpoint
+    known: Embeddings,
+    pairs: Captioned,
+    tokenizer: Callable[[list[str]], Tensor],
+    settings: TextSettings,
+    done: Checkpoint,
 ) -> Generator[Sample]:
     """This process's part of every global batch from ``done`` on."""
     rank, world = distributed.get_rank(), distributed.get_world_size()

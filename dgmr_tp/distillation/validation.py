@@ -40,7 +40,12 @@ class HeldOut:
     """
 
     def __init__(
-        self, images: Images, preprocess: Callable[[Any], Tensor], embed: Callable[[Tensor], Tensor], image_size: int, size: int
+        self,
+        images: Images,
+        preprocess: Callable[[Any], Tensor],
+        embed: Callable[[Tensor], Tensor],
+        image_size: int,
+        size: int,
     ) -> None:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         # All processes take the same number of batches, because parameters may be gathered for each.
@@ -51,7 +56,11 @@ class HeldOut:
                 pictures[row], decoded[row] = preprocess(image), True
         self.batches = pictures.split(size)
         self.decoded = from_all(decoded.to(device_here()))
-        places = [place if place < len(images) else 0 for first in range(world) for place in range(first, first + count * world, world)]
+        places = [
+            place if place < len(images) else 0
+            for first in range(world)
+            for place in range(first, first + count * world, world)
+        ]
         names = [images.records[place].class_name() for place in places]
         numbers = torch.tensor(np.unique([str(name) for name in names], return_inverse=True)[1], device=device_here())
         if not self.decoded.any():
@@ -64,7 +73,9 @@ class HeldOut:
         of them the same: the share whose 20 nearest others tell it. Every process has to call it."""
         found = self._embedded(embed)
         scores = {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
-        return from_first(lambda: scores)  # processors of other kinds differ in the last bit, and all have to decide alike
+        return from_first(
+            lambda: scores
+        )  # processors of other kinds differ in the last bit, and all have to decide alike
 
     @property
     def original(self) -> dict[str, float]:
@@ -99,7 +110,10 @@ class Best:
             said = json.loads(self.seal.read_text())
             if said["sha256"] == sha256(self._file(said["step"])):
                 return said["score"], said["step"]
-            print(f"  the best weights so far, of step {said['step']}, are damaged: the best of what follows is used", flush=True)
+            print(
+                f"  the best weights so far, of step {said['step']}, are damaged: the best of what follows is used",
+                flush=True,
+            )
         except OSError:  # there is none yet
             pass
         return -float("inf"), -1

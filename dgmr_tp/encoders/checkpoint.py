@@ -40,9 +40,15 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         found = _unpickled(path)
     except Exception as error:  # a damaged file fails in many ways
         if "weights_only" in str(error) or "Weights only load" in str(error):
-            raise DgmrError(f"{path} holds Python objects, which are never executed; save its state_dict alone") from error
-        raise DgmrError(f"cannot read {path}: {first_line(error)}; the file is missing, cut short or damaged") from error
-    while isinstance(found, Mapping) and (inner := next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)):
+            raise DgmrError(
+                f"{path} holds Python objects, which are never executed; save its state_dict alone"
+            ) from error
+        raise DgmrError(
+            f"cannot read {path}: {first_line(error)}; the file is missing, cut short or damaged"
+        ) from error
+    while isinstance(found, Mapping) and (
+        inner := next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+    ):
         found = inner
     if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
         raise DgmrError(f"{path} is no checkpoint: it holds something else than tensors by name")
@@ -97,13 +103,19 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         if key not in expected:
             raise DgmrError(f"{source} holds a tensor {key!r} that the model does not know")
         if tensors[key].shape != expected[key].shape:
-            raise DgmrError(f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}")
+            raise DgmrError(
+                f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}"
+            )
     module.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in module.parameters()))
 
 
 def _take_width(layer: nn.Module, weight: Tensor) -> None:
     is_norm = hasattr(layer, "normalized_shape")
-    if not (isinstance(layer, nn.Linear) or is_norm) or weight.ndim != layer.weight.ndim or weight.shape == layer.weight.shape:
+    if (
+        not (isinstance(layer, nn.Linear) or is_norm)
+        or weight.ndim != layer.weight.ndim
+        or weight.shape == layer.weight.shape
+    ):
         return
     layer.weight = nn.Parameter(layer.weight.new_empty(weight.shape))
     if isinstance(layer, nn.Linear):

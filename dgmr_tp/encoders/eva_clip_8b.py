@@ -63,7 +63,11 @@ def eva_clip_8b_patch14_224(pretrained: bool = False, **kwargs: Any) -> eva.Eva:
         "norm_layer": RmsNorm,
     }
     return eva.build_model_with_cfg(
-        EvaCLIP8B, "eva_clip_8b_patch14_224", pretrained, pretrained_filter_fn=checkpoint_filter_fn, **{**arguments, **kwargs}
+        EvaCLIP8B,
+        "eva_clip_8b_patch14_224",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **{**arguments, **kwargs},
     )
 
 

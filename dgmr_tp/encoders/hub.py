@@ -40,7 +40,11 @@ def local_folder(name: str, *, weights: bool = True) -> Path:
     """A local path as it is; of a hub name the repository's folder, downloaded if it is not in the cache, weights or not."""
     if not name.startswith(HUB):
         return Path(name)
-    return Path(_from_hub(name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=[*IGNORED, *(() if weights else WEIGHTS)]))
+    return Path(
+        _from_hub(
+            name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=[*IGNORED, *(() if weights else WEIGHTS)]
+        )
+    )
 
 
 def _from_hub(name: str, function: str, repository: str, **options: Any) -> str:

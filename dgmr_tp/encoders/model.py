@@ -69,7 +69,9 @@ class OpenedModel:
             return None
         alone = copy.copy(self.module)
         alone._modules = {
-            name: child for name, child in self.module._modules.items() if name not in (self.tower.partition(".")[0], "visual_projection")
+            name: child
+            for name, child in self.module._modules.items()
+            if name not in (self.tower.partition(".")[0], "visual_projection")
         }
         return alone if hasattr(alone, "encode_text") else _room(self.library).TextTower(alone)
 
@@ -170,7 +172,10 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
             "```",
         ]
         if moved:
-            lines += ["", "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`."]
+            lines += [
+                "",
+                "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`.",
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -212,10 +217,14 @@ def as_encoder(module: nn.Module, name: str | None = None, **outside: nn.Module)
             f"but recovery and distillation need one; known: {', '.join(WALKS)}"
         )
     where, cls = walk.split(".")
-    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(module, name or type(module).__name__, **outside)
+    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(
+        module, name or type(module).__name__, **outside
+    )
 
 
-def open_model(source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory") -> OpenedModel:
+def open_model(
+    source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory"
+) -> OpenedModel:
     """Open an encoder.
 
     Args:
@@ -236,15 +245,21 @@ def open_model(source: str, pretrained: str | None = None, *, image_size: int | 
     kind, _, name = source.partition(":")
     if kind in ("open_clip", "timm") and name:
         if pretrained is None and weights != "none":
-            raise DgmrError(f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)")
+            raise DgmrError(
+                f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)"
+            )
         return _room(kind).by_name(name, None if pretrained == "none" else pretrained, weights, image_size)
     if image_size is not None:
         raise DgmrError(f"image_size {image_size} goes with open_clip:NAME or timm:NAME; {source} has its own")
     if pretrained is not None:
-        raise DgmrError(f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights")
+        raise DgmrError(
+            f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights"
+        )
     directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"), weights=weights != "none")
     if not directory.is_dir():
-        raise DgmrError(f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo")
+        raise DgmrError(
+            f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo"
+        )
     return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, weights=weights)
 
 

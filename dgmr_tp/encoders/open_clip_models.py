@@ -23,7 +23,14 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.utils.files import write_whole
 
-BUFFERS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask", "text.transformer.embeddings.position_ids")
+BUFFERS = (
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+    "attn_mask",
+    "text.attn_mask",
+    "text.transformer.embeddings.position_ids",
+)
 """What older checkpoints hold beside their weights."""
 WEIGHTS = "open_clip_model.safetensors"
 RELEASED = (WEIGHTS, "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "open_clip_pytorch_model.pt")
@@ -41,7 +48,9 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
     if weights == "none" and pretrained and not is_file_name(pretrained) and pretrained not in known:
         raise DgmrError(f"open_clip:{name} has no weights {pretrained!r}; there are: {', '.join(known) or 'none'}")
     try:
-        module = _create(name, weights if file or weights == "none" else "memory", pretrained=tag, force_image_size=image_size)
+        module = _create(
+            name, weights if file or weights == "none" else "memory", pretrained=tag, force_image_size=image_size
+        )
     except Exception as error:  # unknown tag, no network: open_clip raises many kinds
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     if file:
@@ -65,7 +74,9 @@ def _tag_and_file(pretrained: str | None) -> tuple[str | None, str | None]:
 def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
     """Load a checkpoint as it was published: open_clip's own keys, OpenAI's, EVA-CLIP's, or a bare vision tower's."""
     tensors = read_tensors(local_file(file))
-    if any(name.startswith(("visual.", "text", "transformer.resblocks.")) and "logit_scale" in tensors for name in tensors):
+    if any(
+        name.startswith(("visual.", "text", "transformer.resblocks.")) and "logit_scale" in tensors for name in tensors
+    ):
         load_by_shape(module, _in_open_clips_names(tensors, module, file), file)
     elif tower_only:
         tower = {f"visual.{name.removeprefix('visual.')}": tensor for name, tensor in tensors.items()}
@@ -73,7 +84,9 @@ def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
             resize_pos_embed(tower, module)
         load_by_shape(module.visual, _tower_in_open_clips_names(tower, module.visual, file), file)
     else:
-        raise DgmrError(f"{file} holds the vision tower alone; name the text tower's weights too: --pretrained TAG+{file}")
+        raise DgmrError(
+            f"{file} holds the vision tower alone; name the text tower's weights too: --pretrained TAG+{file}"
+        )
 
 
 def _in_open_clips_names(tensors: dict[str, Tensor], module: nn.Module, file: str) -> dict[str, Tensor]:
@@ -83,7 +96,9 @@ def _in_open_clips_names(tensors: dict[str, Tensor], module: nn.Module, file: st
     if not hasattr(module.visual, "trunk"):
         resize_pos_embed(tensors, module)
     tower = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
-    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.") and name not in BUFFERS}
+    others = {
+        name: tensor for name, tensor in tensors.items() if not name.startswith("visual.") and name not in BUFFERS
+    }
     tower = _tower_in_open_clips_names(tower, module.visual, file)
     for name in ("logit_scale", "logit_bias"):
         if name in others:
@@ -113,7 +128,9 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
 
 def _create(name: str, weights: Weights, **options: Any) -> nn.Module:
     with empty(weights):  # open_clip moves the model to its device, cpu if none is named
-        return open_clip.create_model(name, device="cpu" if weights == "memory" else "meta", pretrained_text=False, **options)
+        return open_clip.create_model(
+            name, device="cpu" if weights == "memory" else "meta", pretrained_text=False, **options
+        )
 
 
 def _built(directory: Path, config: dict[str, Any], weights: Weights) -> nn.Module:
@@ -149,7 +166,9 @@ def relocate(directory: Path) -> bool:
 def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, weights: Weights) -> OpenedModel:
     preprocess_config = dict(module.visual.preprocess_cfg)
     if config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("trust_remote_code"):
-        raise DgmrError(f"{name}: its open_clip_config.json has tokenizer_kwargs.trust_remote_code, which would run code; remove it there")
+        raise DgmrError(
+            f"{name}: its open_clip_config.json has tokenizer_kwargs.trust_remote_code, which would run code; remove it there"
+        )
     try:  # shapes alone need no tokenizer, which may have to come from the hub
         tokenizer = open_clip.get_tokenizer(schema) if weights != "none" else None
     except Exception as error:  # no network, or a directory without the tokenizer's files
@@ -178,7 +197,9 @@ def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
         opens = False
     opens = _say_text(model, config["text_cfg"]) and opens
     preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
-    (directory / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n")
+    (directory / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n"
+    )
     return "open_clip.create_model('local-dir:{path}')" if opens else None
 
 

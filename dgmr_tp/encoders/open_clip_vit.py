@@ -16,7 +16,9 @@ class OpenCLIPViT:
 
     def __init__(self, module: VisionTransformer, name: str) -> None:
         if not module.transformer.batch_first:
-            raise DgmrError(f"{name}: a tower built with batch_first=False is not supported; build it with batch_first=True")
+            raise DgmrError(
+                f"{name}: a tower built with batch_first=False is not supported; build it with batch_first=True"
+            )
         self.name = name
         self.module = module
 
@@ -24,7 +26,10 @@ class OpenCLIPViT:
         return self.module._embeds(images)
 
     def blocks(self) -> Sequence[Block]:
-        return [Block(f"transformer.resblocks.{i}", block, block) for i, block in enumerate(self.module.transformer.resblocks)]
+        return [
+            Block(f"transformer.resblocks.{i}", block, block)
+            for i, block in enumerate(self.module.transformer.resblocks)
+        ]
 
     def features(self, state: Tensor) -> tuple[Tensor, Tensor]:
         return state[:, 0], state[:, 1:]

@@ -53,7 +53,9 @@ def in_timms_names(tensors: dict[str, Tensor], module: nn.Module, source: str) -
     try:
         return translate(tensors, module)
     except Exception as error:  # a checkpoint of another family
-        raise DgmrError(f"{source} is not laid out like any release of {type(module).__name__}: {first_line(error)}") from error
+        raise DgmrError(
+            f"{source} is not laid out like any release of {type(module).__name__}: {first_line(error)}"
+        ) from error
 
 
 def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
@@ -76,7 +78,10 @@ def opened(module: nn.Module, name: str, image_size: int | None = None) -> Opene
 
 def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     arguments = said_in_config(model.module)
-    data = {key: model.preprocess_config[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    data = {
+        key: model.preprocess_config[key]
+        for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    }
     save_config_for_hf(model.module, directory / "config.json", model_args=arguments, data_config=data)
     # without pretrained=True timm silently leaves the weights random
     return None if arguments is None else "timm.create_model('local-dir:{path}', pretrained=True)"

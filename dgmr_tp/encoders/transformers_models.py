@@ -28,7 +28,9 @@ TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")
 """Where the vision tower stands in transformers' models."""
 
 
-def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping[str, int] | None = None) -> OpenedModel:
+def from_directory(
+    directory: Path, name: str, weights: Weights, hidden: Mapping[str, int] | None = None
+) -> OpenedModel:
     """``hidden`` is the hidden width of each site of the tower, where its config cannot say it."""
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
@@ -52,10 +54,14 @@ def from_directory(directory: Path, name: str, weights: Weights, hidden: Mapping
     if where is None:
         raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
     processor = _processor(directory)
-    speaks = hasattr(module, "get_text_features") and any(file.name.startswith(TEXT_FILES) for file in directory.iterdir())
+    speaks = hasattr(module, "get_text_features") and any(
+        file.name.startswith(TEXT_FILES) for file in directory.iterdir()
+    )
     tokenizer = _Tokenizer(directory, module.config.text_config.max_position_embeddings) if speaks else None
     described = _in_words(processor)
-    return OpenedModel("transformers", module.eval(), where, name, _Preprocess(processor), described, tokenizer=tokenizer)
+    return OpenedModel(
+        "transformers", module.eval(), where, name, _Preprocess(processor), described, tokenizer=tokenizer
+    )
 
 
 def _class(directory: Path, architecture: str) -> Any:
@@ -83,13 +89,17 @@ def _by_transformers(directory: Path, architecture: str, hidden: Mapping[str, in
     cls = _class(directory, architecture)
     try:
         with _no_progress_bar():
-            module, loading = _resized(cls, hidden).from_pretrained(directory, local_files_only=True, output_loading_info=True)
+            module, loading = _resized(cls, hidden).from_pretrained(
+                directory, local_files_only=True, output_loading_info=True
+            )
     except Exception as error:  # whatever a damaged file or a wrong config leads to inside transformers
         raise DgmrError(f"cannot open {directory} as {architecture}: {first_line(error)}") from error
     module.__class__ = cls
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, loading[problem])):
-            raise DgmrError(f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}")
+            raise DgmrError(
+                f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}"
+            )
     return module
 
 
@@ -150,12 +160,16 @@ class _Tokenizer:
         self.directory, self.length = directory, length
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        return self.tokenizer(texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")["input_ids"]
+        return self.tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )["input_ids"]
 
     @cached_property
     def tokenizer(self) -> Any:
         try:
-            return transformers.AutoTokenizer.from_pretrained(self.directory, local_files_only=True, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(
+                self.directory, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # a damaged file, or a package that this tokenizer wants
             raise DgmrError(f"{self.directory}: cannot load its tokenizer: {first_line(error)}") from error
 

@@ -51,7 +51,10 @@ class TransformersViT:
         encoder = self.module.encoder
         child = "layers" if hasattr(encoder, "layers") else "layer"
         masked = {} if type(self.module).__name__.startswith("InternVL") else {"attention_mask": None}
-        return [Block(f"encoder.{child}.{i}", layer, partial(layer, **masked)) for i, layer in enumerate(getattr(encoder, child))]
+        return [
+            Block(f"encoder.{child}.{i}", layer, partial(layer, **masked))
+            for i, layer in enumerate(getattr(encoder, child))
+        ]
 
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
         return (state[:, 0], state[:, 1:]) if self._has_class_token else (None, state)

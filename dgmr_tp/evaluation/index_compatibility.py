@@ -30,7 +30,11 @@ CHUNK = 65536
 """Embeddings that are worked on at a time."""
 FEWEST = 100
 """Images that a comparison needs."""
-WAYS = {"new queries, old index": ("new", "old"), "old queries, new index": ("old", "new"), "new queries, new index": ("new", "new")}
+WAYS = {
+    "new queries, old index": ("new", "old"),
+    "old queries, new index": ("old", "new"),
+    "new queries, new index": ("new", "new"),
+}
 THUMBNAIL = 112
 """Pixels of the longer side."""
 PROMPTS = "zeroshot_classification_templates.txt"
@@ -46,7 +50,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0 <= self.convenient <= self.keep <= 1:
-            raise DgmrError(f"the limits must rise from convenient to keep, between 0 and 1: {self.convenient}, {self.keep}")
+            raise DgmrError(
+                f"the limits must rise from convenient to keep, between 0 and 1: {self.convenient}, {self.keep}"
+            )
 
     def place(self, score: float) -> int:
         """Of the verdict, in :data:`VERDICTS`."""
@@ -54,7 +60,13 @@ class Limits:
 
 
 def compatibility(
-    old: Tensor, new: Tensor, *, classifier: Tensor | None = None, queries: int = 1000, limits: Limits | None = None, seed: int = 0
+    old: Tensor,
+    new: Tensor,
+    *,
+    classifier: Tensor | None = None,
+    queries: int = 1000,
+    limits: Limits | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Compare two encoders by their embeddings of the same images.
 
@@ -80,11 +92,15 @@ def compatibility(
     """
     limits = limits or Limits()
     if old.shape != new.shape:
-        raise DgmrError(f"old embeddings are {list(old.shape)}, new ones {list(new.shape)}: these cannot share an index; re-embed")
+        raise DgmrError(
+            f"old embeddings are {list(old.shape)}, new ones {list(new.shape)}: these cannot share an index; re-embed"
+        )
     if len(old) < FEWEST:
         raise DgmrError(f"{len(old)} images; a comparison needs at least {FEWEST}")
     if classifier is not None and classifier.shape[0] != old.shape[1]:
-        raise DgmrError(f"class embeddings are {list(classifier.shape)}; they must be [{old.shape[1]}, classes] for these encoders")
+        raise DgmrError(
+            f"class embeddings are {list(classifier.shape)}; they must be [{old.shape[1]}, classes] for these encoders"
+        )
     cosines, alike = [], []
     for before, after in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
         before, after = before.float(), after.float()
@@ -216,10 +232,14 @@ def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
     tower = model.text
     if model.tokenizer is None or tower is None:
         raise DgmrError(f"{model.name} has no text tower for the classes of {classes}")
-    names, prompts = (classes / "classnames.txt", classes / PROMPTS) if classes.is_dir() else (classes, classes.with_name(PROMPTS))
+    names, prompts = (
+        (classes / "classnames.txt", classes / PROMPTS) if classes.is_dir() else (classes, classes.with_name(PROMPTS))
+    )
     try:
         lines = [line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()]
-        templates = [line for line in prompts.read_text("utf-8").splitlines() if "{c}" in line] if prompts.exists() else []
+        templates = (
+            [line for line in prompts.read_text("utf-8").splitlines() if "{c}" in line] if prompts.exists() else []
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise DgmrError(f"cannot read the class names {names}: {first_line(error)}") from error
     if len(lines) < 2:
@@ -229,7 +249,9 @@ def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
     model.module.eval()  # text towers with dropout
     prompts_or_one = templates or ["a photo of a {c}."]
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        return metric.zero_shot_classifier(tower, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()
+        return (
+            metric.zero_shot_classifier(tower, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()
+        )
 
 
 def saved_classifier(path: Path) -> Tensor:

@@ -49,10 +49,14 @@ def knn_accuracy(
     names = sorted({*known, *asked})
     number = {name: i for i, name in enumerate(names)}
     how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    bank, places = (from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how))
+    bank, places = (
+        from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how)
+    )
     classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
     if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
-        raise DgmrError(f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes")
+        raise DgmrError(
+            f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes"
+        )
     queries, places = embedded_share(embed, preprocess, test, title="test images", **how)
     answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=bank.device)
     right = torch.zeros(len(NEIGHBOURS) + 1, dtype=torch.float64, device=bank.device)

@@ -70,16 +70,21 @@ def fitted_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images
     """
     known = train.classes()
     found, places = (
-        from_all(part.to(how["device"])).cpu() for part in embedded_share(embed, preprocess, train, title="training images", **how)
+        from_all(part.to(how["device"])).cpu()
+        for part in embedded_share(embed, preprocess, train, title="training images", **how)
     )
     names = [known[place] for place in places.tolist()]
     if len(set(names)) < 2:
-        raise DgmrError(f"the images of {train.source} that can be read have one class, {names[0]}; a classifier needs two")
+        raise DgmrError(
+            f"the images of {train.source} that can be read have one class, {names[0]}; a classifier needs two"
+        )
     _check_finite(found)
     try:
         fitted = regression(F.normalize(found, dim=-1).numpy(), names).best_estimator_
     except ValueError as error:  # too few images to try strengths on a fifth of them
-        raise DgmrError(f"no classifier can be fitted to {train.source}: {first_line(error)}; give more images of every class") from error
+        raise DgmrError(
+            f"no classifier can be fitted to {train.source}: {first_line(error)}; give more images of every class"
+        ) from error
     weight, bias = torch.from_numpy(fitted.coef_).float(), torch.from_numpy(fitted.intercept_).float()
     if len(fitted.classes_) == 2:  # scikit-learn keeps one row then
         weight, bias = torch.cat([-weight, weight]), torch.cat([-bias, bias])
@@ -109,7 +114,9 @@ def head_accuracy(
         logits = found
     else:
         if head.weight.shape[1] != found.shape[1]:
-            raise DgmrError(f"the head takes embeddings of {head.weight.shape[1]} numbers, the encoder gives {found.shape[1]}")
+            raise DgmrError(
+                f"the head takes embeddings of {head.weight.shape[1]} numbers, the encoder gives {found.shape[1]}"
+            )
         features = F.normalize(found, dim=-1) if head.normalised else found
         logits = F.linear(features, head.weight.to(found.device), head.bias.to(found.device))
     _check_finite(logits)
@@ -139,9 +146,13 @@ def _numbers(test: Images, asked: list[str], outputs: int, head: LinearHead | No
     names = sorted(set(asked))
     if head and head.classes:
         if missing := set(names) - set(head.classes):
-            raise DgmrError(f"{test.source} has the class {min(missing)!r}, which the head does not know; both need the same classes")
+            raise DgmrError(
+                f"{test.source} has the class {min(missing)!r}, which the head does not know; both need the same classes"
+            )
         return {name: row for row, name in enumerate(head.classes)}
-    if all(isinstance(record.label, tuple) and name.isdecimal() for record, name in zip(test.records, asked, strict=True)):
+    if all(
+        isinstance(record.label, tuple) and name.isdecimal() for record, name in zip(test.records, asked, strict=True)
+    ):
         number = {name: int(name) for name in names}
         fits = max(number.values()) < outputs
     else:

@@ -48,7 +48,9 @@ def regression(features: np.ndarray, classes: Sequence[Any]) -> Any:
     """scikit-learn's logistic regression, its strength chosen on a fifth of the images and then fitted to all."""
     selection, linear = require("sklearn.model_selection", "eval"), require("sklearn.linear_model", "eval")
     held_out = selection.ShuffleSplit(1, test_size=0.2, random_state=0)
-    return selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=held_out).fit(features, classes)
+    return selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=held_out).fit(
+        features, classes
+    )
 
 
 @torch.no_grad()

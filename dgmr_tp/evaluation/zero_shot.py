@@ -59,7 +59,9 @@ def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     def encode(images: Tensor) -> Tensor:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         share = -(-len(images) // world)
-        padded = torch.cat([images, images[:1].expand(share * world - len(images), *images.shape[1:])])  # an empty part suits no runtime
+        padded = torch.cat(
+            [images, images[:1].expand(share * world - len(images), *images.shape[1:])]
+        )  # an empty part suits no runtime
         return from_all(encode_image(padded[rank * share :][:share]))[: len(images)]
 
     return encode
@@ -120,7 +122,9 @@ def evaluate(
         raise DgmrError("clip_benchmark's linear probe takes one process; start it without torchrun")
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.{rank}.partial")
-    features = output.with_name(f".{output.name}.features")  # clip_benchmark would take those of another model by the same name
+    features = output.with_name(
+        f".{output.name}.features"
+    )  # clip_benchmark would take those of another model by the same name
     options: dict[str, Any] = {
         "--model_type": MODEL_TYPE,
         "--model": name,
@@ -145,16 +149,24 @@ def evaluate(
         model = CLIPWithEncoder(model, shared(model.encode_image))
     with (
         patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
-        patch.object(torch.cuda, "device_count", lambda: 1),  # a linear probe would spread a tower that does not take it
+        patch.object(
+            torch.cuda, "device_count", lambda: 1
+        ),  # a linear probe would spread a tower that does not take it
         registered(lambda **_: (model, preprocess, tokenizer)),
-        contextlib.nullcontext(io.StringIO()) if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()) as noise,
+        contextlib.nullcontext(io.StringIO())
+        if sys.stderr.isatty()
+        else contextlib.redirect_stderr(io.StringIO()) as noise,
     ):
         try:
             _call(cli.main, ["eval", *arguments])
         except SystemExit as error:
-            raise DgmrError(f"clip_benchmark refused its arguments: {' '.join(noise.getvalue().splitlines()[-1:])}") from error
+            raise DgmrError(
+                f"clip_benchmark refused its arguments: {' '.join(noise.getvalue().splitlines()[-1:])}"
+            ) from error
         except Exception as error:  # whatever a data set or a loader inside clip_benchmark raises
-            raise DgmrError(f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}") from error
+            raise DgmrError(
+                f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
+            ) from error
     shutil.rmtree(features, ignore_errors=True)
     metrics = json.loads(aside.read_text())["metrics"]
     if rank == 0:
@@ -169,7 +181,9 @@ def task_of(dataset: str, root: Path) -> str:
     if not dataset.startswith("wds/"):
         return require("clip_benchmark.datasets.builder", "eval").get_dataset_default_task(dataset)
     kind = root / "dataset_type.txt"
-    return "zeroshot_retrieval" if kind.exists() and kind.read_text().strip() == "retrieval" else "zeroshot_classification"
+    return (
+        "zeroshot_retrieval" if kind.exists() and kind.read_text().strip() == "retrieval" else "zeroshot_classification"
+    )
 
 
 def clip_benchmark(arguments: Sequence[str], load: Loader) -> None:
@@ -207,7 +221,9 @@ def registered(load: Loader) -> Iterator[None]:
     try:
         with (
             patch.dict(models.TYPE2FUNC, {MODEL_TYPE: load}),
-            contextlib.nullcontext() if torch.cuda.is_available() else patch.object(cli.linear_probe, "evaluate", linear_probe),
+            contextlib.nullcontext()
+            if torch.cuda.is_available()
+            else patch.object(cli.linear_probe, "evaluate", linear_probe),
         ):
             yield
     finally:

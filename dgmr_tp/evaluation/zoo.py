@@ -43,7 +43,10 @@ def find_zoo(root: Path) -> dict[str, tuple[str, Path]]:
     wanted = (*CLASSIFICATION, *RETRIEVAL)
     if missing := [name for name in wanted if not (root / name).is_dir()]:
         raise DgmrError(f"{root} lacks {', '.join(missing)}; the suite needs a folder for each of {', '.join(wanted)}")
-    return {name: (f"wds/{name}" if (root / name / "test" / "nshards.txt").exists() else name, root / name) for name in wanted}
+    return {
+        name: (f"wds/{name}" if (root / name / "test" / "nshards.txt").exists() else name, root / name)
+        for name in wanted
+    }
 
 
 def knn_folders(root: Path) -> tuple[Path, Path]:
@@ -66,6 +69,11 @@ def zoo_figures(metrics: dict[str, dict[str, float]], knn: dict[str, float]) -> 
         metrics: by data set: ``acc1``, or recalls at 1, 5 and 10 in both directions.
         knn: ``knn@10`` and so on.
     """
-    recalls = [metrics[name][f"{side}_retrieval_recall@{k}"] for name in RETRIEVAL for side in ("text", "image") for k in (1, 5, 10)]
+    recalls = [
+        metrics[name][f"{side}_retrieval_recall@{k}"]
+        for name in RETRIEVAL
+        for side in ("text", "image")
+        for k in (1, 5, 10)
+    ]
     top1 = [metrics[name]["acc1"] for name in CLASSIFICATION]
     return dict(zip(FIGURES, (100 * mean(top1), 100 * mean(recalls), 100 * max(knn.values())), strict=True))

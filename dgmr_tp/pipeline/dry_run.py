@@ -86,7 +86,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         assert pruner.keep is not None
         cut = {site.name: site.hidden - pruner.keep[site.name] for site in sites}
         after = [cost.without(cut) for cost in before]
-        sizes[name] = Size(pruner.keep, *after, groups=_groups(recipe.distill, opened.copy(), pruner.keep) if recipe.distill else None)
+        sizes[name] = Size(
+            pruner.keep, *after, groups=_groups(recipe.distill, opened.copy(), pruner.keep) if recipe.distill else None
+        )
     config = None
     if recipe.distill:
         from dgmr_tp.distillation.config import DistillSettings
@@ -94,7 +96,10 @@ def dry_run(recipe: Recipe) -> DryRun:
 
         settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
         config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
-    roots = [recipe.images, *(path for reads in (recipe.evaluate, recipe.compare) if reads for path in reads.paths.values())]
+    roots = [
+        recipe.images,
+        *(path for reads in (recipe.evaluate, recipe.compare) if reads for path in reads.paths.values()),
+    ]
     roots += [path for path in (recipe.tune_text.captions, recipe.tune_text.images) if path] if recipe.tune_text else []
     paths = {root: Path(root).exists() for root in roots if not root.startswith("scenes:") and not is_url(root)}
     return DryRun(opened.name, sites, before[0].total, before[1].total, sizes, config, paths)
@@ -127,10 +132,14 @@ def plan_memory(recipe: Recipe, devices: str, rate: str | None = None) -> tuple[
         texts.append(f"{name}: {planner.table(settings, there)}\n{images:,} images{_hours(images, rate, name)}")
         if not planner.fits(settings, there) and misfit is None:
             remedy = planner.remedy(settings, there)
-            change = "it would fit with distill." + ", ".join(f"{key}: {str(value).lower()}" for key, value in (remedy or {}).items())
+            change = "it would fit with distill." + ", ".join(
+                f"{key}: {str(value).lower()}" for key, value in (remedy or {}).items()
+            )
             misfit = f"{name} does not fit into {devices}; {change if remedy else 'no setting changes that: take larger devices'}"
     if not texts:
-        raise DgmrError("only the run itself finds these widths; plan with a ratio, or with a budget of params or flops")
+        raise DgmrError(
+            "only the run itself finds these widths; plan with a ratio, or with a budget of params or flops"
+        )
     return "\n".join(texts), misfit
 
 
@@ -153,7 +162,9 @@ def _measured_rate(run: Path, size: str) -> float:
     folders = (run / "distill" / size, run / "distill" / f".{size}.partial")
     rates = [value for folder in folders for _, value in read_curve(folder, "samples_per_second")]
     if not rates:
-        raise DgmrError(f"--rate {run}: give images per second, or the directory of a run that has begun to distil {size}")
+        raise DgmrError(
+            f"--rate {run}: give images per second, or the directory of a run that has begun to distil {size}"
+        )
     return median(rates[len(rates) // 2 :])
 
 
@@ -165,6 +176,10 @@ def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> lis
     tap = FeatureTap(student.encoder, Objective(**distill.loss.model_dump()))
     freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
     return [
-        {"tensors": len(group["params"]), "parameters": sum(p.numel() for p in group["params"]), "weight_decay": group["weight_decay"]}
+        {
+            "tensors": len(group["params"]),
+            "parameters": sum(p.numel() for p in group["params"]),
+            "weight_decay": group["weight_decay"],
+        }
         for group in parameter_groups(tap, distill.weight_decay)
     ]

@@ -26,7 +26,8 @@ def check_needs(recipe: Recipe) -> None:
 def _check_packages(recipe: Recipe) -> None:
     needed = {
         "distill": ["deepspeed"] if recipe.distill or recipe.tune_text else [],
-        "eval": (["clip_benchmark"] if recipe.evaluate and recipe.evaluate.datasets else []) + (["faiss"] if recipe.compare else []),
+        "eval": (["clip_benchmark"] if recipe.evaluate and recipe.evaluate.datasets else [])
+        + (["faiss"] if recipe.compare else []),
         "export": ["onnxscript", "onnxruntime"] if recipe.export else [],
     }
     for extra, packages in needed.items():
@@ -73,13 +74,19 @@ def _check_images(recipe: Recipe) -> None:
             if getattr(recipe.distill, key, None):
                 raise DgmrError(f"distill.{key}: shards behind a URL cannot be divided or numbered; set it to {none}")
         if recipe.prune.promises:
-            raise DgmrError("prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard")
+            raise DgmrError(
+                "prune.min_cosine and prune.max_drop need images at hand, not behind a URL; name a folder or a local shard"
+            )
     if recipe.prune.promises and not recipe.images.startswith("scenes:"):
         found, least = Images.find(recipe.images), recipe.calibration + recipe.prune.held_out
         if len(found) < least:
-            raise DgmrError(f"images: {recipe.images} holds {len(found)}; recover.images and prune.held_out together are {least}")
+            raise DgmrError(
+                f"images: {recipe.images} holds {len(found)}; recover.images and prune.held_out together are {least}"
+            )
         if recipe.prune.max_drop is not None and any(record.label is None for record in found.records):
-            raise DgmrError(f"prune.max_drop: not every image in {recipe.images} has a class; give sub-folders, or min_cosine")
+            raise DgmrError(
+                f"prune.max_drop: not every image in {recipe.images} has a class; give sub-folders, or min_cosine"
+            )
 
 
 def _check_model(recipe: Recipe) -> None:
@@ -98,7 +105,9 @@ def _check_model(recipe: Recipe) -> None:
     }
     keys = [key for key, asked in speaking.items() if asked]
     if keys and (shapes().text is None or (shapes().library == "transformers" and shapes().tokenizer is None)):
-        raise DgmrError(f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out")
+        raise DgmrError(
+            f"{keys[0]}: {recipe.model.source} has no text tower, or no tokenizer's files; leave that key out"
+        )
     if not recipe.prune.promises and recipe.prune.threshold is None:
         from dgmr_tp.compression.criteria import SEEING, check_amount
 
@@ -113,4 +122,6 @@ def _check_model(recipe: Recipe) -> None:
         from dgmr_tp.distillation.text import has_text_tower
 
         if not has_text_tower(shapes()):
-            raise DgmrError(f"tune_text: {recipe.model.source} has no text tower that can be tuned; it takes a CLIP of open_clip's")
+            raise DgmrError(
+                f"tune_text: {recipe.model.source} has no text tower that can be tuned; it takes a CLIP of open_clip's"
+            )

@@ -105,13 +105,17 @@ class Prune(Section):
         if len(self.sizes) != (len(self._amounts) or None):
             raise ValueError("the list of sizes is empty or names a size twice")
         if self.threshold is not None and (self.criterion != "amp" or self.round_to > 1):
-            raise ValueError("threshold is for criterion: amp, whose widths are what its search finds; leave out round_to")
+            raise ValueError(
+                "threshold is for criterion: amp, whose widths are what its search finds; leave out round_to"
+            )
         if self.threshold is None and self.search != Search.model_validate({}):
             raise ValueError("search is about a threshold; give one instead of another amount, or leave search out")
         if given[0] in PROMISES and self.criterion not in ("output", "activation"):
             raise ValueError(f"{given[0]} looks for fitted widths; set criterion: output")
         if given[0] not in PROMISES and self.held_out != Prune.model_fields["held_out"].default:
-            raise ValueError("held_out judges min_cosine or max_drop; give one of them instead of another amount, or leave held_out out")
+            raise ValueError(
+                "held_out judges min_cosine or max_drop; give one of them instead of another amount, or leave held_out out"
+            )
         for amount in self._amounts:
             if isinstance(amount, dict) and (not amount or not amount.keys() <= set(BUDGETS)):
                 raise ValueError(f"a budget has one or more of {', '.join(BUDGETS)}, got {amount}")
@@ -217,7 +221,16 @@ class Training(Section):
     @property
     def deciding(self) -> dict[str, Any]:
         """What decides the result: the rest may change between two starts of one training."""
-        machines = {"processes", "hostfile", "workers", "micro_batch", "recompute", "compile", "shard_teacher", "keep_features"}
+        machines = {
+            "processes",
+            "hostfile",
+            "workers",
+            "micro_batch",
+            "recompute",
+            "compile",
+            "shard_teacher",
+            "keep_features",
+        }
         return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
 
 
@@ -263,9 +276,13 @@ class Distill(Training):
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all needs zero_stage: 3, this is {self.zero_stage}")
         if self.keep_features and self.shard_teacher:
-            raise ValueError("keep_features does not go with shard_teacher, whose processes must compute together; leave one of them out")
+            raise ValueError(
+                "keep_features does not go with shard_teacher, whose processes must compute together; leave one of them out"
+            )
         if self.compile and (self.zero_stage == 3 or self.shard_teacher):
-            raise ValueError("compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out")
+            raise ValueError(
+                "compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out"
+            )
         return self
 
 
@@ -330,7 +347,11 @@ class Evaluate(Section):
 
     @model_validator(mode="after")
     def _something(self) -> Evaluate:
-        if twice := {entry.dataset for entry in self.datasets if [other.dataset for other in self.datasets].count(entry.dataset) > 1}:
+        if twice := {
+            entry.dataset
+            for entry in self.datasets
+            if [other.dataset for other in self.datasets].count(entry.dataset) > 1
+        }:
             raise ValueError(f"datasets names {', '.join(sorted(twice))} twice")
         if not self.datasets and not self.knn and not self.head:
             raise ValueError("nothing is evaluated; give datasets, knn or head")
@@ -445,12 +466,18 @@ class Recipe(Section):
         if self.scenes and not self.scenes.pairs and "scenes:pairs" in roots:
             raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
         if self.distill and self.distill.keep_features and not self.distill.fixed_crops and len(self.prune.sizes) == 1:
-            raise ValueError("distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither")
+            raise ValueError(
+                "distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither"
+            )
         if not self.recover and self.prune.promises:
-            raise ValueError("prune.min_cosine and prune.max_drop are about the recovered encoder; add the section recover")
+            raise ValueError(
+                "prune.min_cosine and prune.max_drop are about the recovered encoder; add the section recover"
+            )
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
             if section and section.batch_size % section.processes:
-                raise ValueError(f"{name}.batch_size = {section.batch_size} cannot be divided over {name}.processes = {section.processes}")
+                raise ValueError(
+                    f"{name}.batch_size = {section.batch_size} cannot be divided over {name}.processes = {section.processes}"
+                )
         return self
 
 
@@ -491,14 +518,20 @@ def parse_recipe(data: dict[str, Any], path: Path, text: str = "") -> Recipe:
 
 
 def _explain(path: Path, text: str, problem: Any) -> str:
-    where = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(("list[", "float", "literal[")))]
+    where = [
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and part.startswith(("list[", "float", "literal[")))
+    ]
     key = ".".join(map(str, where)) or "recipe"
     line = _line(text, where)
     place = f"{path}{f', line {line}' if line else ''}"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
         close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: unknown key {key}; " + (f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}")
+        return f"{place}: unknown key {key}; " + (
+            f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        )
     if problem["type"] == "missing":
         return f"{place}: the key {key} is missing"
     given = "" if isinstance(problem["input"], dict | Recipe | Section) else f", got {problem['input']!r}"

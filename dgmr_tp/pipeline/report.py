@@ -26,7 +26,9 @@ SHORT = {
 }
 
 
-def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None], not_zero_shot: Iterable[str] = ()) -> dict[str, Any]:
+def collect(
+    directory: Path, name: str, figures: dict[str, dict[str, Any] | None], not_zero_shot: Iterable[str] = ()
+) -> dict[str, Any]:
     """What the report shows, from the figures of the steps (by key, such as ``prune/mlp_ratio-1``; None: not run).
 
     ``not_zero_shot`` are the data sets of the kind that the text tower was tuned on.
@@ -36,10 +38,14 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
     original = done.get("evaluate/original", {}).get("original", {})
     data: dict[str, Any] = {"name": name, "directory": str(directory), "sizes": []}
     columns = [(dataset, metric) for dataset, metrics in original.items() for metric in SHORT if metric in metrics]
-    data["columns"] = [{"dataset": dataset.removeprefix("wds/"), "metric": SHORT[metric]} for dataset, metric in columns]
+    data["columns"] = [
+        {"dataset": dataset.removeprefix("wds/"), "metric": SHORT[metric]} for dataset, metric in columns
+    ]
     pick = lambda metrics: [metrics.get(dataset, {}).get(metric) for dataset, metric in columns]  # noqa: E731
     data["original"] = {"metrics": pick(original), "cost": None}
-    data["left_out"] = {dataset: metrics["images_left_out"] for dataset, metrics in original.items() if "images_left_out" in metrics}
+    data["left_out"] = {
+        dataset: metrics["images_left_out"] for dataset, metrics in original.items() if "images_left_out" in metrics
+    }
     for size in sizes:
         cut = done.get(f"prune/{size}", {})
         data["original"]["cost"] = cut.get("original", data["original"]["cost"])
@@ -53,20 +59,35 @@ def collect(directory: Path, name: str, figures: dict[str, dict[str, Any] | None
                 "promise": promise_in_words(size, cut["promise"]) if "promise" in cut else None,
                 "rows": [{"label": label, "metrics": pick(measured[label])} for label in LABELS if label in measured],
                 "sites": [
-                    {**row, **{k: v for k, v in recovery.get(row["site"], {}).items() if k.endswith("error") or k == "kept_cut"}}
+                    {
+                        **row,
+                        **{
+                            k: v
+                            for k, v in recovery.get(row["site"], {}).items()
+                            if k.endswith("error") or k == "kept_cut"
+                        },
+                    }
                     for row in cut.get("sites", [])
                 ],
                 "trainings": [
-                    {"title": title, "curves": _curves(done[f"{stage}/{size}"]), "details": _details(done[f"{stage}/{size}"])}
+                    {
+                        "title": title,
+                        "curves": _curves(done[f"{stage}/{size}"]),
+                        "details": _details(done[f"{stage}/{size}"]),
+                    }
                     for stage, title in TRAININGS.items()
                     if f"{stage}/{size}" in done
                 ],
-                "not_zero_shot": [dataset.removeprefix("wds/") for dataset in not_zero_shot] if f"tune_text/{size}" in done else [],
+                "not_zero_shot": [dataset.removeprefix("wds/") for dataset in not_zero_shot]
+                if f"tune_text/{size}" in done
+                else [],
                 "compatibility": done.get(f"compare/{size}"),
                 "files": _files(exported),
                 "threads": exported.get("threads"),
                 "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
-                "broken": sorted({name for stage in TRAININGS for name in done.get(f"{stage}/{size}", {}).get("broken_images", {})}),
+                "broken": sorted(
+                    {name for stage in TRAININGS for name in done.get(f"{stage}/{size}", {}).get("broken_images", {})}
+                ),
             }
         )
     return data
@@ -88,8 +109,15 @@ def _details(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]
     """The same for the parts of the loss, the gradient, and the speed."""
     known = training.get("details", {})
     parts = [name for name in known if name.startswith("loss_")]
-    curves = [(f"loss, {name.removeprefix('loss_').replace('_', ' ')}, logarithmic", name, True) for name in parts if len(parts) > 1]
-    curves += [("norm of the gradient, logarithmic", "gradient_norm", True), ("images per second", "samples_per_second", False)]
+    curves = [
+        (f"loss, {name.removeprefix('loss_').replace('_', ' ')}, logarithmic", name, True)
+        for name in parts
+        if len(parts) > 1
+    ]
+    curves += [
+        ("norm of the gradient, logarithmic", "gradient_norm", True),
+        ("images per second", "samples_per_second", False),
+    ]
     curves += [("share of what a large matrix product reaches", "share_of_peak", False)]
     return [(says, known[name], logarithmic) for says, name, logarithmic in curves if len(known.get(name, [])) > 1]
 
@@ -126,7 +154,12 @@ def _table(data: dict[str, Any], shown: slice, with_cost: bool) -> Table:
     costs = ("M params", "GFLOPs") if with_cost else ()
     for heading in (*costs, *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"][shown])):
         table.add_column(heading, justify="right")
-    table.add_row("original", "", *_cost(data["original"]["cost"])[: len(costs)], *map(percent, data["original"]["metrics"][shown]))
+    table.add_row(
+        "original",
+        "",
+        *_cost(data["original"]["cost"])[: len(costs)],
+        *map(percent, data["original"]["metrics"][shown]),
+    )
     for size in data["sizes"]:
         rows = size["rows"] or [{"label": "pruned", "metrics": []}]
         for i, row in enumerate(rows):
@@ -139,7 +172,9 @@ def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2
     """Write a page from a template; it appears whole or not at all."""
     jinja2 = require("jinja2", "export")
     loader = jinja2.PackageLoader("dgmr_tp.pipeline", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(
         percent=percent,
         curve=curve,
@@ -166,7 +201,9 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
                     "megabytes": entry["megabytes"],
                     "verdict": entry["verdict"],
                     "verified": entry["verdict"] == "verified",
-                    "errors": {output: _extreme(values, max) for output, values in entry.get("relative_error", {}).items()},
+                    "errors": {
+                        output: _extreme(values, max) for output, values in entry.get("relative_error", {}).items()
+                    },
                     "cosines": {output: _extreme(values, min) for output, values in entry.get("cosine", {}).items()},
                     "memory": entry.get("peak_memory_mb"),
                     "latency": entry.get("latency_ms", {}),
@@ -210,7 +247,8 @@ def curve(points: list[tuple[int, float]], width: int, height: int, logarithmic:
     low, high, last = min(logs), max(logs), points[-1][0]
     scale = (height - 1) / ((high - low) or 1)
     return " ".join(
-        f"{width * step / last:.1f},{height - (value - low) * scale:.1f}" for (step, _), value in zip(points, logs, strict=True)
+        f"{width * step / last:.1f},{height - (value - low) * scale:.1f}"
+        for (step, _), value in zip(points, logs, strict=True)
     )
 
 

@@ -30,7 +30,12 @@ from dgmr_tp.pruning import Plan, Tower
 from dgmr_tp.utils.files import hold, sha256, write_whole
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
-SCENE_SEEDS = {"images": 101, "classes": 102, "captions": 103, "pairs": 104}  # the demo CLIP was trained on seed 1 and tested on seed 2
+SCENE_SEEDS = {
+    "images": 101,
+    "classes": 102,
+    "captions": 103,
+    "pairs": 104,
+}  # the demo CLIP was trained on seed 1 and tested on seed 2
 MODEL_STAGES = {"prune": "pruned", "recover": "recovered", "distill": "distilled", "tune_text": "tuned"}
 ORIGINAL = "original"
 """In the place of a size: the encoder before pruning."""
@@ -51,7 +56,9 @@ class Run(RunDirectory):
         marker = self.directory / "recipe.json"
         begun = self.directory.is_dir() and all(path.name == "lock" for path in self.directory.iterdir())
         if self.directory.exists() and not marker.exists() and not begun:
-            raise DgmrError(f"{self.directory} is no run directory (it has no recipe.json) and is not empty; name a new one with -o")
+            raise DgmrError(
+                f"{self.directory} is no run directory (it has no recipe.json) and is not empty; name a new one with -o"
+            )
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @classmethod
@@ -119,7 +126,12 @@ class Run(RunDirectory):
             steps.append(Step("scenes", "all", recipe.scenes.model_dump(), (), self._scenes))
         machine: Any = {"batch_size": True, "knn": {"workers"}, "head": {"workers"}}
         evaluated = recipe.evaluate.model_dump(exclude=machine) if recipe.evaluate else None
-        if evaluated and recipe.evaluate and recipe.evaluate.head and (head := Path(recipe.evaluate.head.weights or "")).is_file():
+        if (
+            evaluated
+            and recipe.evaluate
+            and recipe.evaluate.head
+            and (head := Path(recipe.evaluate.head.weights or "")).is_file()
+        ):
             evaluated["head_sha256"] = sha256(head)  # another head has the same name and size
         if evaluated:  # first: a model or data set that cannot be evaluated shows before anything is computed
             steps.append(Step("evaluate", ORIGINAL, {**evaluated, **model}, data, self._evaluate_original))
@@ -186,7 +198,9 @@ class Run(RunDirectory):
         """Data sets of the kind of captions that the text tower is tuned on."""
         if not self.recipe.tune_text or not self.recipe.evaluate:
             return []
-        return [entry.dataset for entry in self.recipe.evaluate.datasets if _siblings(self.recipe.tune_text.captions, entry)]
+        return [
+            entry.dataset for entry in self.recipe.evaluate.datasets if _siblings(self.recipe.tune_text.captions, entry)
+        ]
 
     def data_path(self, path: str) -> Path:
         """A path of the recipe; ``scenes:NAME`` is a generated set of this run."""
@@ -203,7 +217,9 @@ class Run(RunDirectory):
         """What every launched process of ``distill`` or ``tune_text`` runs; rank 0 leaves the model and its figures."""
         step = next((s for s in self.steps if s.key == f"{stage}/{size}"), None)
         if step is None:
-            raise DgmrError(f"this run's recipe has no {stage} for a size {size!r}; sizes: {', '.join(self.recipe.prune.sizes)}")
+            raise DgmrError(
+                f"this run's recipe has no {stage} for a size {size!r}; sizes: {', '.join(self.recipe.prune.sizes)}"
+            )
         if self.figures(step.key) is not None:
             print(f"{step.key}: done before", flush=True)
             return
@@ -234,8 +250,15 @@ class Run(RunDirectory):
     def _kept_features(self, step: Step) -> Path:
         """Where the sizes share the original's features; another recipe has other ones."""
         model = self.recipe.model
-        made_from = [step.section, model.model_dump(), fingerprint(model.source), model.pretrained and fingerprint(model.pretrained)]
-        known = self.versions | versions(("torchvision", "pillow", "transformers"))  # what crops, and what may be the original
+        made_from = [
+            step.section,
+            model.model_dump(),
+            fingerprint(model.source),
+            model.pretrained and fingerprint(model.pretrained),
+        ]
+        known = self.versions | versions(
+            ("torchvision", "pillow", "transformers")
+        )  # what crops, and what may be the original
         return self.directory / "distill" / f".features-{digest([*made_from, known])[:16]}"
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
@@ -314,7 +337,9 @@ class Run(RunDirectory):
             **options,
         )
 
-    def _keep_promise(self, model: OpenedModel, amount: dict[str, Any], progress: Progress) -> tuple[Plan, dict[str, Any]]:
+    def _keep_promise(
+        self, model: OpenedModel, amount: dict[str, Any], progress: Progress
+    ) -> tuple[Plan, dict[str, Any]]:
         """The widths, and how they were found; the recovery stage then makes the very encoder that was judged."""
         from dgmr_tp.compression.quality_target import prune_to_promise
 
@@ -351,7 +376,11 @@ class Run(RunDirectory):
             )
         result.model.module.cpu()
         result.model.save(folder / "model", result.plan, final=self.folder(f"recover/{size}") / "model")
-        return {"sites": [row._asdict() for row in result.table], "broken_images": images.broken, "other_files": images.other_files}
+        return {
+            "sites": [row._asdict() for row in result.table],
+            "broken_images": images.broken,
+            "other_files": images.other_files,
+        }
 
     def _distill(self, folder: Path, size: str) -> dict[str, Any]:
         assert self.recipe.distill
@@ -375,7 +404,13 @@ class Run(RunDirectory):
         from dgmr_tp.distillation.loop import STOP, curves_of, read_curve
 
         if not (folder / "figures.json").exists():
-            launch([command, str(self.directory), "--size", size], section.processes, section.batch_size, folder / STOP, section.hostfile)
+            launch(
+                [command, str(self.directory), "--size", size],
+                section.processes,
+                section.batch_size,
+                folder / STOP,
+                section.hostfile,
+            )
         if not (folder / "figures.json").exists():
             raise DgmrError("the deepspeed launcher was killed; run again to go on from the last checkpoint")
         figures = json.loads((folder / "figures.json").read_text())
@@ -433,7 +468,9 @@ class Run(RunDirectory):
 
         assert self.recipe.export
         model = self._final(size)
-        figures = self._bundle(model, folder, f"../../{self._last(size)}/model", original=self.folder(f"export/{ORIGINAL}"))
+        figures = self._bundle(
+            model, folder, f"../../{self._last(size)}/model", original=self.folder(f"export/{ORIGINAL}")
+        )
         figures["metrics"] = {}
         measured = self.recipe.evaluate and self.recipe.export.measure
         for name, entry in figures["towers"]["image"]["files"].items() if measured else ():
@@ -453,7 +490,12 @@ class Run(RunDirectory):
         return export_model(model, images, folder, source=source, **section.model_dump(exclude={"measure"}), **options)
 
     def _measure(
-        self, model: OpenedModel, clip: torch.nn.Module, embed: Callable[[torch.Tensor], torch.Tensor], folder: Path, label: str
+        self,
+        model: OpenedModel,
+        clip: torch.nn.Module,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        folder: Path,
+        label: str,
     ) -> dict[str, dict[str, float]]:
         """clip_benchmark's metrics on every data set of the recipe, by data set, and, but for exported files, the accuracy by k-NN and by a
         linear head, which look at far more images."""
@@ -517,7 +559,9 @@ class Run(RunDirectory):
 
 def _training(stage: str, section: Training) -> dict[str, Any]:
     """What decides a training: its section, and the files that the section names."""
-    files = {f"{key}_files": fingerprint(path) for key in ("captions", "images") if (path := getattr(section, key, None))}
+    files = {
+        f"{key}_files": fingerprint(path) for key in ("captions", "images") if (path := getattr(section, key, None))
+    }
     if section.deepspeed and Path(section.deepspeed).is_file():
         files["deepspeed_sha256"] = sha256(Path(section.deepspeed))
     return {stage: section.deciding, **files}

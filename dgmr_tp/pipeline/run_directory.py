@@ -76,7 +76,9 @@ class RunDirectory:
     def _made_from(self, step: Step) -> dict[str, Any]:
         manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
         inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
-        return json.loads(json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}))
+        return json.loads(
+            json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions})
+        )
 
     def is_done(self, step: Step) -> bool:
         return (self.folder(step.key) / "manifest.json").exists()
@@ -89,7 +91,9 @@ class RunDirectory:
         try:
             if path.exists():
                 stored = json.loads(path.read_text())["made_from"]
-            elif step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}")):  # worth keeping
+            elif (
+                step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}"))
+            ):  # worth keeping
                 stored = json.loads(note.read_text())
             else:
                 return
@@ -160,7 +164,11 @@ def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Every leaf that differs, as ``key: old → new``."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
     if before == now:
         return []
     if path.startswith("inputs."):

@@ -84,14 +84,18 @@ def keep_counts(
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
             [(key, value)] = given.items()
-            raise DgmrError(f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}")
+            raise DgmrError(
+                f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}"
+            )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
             raise DgmrError(f"keep = {count} for site {site.name} is no multiple of round_to = {round_to}")
     return counts
 
 
-def _within(budget: Mapping[str, float], sites: Sequence[Site], round_to: int, costs: Mapping[str, Cost]) -> dict[str, int]:
+def _within(
+    budget: Mapping[str, float], sites: Sequence[Site], round_to: int, costs: Mapping[str, Cost]
+) -> dict[str, int]:
     limits = _limits(budget, costs)
     widest = max(site.hidden for site in sites)
 
@@ -146,10 +150,14 @@ def fitted_widths(
     room = {key: max(1.0, float(left[key])) for key in limits}
     prices = [[costs[key].neuron[site.name] * neurons / room[key] for site, neurons, _ in steps] for key in limits]
     gains = np.array([gain for _, _, gain in steps])
-    programme = scipy.optimize.linprog(-gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1))
+    programme = scipy.optimize.linprog(
+        -gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1)
+    )
     density = gains / np.sum(prices, axis=0)
     stopped = set()  # sites with an edge that did not fit: what comes behind it cannot be taken
-    for place in np.lexsort((-density, -programme.x)):  # whole edges first, then the parts that still fit, the best first
+    for place in np.lexsort(
+        (-density, -programme.x)
+    ):  # whole edges first, then the parts that still fit, the best first
         site, neurons, gain = steps[place]
         if gain <= 0 or site.name in stopped:
             continue
@@ -162,7 +170,9 @@ def fitted_widths(
     return counts
 
 
-def check_budget(sites: Sequence[Site], budget: Mapping[str, float], costs: Mapping[str, Cost], round_to: int = 1) -> dict[str, Fraction]:
+def check_budget(
+    sites: Sequence[Site], budget: Mapping[str, float], costs: Mapping[str, Cost], round_to: int = 1
+) -> dict[str, Fraction]:
     """The limits that a budget means, in the costs' units.
 
     Raises:
@@ -208,12 +218,18 @@ def _cut(sites: Sequence[Site], counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _refuse_unmet(
-    fewest: Mapping[str, int], sites: Sequence[Site], budget: Mapping[str, float], limits: Mapping[str, Fraction], costs: Mapping[str, Cost]
+    fewest: Mapping[str, int],
+    sites: Sequence[Site],
+    budget: Mapping[str, float],
+    limits: Mapping[str, Fraction],
+    costs: Mapping[str, Cost],
 ) -> None:
     for key, limit in limits.items():
         least = costs[key].without(_cut(sites, fewest))
         if least > limit:
-            raise DgmrError(f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs {least:,}")
+            raise DgmrError(
+                f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs {least:,}"
+            )
 
 
 def _rounded(count: int, round_to: int, site: Site) -> int:

@@ -85,7 +85,9 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
     Returns:
         By site name, float64 ``[hidden]``, higher is kept.
     """
-    consumers = {site.name: cast(nn.Linear, encoder.module.get_submodule(site.consumer)) for site in sites_in_blocks(encoder)}
+    consumers = {
+        site.name: cast(nn.Linear, encoder.module.get_submodule(site.consumer)) for site in sites_in_blocks(encoder)
+    }
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in consumers.items()}
     images = 0
     with evaluating(encoder.module), _frozen(encoder.module), torch.enable_grad():
@@ -115,7 +117,9 @@ def weight_gradients(encoder: Encoder, groups: Sequence[Group], objective: Objec
                 embeddings = encoder.embed(last_state(encoder, batch))
                 embeddings.backward((pull / scale).to(embeddings))
         for parameter in parameters:  # in every process, also in one without a group
-            parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(parameter.device)
+            parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(
+                parameter.device
+            )
         yield
     finally:
         for parameter, gradient, flag in before:
@@ -187,12 +191,22 @@ def search_widths(
             state.baseline = _judged(encoder, _before(encoder, groups, 0, state), 0, objective, state)
         states: list[tuple[int, list[Tensor]]]
         for depth in reversed(range(len(blocks))):
-            here = [site for site in sites if site.name.startswith(f"{blocks[depth].name}.") and site.name not in state.kept]
+            here = [
+                site for site in sites if site.name.startswith(f"{blocks[depth].name}.") and site.name not in state.kept
+            ]
             states = []  # the last ones go before the next come
             states = _before(encoder, groups, depth, state) if here else []
             for site in reversed(here):
                 order = scores[site.name].argsort(descending=True, stable=True).tolist()
-                _search_site(encoder, site, order, partial(_judged, encoder, states, depth, objective, state), passes, trials, state)
+                _search_site(
+                    encoder,
+                    site,
+                    order,
+                    partial(_judged, encoder, states, depth, objective, state),
+                    passes,
+                    trials,
+                    state,
+                )
                 remember(state)
                 progress(len(state.kept), len(sites))
     return state
@@ -228,7 +242,9 @@ def _cut(mlp: nn.Module, kept: tuple[int, ...]) -> nn.Module:
     """A copy of an MLP with some of its neurons."""
     mlp = copy.deepcopy(mlp)
     [site] = find_sites(mlp)
-    MLPPruner(mlp, sites=[site]).apply(Plan("", "", {site.name: SitePlan(site.width, site.hidden, kept, weight_sha256(mlp, site))}))
+    MLPPruner(mlp, sites=[site]).apply(
+        Plan("", "", {site.name: SitePlan(site.width, site.hidden, kept, weight_sha256(mlp, site))})
+    )
     return mlp
 
 
@@ -247,7 +263,9 @@ def _before(encoder: Encoder, groups: Sequence[Group], depth: int, state: Search
     return found
 
 
-def _judged(encoder: Encoder, states: list[tuple[int, list[Tensor]]], depth: int, objective: Objective, state: Search) -> float:
+def _judged(
+    encoder: Encoder, states: list[tuple[int, list[Tensor]]], depth: int, objective: Objective, state: Search
+) -> float:
     """The objective from states before block ``depth`` on, mean over the groups of all processes."""
     values = torch.zeros(3, dtype=torch.float64)  # sum, groups, images
     for number, batches in states:

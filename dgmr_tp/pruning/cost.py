@@ -47,7 +47,11 @@ def parameter_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
         consumer = cast(nn.Linear, model.get_submodule(site.consumer))
         made = sum(parameters(model.get_submodule(path)) for path in site.producers)
         norms = [layer for layer in model.get_submodule(site.name).modules() if hasattr(layer, "normalized_shape")]
-        scaled = 0 if site.exact else sum(parameters(norm) for norm in norms if tuple(norm.normalized_shape) == (site.hidden,))
+        scaled = (
+            0
+            if site.exact
+            else sum(parameters(norm) for norm in norms if tuple(norm.normalized_shape) == (site.hidden,))
+        )
         neuron[site.name] = (made + consumer.weight.numel() + scaled) // site.hidden
     return Cost(parameters(model), neuron)
 
@@ -70,7 +74,9 @@ def costs(model: nn.Module, sites: Sequence[Site], image_size: int | None) -> di
 def _counted(module: nn.Module, image_size: int) -> FlopCounterMode:
     like = next(module.parameters())
     images = torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device="meta")
-    state: dict[str, Tensor] = {name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()}
+    state: dict[str, Tensor] = {
+        name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()
+    }
     buffers = {name: torch.empty_like(buffer, device="meta") for name, buffer in module.named_buffers()}
     # With gradients on, nn.MultiheadAttention takes the path whose products the counter sees.
     with evaluating(module), torch.enable_grad(), FlopCounterMode(display=False) as counter:

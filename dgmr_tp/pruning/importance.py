@@ -107,7 +107,11 @@ class GivenScores(tp.importance.Importance):
 
     def __init__(self, model: nn.Module, scores: Mapping[str, torch.Tensor], name: str) -> None:
         self.name = name
-        self.scores = {model.get_submodule(site.producers[0]): scores[site.name] for site in find_sites(model) if site.name in scores}
+        self.scores = {
+            model.get_submodule(site.producers[0]): scores[site.name]
+            for site in find_sites(model)
+            if site.name in scores
+        }
 
     def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
         """Scores aligned with ``group[0].idxs``; None for a group that has none."""

@@ -56,7 +56,9 @@ def widths_within(
     fewest, work = least(sites, round_to), flop_cost(model, sites, image_size)
     fixed = time_of(fewest)
     if fixed > share:
-        raise DgmrError(f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {fixed:.2f} of its time")
+        raise DgmrError(
+            f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {fixed:.2f} of its time"
+        )
     whole = 10**12
     cut = sum(work.neuron[site.name] * (site.hidden - fewest[site.name]) for site in sites)
     best: dict[str, int] | None = None
@@ -73,7 +75,9 @@ def widths_within(
             break
         aim = min(aim * share / taken, 1 - 1e-6)
     if best is None:
-        raise DgmrError(f"no widths were found whose measured time stays within latency = {share}; is the machine busy with other work?")
+        raise DgmrError(
+            f"no widths were found whose measured time stays within latency = {share}; is the machine busy with other work?"
+        )
     return best
 
 

@@ -143,7 +143,9 @@ def rank_encoder(
         answers = None if picks else _embeddings(encoder, _first(states), 0)
         spread = None if answers is None else float((answers - answers.mean(0)).square().sum())
         if spread == 0:
-            raise DgmrError("the embedding is the same for all these images, so nothing shows which MLP matters; give other ones, or more")
+            raise DgmrError(
+                "the embedding is the same for all these images, so nothing shows which MLP matters; give other ones, or more"
+            )
         for depth, block in enumerate(blocks):
             after, sites = block(states[0]), find_sites(block.module)
             weight = token_weights(encoder, after, last=depth == len(blocks) - 1)
@@ -165,7 +167,9 @@ def rank_encoder(
                 mean = mean if consumer.bias is not None else torch.zeros_like(mean)
                 gram, _, _ = accumulated.about(mean, nothing)
                 if not torch.isfinite(gram).all():
-                    raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
+                    raise DgmrError(
+                        f"the activations at {name} are not finite on these images; check the weights and the preprocessing"
+                    )
                 ranking = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
                 if answers is not None:
                     needed = int((ranking.error > 0).sum())  # so many rebuild the output whole
@@ -173,7 +177,9 @@ def rank_encoder(
                     lost, changed = float(ranking.error[len(kept)]), 0.0
                     if lost > 0:
                         with _fitted_from(consumer, gram, mean, kept):
-                            changed = float((_embeddings(encoder, before, depth) - answers).square().sum()) / cast(float, spread)
+                            changed = float((_embeddings(encoder, before, depth) - answers).square().sum()) / cast(
+                                float, spread
+                            )
                     ranking = replace(ranking, sensitivity=changed / lost if lost > 0 else 0.0)
                 rankings[name] = ranking
             progress(depth + 1, len(blocks))
@@ -201,7 +207,9 @@ def _fitted_from(layer: nn.Linear, gram: Tensor, mean: Tensor, kept: Tensor) -> 
     """While the context lasts, ``layer`` reads the neurons ``kept`` alone, fitted to its answer on the calibration tokens."""
     weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
     inner = gram[kept][:, kept]
-    inner.diagonal().add_(max(SPENT * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny))  # all of them may be constant
+    inner.diagonal().add_(
+        max(SPENT * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny)
+    )  # all of them may be constant
     target = weight.double() @ gram[:, kept]
     fitted = torch.linalg.solve(inner, target.T).T
     try:

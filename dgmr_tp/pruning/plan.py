@@ -54,7 +54,9 @@ class Plan:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise DgmrError(f"this plan has another format than {FORMAT}; make it again with dgmr-tp plan")
-            sites = {name: SitePlan(**{**site, "kept": tuple(site["kept"])}) for name, site in data.pop("sites").items()}
+            sites = {
+                name: SitePlan(**{**site, "kept": tuple(site["kept"])}) for name, site in data.pop("sites").items()
+            }
             return cls(sites=sites, **data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DgmrError(f"this is no plan: {type(error).__name__}: {error}; make one with dgmr-tp plan") from error
@@ -78,7 +80,9 @@ class Plan:
         """
         found = {site.name: site for site in sites}
         if unknown := [name for name in self.sites if name not in found]:
-            raise DgmrError(f"the plan names a site {unknown[0]!r} that this encoder does not have; its sites: {', '.join(found)}")
+            raise DgmrError(
+                f"the plan names a site {unknown[0]!r} that this encoder does not have; its sites: {', '.join(found)}"
+            )
         for name, planned in self.sites.items():
             site, kept = found[name], planned.kept
             if (planned.hidden, planned.width) != (site.hidden, site.width):
@@ -88,7 +92,9 @@ class Plan:
             if any(type(index) is not int for index in kept):
                 raise DgmrError(f"the plan's kept indices of site {name} are not all whole numbers")
             if not kept or list(kept) != sorted(set(kept)):
-                raise DgmrError(f"the plan's kept indices of site {name} are not ascending, hold a duplicate, or are none")
+                raise DgmrError(
+                    f"the plan's kept indices of site {name} are not ascending, hold a duplicate, or are none"
+                )
             if kept[0] < 0 or kept[-1] >= site.hidden:
                 raise DgmrError(
                     f"the plan keeps neuron {kept[0] if kept[0] < 0 else kept[-1]} of site {name}, which has 0 to {site.hidden - 1}"
@@ -105,8 +111,13 @@ class Plan:
 
     def __str__(self) -> str:
         name_width = max(len("site"), *(len(name) for name in self.sites))
-        lines = [f"{self.encoder} · {self.criterion}", f"{'site':<{name_width}}  {'width':>6} {'hidden':>7} {'kept':>7}"]
-        lines += [f"{name:<{name_width}}  {s.width:>6} {s.hidden:>7} {len(s.kept):>7}" for name, s in self.sites.items()]
+        lines = [
+            f"{self.encoder} · {self.criterion}",
+            f"{'site':<{name_width}}  {'width':>6} {'hidden':>7} {'kept':>7}",
+        ]
+        lines += [
+            f"{name:<{name_width}}  {s.width:>6} {s.hidden:>7} {len(s.kept):>7}" for name, s in self.sites.items()
+        ]
         return "\n".join(lines)
 
 

@@ -93,8 +93,13 @@ class MLPPruner:
         rows = site.hidden * (2 if site.fused else 1)
         mlp = self.model.get_submodule(site.name)
         given = isinstance(self.importance, GivenScores)  # which knows the layers themselves, and computes nothing
-        if not given and next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):  # sums of thousands of squares need more digits
-            gradients = [None if p.grad is None else p.grad.float() for p in mlp.parameters()]  # of criteria that read them
+        if not given and next(mlp.parameters()).dtype in (
+            torch.bfloat16,
+            torch.float16,
+        ):  # sums of thousands of squares need more digits
+            gradients = [
+                None if p.grad is None else p.grad.float() for p in mlp.parameters()
+            ]  # of criteria that read them
             mlp = copy.deepcopy(mlp).float()
             for parameter, gradient in zip(mlp.parameters(), gradients, strict=True):
                 parameter.grad = gradient
@@ -107,8 +112,14 @@ class MLPPruner:
         except ValueError as error:
             raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
         if scores is None or scores.shape != (rows,) or not torch.isfinite(scores).all():
-            got = "no scores" if scores is None else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
-            raise DgmrError(f"{type(self.importance).__name__} gave {got} for site {site.name}; {rows} finite ones are needed")
+            got = (
+                "no scores"
+                if scores is None
+                else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
+            )
+            raise DgmrError(
+                f"{type(self.importance).__name__} gave {got} for site {site.name}; {rows} finite ones are needed"
+            )
         return scores.view(-1, site.hidden).mean(0)  # as torch-pruning does with coupled channels
 
     def apply(self, plan: Plan) -> nn.Module:
@@ -145,20 +156,31 @@ class MLPPruner:
         widths[site.consumer] = self.model.get_submodule(site.consumer).in_features
         planned = {path: len(kept) * (2 if site.fused and path != site.consumer else 1) for path in widths}
         if widths != planned:
-            raise DgmrError(f"torch-pruning left {widths} at site {site.name}, planned {planned}; this MLP cannot be pruned")
+            raise DgmrError(
+                f"torch-pruning left {widths} at site {site.name}, planned {planned}; this MLP cannot be pruned"
+            )
         for name, parameter in mlp.named_parameters():
-            if not parameter.is_meta and not torch.equal(parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)):
-                raise DgmrError(f"torch-pruning kept other neurons in {name} of site {site.name} than planned; this MLP cannot be pruned")
+            if not parameter.is_meta and not torch.equal(
+                parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)
+            ):
+                raise DgmrError(
+                    f"torch-pruning kept other neurons in {name} of site {site.name} than planned; this MLP cannot be pruned"
+                )
         if expected is not None and not expected.is_meta:
             got = _output(self.model, site, {})
             if (got - expected).abs().max() > 1e-4 * expected.abs().max():
-                raise DgmrError(f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned")
+                raise DgmrError(
+                    f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned"
+                )
 
 
 def resize(tower: nn.Module, hidden: Mapping[str, int]) -> None:
     """Cut every site of ``tower`` to its width in ``hidden``, whichever neurons: the weights are loaded afterwards."""
     sites = [site for site in find_sites(tower) if site.hidden > hidden.get(site.name, site.hidden)]
-    planned = {site.name: SitePlan(site.width, site.hidden, tuple(range(hidden[site.name])), weight_sha256(tower, site)) for site in sites}
+    planned = {
+        site.name: SitePlan(site.width, site.hidden, tuple(range(hidden[site.name])), weight_sha256(tower, site))
+        for site in sites
+    }
     MLPPruner(tower, sites=sites).apply(Plan("", "", planned))
 
 

@@ -49,7 +49,9 @@ def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float)
     nearest to ``weight`` is taken.
     """
     weight = weight.double()
-    mean_h, mean_y = moments.mean() if bias is not None else (torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0]))
+    mean_h, mean_y = (
+        moments.mean() if bias is not None else (torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0]))
+    )
     hh, yh, _ = moments.about(mean_h, mean_y)
     residual = (yh - weight @ hh).T.cpu().numpy()
     ridge = damping * float(hh.diagonal().mean())
@@ -129,12 +131,18 @@ def _recover(
         for place, goal in enumerate(goals):  # in place: the states of all images are large
             goals[place] = dense_block(goal)
         for site in sites:
-            consumer, dense_consumer = (cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block))
+            consumer, dense_consumer = (
+                cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block)
+            )
             if consumer.in_features == dense_consumer.in_features:
                 continue
             mlp, dense_mlp = (b.module.get_submodule(site.name) for b in (block, dense_block))
             gain = _gain(block, consumer, states[0][:1])
-            heard = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device) if gain is None else gain
+            heard = (
+                torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
+                if gain is None
+                else gain
+            )
             fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
             report.append(_refit_layer(f"{block.name}.{site.name}", consumer, heard, fit, held_out, damping))
         for place, state in enumerate(states):
@@ -197,14 +205,21 @@ def _site_moments(
     return fit, held_out
 
 
-def _refit_layer(name: str, layer: nn.Linear, gain: Tensor, fit: Moments, held_out: Moments, damping: float) -> SiteRecovery:
+def _refit_layer(
+    name: str, layer: nn.Linear, gain: Tensor, fit: Moments, held_out: Moments, damping: float
+) -> SiteRecovery:
     """Refit ``layer`` to one or two targets side by side, ``gain`` times its answers; of the weights between the two fits, and of
     those that are there, the best on the images held out stay."""
     if not all(torch.isfinite(moments.hh).all() and torch.isfinite(moments.yh).all() for moments in (fit, held_out)):
-        raise DgmrError(f"the activations at {name} are not finite on these images; check the weights and the preprocessing")
+        raise DgmrError(
+            f"the activations at {name} are not finite on these images; check the weights and the preprocessing"
+        )
     width, scale = layer.out_features, gain[:, None]
     targets, judge = len(fit.y) // width, held_out.last(width)
-    weight, bias = scale * layer.weight.detach().double(), None if layer.bias is None else gain * layer.bias.detach().double()
+    weight, bias = (
+        scale * layer.weight.detach().double(),
+        None if layer.bias is None else gain * layer.bias.detach().double(),
+    )
     fitted, fitted_bias = refit(fit, weight.repeat(targets, 1), None if bias is None else bias.repeat(targets), damping)
     candidates = []
     for share in SHARES if targets > 1 else (0.0,):

@@ -89,7 +89,11 @@ def _site_at(name: str, module: nn.Module) -> Site | None:
                 f"the MLP {name or type(module).__name__} makes gate and value in one Linear, and torch-pruning does not see which rows "
                 "belong together; let its forward take them apart with chunk(2, dim=-1)"
             )
-        rest = [layer for layer, _ in members if not isinstance(layer, nn.Linear) and type(layer).__module__ != tp.ops.__name__]
+        rest = [
+            layer
+            for layer, _ in members
+            if not isinstance(layer, nn.Linear) and type(layer).__module__ != tp.ops.__name__
+        ]
         return Site(
             name,
             tuple(path[layer] for layer in producers),
@@ -119,7 +123,9 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     try:
         with torch.inference_mode(False), evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            probe = torch.zeros(2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True)
+            probe = torch.zeros(
+                2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True
+            )
             graph = tp.DependencyGraph().build_dependency(_as_modules(mlp), example_inputs=(probe,))
             return graph.get_pruning_group(first, tp.prune_linear_out_channels, list(neurons))
     except torch.OutOfMemoryError:
@@ -127,7 +133,10 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     except Exception:  # a module that needs more than one matrix, such as attention, fails in its own way
         return None
     finally:
-        for module, before in hooks.items():  # torch-pruning leaves its own where it fails, and they would keep every graph to come
+        for (
+            module,
+            before,
+        ) in hooks.items():  # torch-pruning leaves its own where it fails, and they would keep every graph to come
             for left in set(module._forward_hooks) - before:
                 del module._forward_hooks[left]
 
@@ -141,7 +150,10 @@ def _as_modules(mlp: nn.Module) -> nn.Module:
     if not all(isinstance(layer, nn.Linear) for layer in layers.values()):
         return mlp
     fused = set(layers) == {"w12", "w3"}
-    split = set(layers) == {"w1", "w2", "w3"} and layers["w2"].out_features == layers["w3"].in_features == layers["w1"].out_features
+    split = (
+        set(layers) == {"w1", "w2", "w3"}
+        and layers["w2"].out_features == layers["w3"].in_features == layers["w1"].out_features
+    )
     return _SwiGLU(mlp) if fused or (split and layers["w1"].in_features == layers["w2"].in_features) else mlp
 
 

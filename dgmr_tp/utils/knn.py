@@ -42,4 +42,8 @@ def nearest_classes(bank: Tensor, classes: Tensor, queries: Tensor, count: int =
 def vote(similar: Tensor, classes: Tensor, number: int, temperature: float = TEMPERATURE) -> Tensor:
     """The class ``[m]`` that the neighbours, of ``classes`` ``[m, k]`` out of ``number``, vote for."""
     weights = (similar / temperature).softmax(1)
-    return torch.zeros(len(classes), number, device=similar.device, dtype=weights.dtype).scatter_add_(1, classes, weights).argmax(1)
+    return (
+        torch.zeros(len(classes), number, device=similar.device, dtype=weights.dtype)
+        .scatter_add_(1, classes, weights)
+        .argmax(1)
+    )
