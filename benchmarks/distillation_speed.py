@@ -70,10 +70,10 @@ class Features(torch.nn.Module):
 
     def __init__(self, opened: OpenedModel) -> None:
         super().__init__()
-        self.tower, self.walk = opened.encoder.module, opened.encoder
+        self.tower, self.adapter = opened.tower, opened.adapter
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        class_token, patches = self.walk.features(last_state(self.walk, images))
+        class_token, patches = self.adapter.features(last_state(self.adapter, images))
         return class_token, patches
 
 
@@ -146,7 +146,7 @@ def main() -> None:
         teacher = open_model(args.model)
         student = prune(teacher, criterion="l2", mlp_ratio=1).model
         starts: list[float] = []
-        first = next(layer for layer in student.encoder.module.modules() if isinstance(layer, torch.nn.Conv2d))
+        first = next(layer for layer in student.tower.modules() if isinstance(layer, torch.nn.Conv2d))
         first.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))  # once a step, in every loop
         directory = folder / f"{which}-{number}"
         if which == "minimal":

@@ -77,7 +77,7 @@ def main() -> None:
     kind = torch.float16 if args.device == "cuda" else torch.float32
     dense = open_model(f"open_clip:{args.model}", "none")
     models = {"original": dense, "pruned": prune(dense, criterion="random", mlp_ratio=1).model}
-    ideal = flops(dense.encoder.module, dense.image_size) / flops(models["pruned"].encoder.module, dense.image_size)
+    ideal = flops(dense.tower, dense.image_size) / flops(models["pruned"].tower, dense.image_size)
     images = torch.randn(32, 3, dense.image_size, dense.image_size, device=args.device, dtype=kind)
     ways: dict[str, Callable] = {"torch.compile": compiled, "AOTInductor": packaged}
     there = [name for name in PROVIDERS[args.device] if name in onnxruntime.get_available_providers()]
@@ -87,7 +87,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             runs = {}
             for which, model in models.items():
-                part = vision_part(model.encoder, images[:2])
+                part = vision_part(model.adapter, images[:2])
                 part = replace(part, module=part.module.to(args.device, kind))
                 (Path(scratch) / which).mkdir()
                 runs[which] = build(part, args.device, Path(scratch) / which)

@@ -34,15 +34,15 @@ BATCH, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}
 def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[str, float]]:
     dense, rows = open_model(f"open_clip:{name}", "none"), {}
     images = torch.randn(BATCH, 3, dense.image_size, dense.image_size)
-    work = flops(dense.encoder.module, dense.image_size)
+    work = flops(dense.tower, dense.image_size)
     with tempfile.TemporaryDirectory() as scratch:
         runs = {}
         for width in (None, *widths):
             keep = {site.name: width for site in block_sites(dense)} if width else None
             model = prune(dense, criterion="random", keep=keep).model if width else dense
             path = Path(scratch) / f"{width}.onnx"
-            onnx_file.write(vision_part(model.encoder, images[:2]), path)
-            runs[width] = onnx_file.read(path, os.cpu_count()), flops(model.encoder.module, model.image_size)
+            onnx_file.write(vision_part(model.adapter, images[:2]), path)
+            runs[width] = onnx_file.read(path, os.cpu_count()), flops(model.tower, model.image_size)
         for width in widths:
             calls = {str(key): lambda run=runs[key][0]: run(images) for key in (None, width)}
             found = latencies(calls, repeats)

@@ -70,9 +70,9 @@ def opened(source: str, **options):
 
 def row(name: str, source: str, published: str, published_flops: str) -> str:
     model = opened(source)
-    tower, sites = model.encoder.module, block_sites(model)
+    tower, sites = model.tower, block_sites(model)
     at_224 = model if model.image_size == 224 else opened(source, image_size=224)
-    costs = (parameter_cost(tower, sites), flop_cost(at_224.encoder.module, sites, 224))
+    costs = (parameter_cost(tower, sites), flop_cost(at_224.tower, sites, 224))
     shapes: dict[tuple[int, int], int] = {}
     for site in sites:
         shapes[site.width, site.hidden] = shapes.get((site.width, site.hidden), 0) + 1

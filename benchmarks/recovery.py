@@ -26,18 +26,18 @@ from train_cifar10_clip import normalise
 from dgmr_tp import prune
 from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.data.scenes import Scene
-from dgmr_tp.encoders import as_encoder
-from dgmr_tp.pruning import Encoder, Plan, last_state, recover, recovery
+from dgmr_tp.encoders import adapt
+from dgmr_tp.pruning import Plan, TowerAdapter, last_state, recover, recovery
 from dgmr_tp.pruning.calibration import recorded_inputs
 from dgmr_tp.utils.files import write_whole
 
 
-def uniform(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
+def uniform(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
     """All tokens alike, also where the head reads only one."""
     return torch.full((state.shape[1],), 1 / state.shape[1], dtype=torch.float64)
 
 
-def class_token(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
+def class_token(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
     """The class token has nine tenths."""
     rest = torch.full((state.shape[1],), 0.1 / (state.shape[1] - 1), dtype=torch.float64)
     rest[0] = 0.9
@@ -56,7 +56,7 @@ def at_once(tower: nn.Module, plan: Plan, images: list[Tensor]) -> nn.Module:
     whole = prune(tower, plan=plan).model
     for name, site in plan.sites.items():
         alone = prune(tower, plan=Plan("", "", {name: site})).model
-        recover(as_encoder(tower), as_encoder(alone), images)
+        recover(adapt(tower), adapt(alone), images)
         whole.get_submodule(name).load_state_dict(alone.get_submodule(name).state_dict())
     return whole
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    subject = on_cifar(cifar(args.encoder))
+    subject = on_cifar(cifar(args.adapter))
     tower, calibration = subject.tower, subject.calibration(0)
     pool = subject.train[2000:]
     scenes = torch.stack([torch.from_numpy(Scene.draw(7, i).image()).permute(2, 0, 1) for i in range(1024)])
@@ -155,10 +155,10 @@ def main() -> None:
 
     @torch.no_grad()
     def features(module: nn.Module) -> tuple[Tensor, Tensor]:
-        walk = as_encoder(module)
-        states = [last_state(walk, batch) for batch in subject.test.split(250)]
-        return torch.cat([walk.embed(state) for state in states]), torch.cat(
-            [walk.features(state)[1][:, ::8] for state in states]
+        adapter = adapt(module)
+        states = [last_state(adapter, batch) for batch in subject.test.split(250)]
+        return torch.cat([adapter.embed(state) for state in states]), torch.cat(
+            [adapter.features(state)[1][:, ::8] for state in states]
         )
 
     dense, dense_patches = features(tower)

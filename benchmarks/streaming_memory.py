@@ -47,10 +47,12 @@ def write_checkpoint(directory: Path) -> None:
 
 PROGRAM = """
 import time, dgmr_tp
+from dgmr_tp.utils.progress import listen_to_progress
 started = time.time()
 def progress(title, done, total):
     print(title, done, time.time() - started, flush=True)
-dgmr_tp.prune_streaming("timm:{name}", "{out}", "{index}", criterion="{criterion}", keep={keep}, progress=progress)
+with listen_to_progress(progress):
+    dgmr_tp.prune_streaming("timm:{name}", "{out}", "{index}", criterion="{criterion}", keep={keep})
 """
 
 

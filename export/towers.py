@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.export_tower import Part
-from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.adapter import last_state, projection
+from dgmr_tp.pruning import TowerAdapter
+from dgmr_tp.pruning.adapter import last_state
 
 OUTPUTS = ("embedding", "patches")
 TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print of an old newspaper, out of focus")
@@ -32,7 +32,7 @@ def parts_of(
     Raises:
         DgmrError: an unknown output; or the model has no text tower.
     """
-    parts = [vision_part(model.encoder, images, outputs=outputs, normalised=normalised)]
+    parts = [vision_part(model.adapter, images, outputs=outputs, normalised=normalised)]
     if text:
         tower = model.text
         if model.tokenizer is None or tower is None:
@@ -42,7 +42,7 @@ def parts_of(
 
 
 def vision_part(
-    encoder: Encoder, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False
+    adapter: TowerAdapter, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False
 ) -> Part:
     """A vision tower: images ``[batch, 3, size, size]`` to ``embedding`` ``[batch, width]`` and ``patches`` ``[batch, patches, width]``.
 
@@ -60,7 +60,7 @@ def vision_part(
     if "embedding" not in outputs:
         raise DgmrError("the outputs must hold the embedding; patches come beside it")
     ordered = tuple(name for name in OUTPUTS if name in outputs)
-    return Part("image", _ready(_Vision(encoder, ordered, normalised)), images, "image", ordered, normalised)
+    return Part("image", _ready(_Vision(adapter, ordered, normalised)), images, "image", ordered, normalised)
 
 
 def text_part(tower: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:
@@ -69,19 +69,19 @@ def text_part(tower: nn.Module, tokens: Tensor, *, normalised: bool = False) -> 
 
 
 class _Vision(nn.Module):
-    def __init__(self, encoder: Encoder, outputs: tuple[str, ...], normalised: bool) -> None:
+    def __init__(self, adapter: TowerAdapter, outputs: tuple[str, ...], normalised: bool) -> None:
         super().__init__()
-        self.module, self.projection, self.encoder = encoder.module, projection(encoder), encoder
+        self.tower, self.projection, self.adapter = adapter.tower, adapter.projection, adapter
         self.outputs, self.normalised = outputs, normalised
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        state = last_state(self.encoder, images)
+        state = last_state(self.adapter, images)
         found = []
         for name in self.outputs:
             if name == "patches":
-                found.append(self.encoder.features(self.encoder.norm(state))[1])
+                found.append(self.adapter.features(self.adapter.norm(state))[1])
             else:
-                embedding = self.encoder.embed(state)
+                embedding = self.adapter.embed(state)
                 found.append(F.normalize(embedding, dim=-1) if self.normalised else embedding)
         return found[0] if len(found) == 1 else tuple(found)
 

@@ -22,7 +22,7 @@ from open_clip.transformer import VisionTransformer
 from torch import nn
 
 from dgmr_tp.cli import main
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.pipeline.recipe import parse_recipe
 
 
@@ -72,7 +72,7 @@ def tower(request: pytest.FixtureRequest) -> nn.Module:
     images = pictures(4)
     with torch.no_grad():
         before = module(images)
-        block = as_encoder(module).blocks()[0].module
+        block = adapt(module).blocks()[0].module
         last = [layer for layer in block.mlp.modules() if isinstance(layer, nn.Linear)][-1]
         weight = last.weight.clone()
         last.weight.zero_()

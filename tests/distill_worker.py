@@ -72,7 +72,7 @@ def main(folder: Path) -> None:
                 images = find_images(source if isinstance(source, str) else source[distributed.get_rank()])
                 settings = DistillSettings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
                 kept = folder / features if features else None
-                done, trained = distill(teacher, student, images, settings, folder / name, kept), student.encoder.module
+                done, trained = distill(teacher, student, images, settings, folder / name, kept), student.tower
             if done:
                 save_file(trained.state_dict(), folder / f"{name}.safetensors")
                 (folder / f"{name}.figures").write_text(json.dumps(done))

@@ -212,7 +212,7 @@ def plain_embedding(model: OpenedModel, images: torch.Tensor) -> torch.Tensor:
     if hasattr(model.module, "get_image_features"):
         with torch.no_grad():
             return model.module.get_image_features(images).pooler_output
-    return plain_output(model.encoder.module, images)
+    return plain_output(model.tower, images)
 
 
 def bf16_shards(directory: Path) -> None:

@@ -21,9 +21,10 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.compression.criteria import block_sites, make_plan, search
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning import GivenScores, MLPPruner
 from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
+from dgmr_tp.utils.progress import listen_to_progress
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,11 +55,11 @@ def by_autograd(model, images, objective):
             kept[name] = arguments[0].requires_grad_(True) if arguments[0].is_leaf else arguments[0]
             kept[name].retain_grad()
 
-        handles.append(model.encoder.module.get_submodule(site.consumer).register_forward_pre_hook(keep))
-    state = model.encoder.stem(images)
-    for block in model.encoder.blocks():
+        handles.append(model.tower.get_submodule(site.consumer).register_forward_pre_hook(keep))
+    state = model.adapter.stem(images)
+    for block in model.adapter.blocks():
         state = block(state)
-    objective(model.encoder.embed(state), 0).backward()
+    objective(model.adapter.embed(state), 0).backward()
     for handle in handles:
         handle.remove()
     return {name: (h * h.grad).flatten(1, -2).sum(1).abs().mean(0).double() for name, h in kept.items()}
@@ -71,12 +72,12 @@ def test_importance_is_plain_autograds(family, tmp_path):
     model.module.eval()
     images, objective = pictures(24), entropy(1 / 5)
     expected = by_autograd(model.copy(), images, objective)
-    got = gate_scores(model.encoder, [images.split(7)], objective)
+    got = gate_scores(model.adapter, [images.split(7)], objective)
     assert list(got) == list(expected)
     for name, scores in expected.items():
         assert torch.allclose(got[name], scores, rtol=1e-3, atol=1e-4 * float(scores.max())), name
         assert scores.std() > 0.1 * scores.mean()
-    two = gate_scores(model.encoder, [[images[:12]], [images[12:]]], objective)  # other candidates, another entropy
+    two = gate_scores(model.adapter, [[images[:12]], [images[12:]]], objective)  # other candidates, another entropy
     assert not any(torch.allclose(two[name], got[name], rtol=1e-2) for name in got)
     assert all(parameter.grad is None for parameter in model.module.parameters())
 
@@ -112,8 +113,8 @@ def test_bf16_weights_give_much_the_same(criterion):
 def test_small_gradients_do_not_vanish_in_half_precision():
     tower, images = redraw(timm_tower()).half(), pictures(16).half()
     small = lambda embeddings, group: 1e-6 * entropy()(embeddings, group)  # noqa: E731
-    for name, scores in gate_scores(as_encoder(tower), [[images]], small).items():
-        large = gate_scores(as_encoder(tower), [[images]])[name]
+    for name, scores in gate_scores(adapt(tower), [[images]], small).items():
+        large = gate_scores(adapt(tower), [[images]])[name]
         assert (scores > 0).all() and torch.allclose(scores, 1e-6 * large, rtol=0.05, atol=1e-8 * float(large.max()))
 
 
@@ -154,7 +155,7 @@ def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
     tower, images = redraw(timm_tower()), pictures(48)
     expected, forwards = brute_force(
         tower,
-        gate_scores(as_encoder(tower), [[images[:24]], [images[24:]]]),
+        gate_scores(adapt(tower), [[images[:24]], [images[24:]]]),
         [[images[:24]], [images[24:]]],
         threshold,
         6,
@@ -171,14 +172,13 @@ def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
 
 def test_the_plan_gives_the_searchs_own_model():
     tower, groups = redraw(timm_tower()), [[pictures(24)]]
-    encoder = as_encoder(copy.deepcopy(tower))
-    state = search_widths(encoder, gate_scores(as_encoder(tower), groups), groups, threshold=1e-4)
+    encoder = adapt(copy.deepcopy(tower))
+    state = search_widths(encoder, gate_scores(adapt(tower), groups), groups, threshold=1e-4)
     found = search(tower, groups[0], threshold=1e-4, candidates=24)
     again = prune(tower, plan=found.plan).model
     assert state.kept == {name: site.kept for name, site in found.plan.sites.items()}
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(encoder.module.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(encoder.tower.state_dict().values(), again.state_dict().values(), strict=True)
     )
     with torch.no_grad():
         assert found.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
@@ -195,23 +195,17 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
         if done == 2:
             raise Enough
 
-    with pytest.raises(Enough):
-        search(tower, [images], threshold=1e-4, candidates=24, journal=journal, progress=stop)
+    with pytest.raises(Enough), listen_to_progress(stop):
+        search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
     assert len(json.loads(journal.read_text())["state"]["kept"]) == 2
     seen = []
-    resumed = search(
-        tower,
-        [images],
-        threshold=1e-4,
-        candidates=24,
-        journal=journal,
-        progress=lambda title, done, total: seen.append(done),
-    )
+    with listen_to_progress(lambda title, done, total: seen.append(done)):
+        resumed = search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
     assert seen == [3] and resumed == whole
     other = search(tower, [images], threshold=-1, candidates=24, journal=journal)  # another question: from the start
     assert other.plan != whole.plan
-    with pytest.raises(Enough):
-        search(tower, [images], threshold=1e-4, candidates=24, journal=journal, progress=stop)
+    with pytest.raises(Enough), listen_to_progress(stop):
+        search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
     elsewhere = [pictures(24, seed=3)]
     fresh = search(tower, elsewhere, threshold=1e-4, candidates=24)
     assert search(tower, elsewhere, threshold=1e-4, candidates=24, journal=journal) == fresh

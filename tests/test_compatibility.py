@@ -13,7 +13,7 @@ from dgmr_tp.cli.evaluation import compare
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.index_compatibility import VERDICTS, Limits, Side, compatibility, survey, text_classifier
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 
 
 def drawn(rows=400, width=24, noise=0.0, seed=0):
@@ -118,7 +118,7 @@ def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
     good = prune(old, list(calibration.split(64)), criterion="output", keep_ratio=0.8).model
     bad = prune(old, criterion="random", mlp_ratio=0.25).model
     classifier = text_classifier(old, pictures)
-    side = lambda model: Side(Tower(model.encoder).eval(), model.preprocess)  # noqa: E731
+    side = lambda model: Side(ImageEncoder(model.adapter).eval(), model.preprocess)  # noqa: E731
     found = {
         name: survey(side(old), side(new), pictures, classifier=classifier)
         for name, new in (("good", good), ("bad", bad))
@@ -128,7 +128,7 @@ def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
     labels = torch.tensor([int(record.class_name()) for record in Images.find(pictures).records])
     with torch.no_grad():
         rows = {
-            name: F.normalize(Tower(model.encoder)(images), dim=-1)
+            name: F.normalize(ImageEncoder(model.adapter)(images), dim=-1)
             for name, model in (("old", old), ("good", good), ("bad", bad))
         }
     precision = {}

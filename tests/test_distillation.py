@@ -47,7 +47,7 @@ from dgmr_tp.distillation.launch import launch as launch_processes
 from dgmr_tp.distillation.loop import FAILED, read_curve, save_in_words, training
 from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.distillation.validation import Best, HeldOut
-from dgmr_tp.encoders import as_encoder, open_model
+from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pipeline.recipe import Distill
 from dgmr_tp.pipeline.run import Run
@@ -81,7 +81,7 @@ def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
 )
 def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
     teacher, student, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
-    taps = [FeatureTap(as_encoder(model), objective) for model in (student, teacher)]
+    taps = [FeatureTap(adapt(model), objective) for model in (student, teacher)]
     found = objective.total(objective(*(tap(images) for tap in taps)))
     expected = torch.zeros(())
     (a, layers_a, logits_a), (b, layers_b, logits_b) = naive_features(student, images), naive_features(teacher, images)
@@ -94,22 +94,24 @@ def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
         expected = expected + weight * (layers_a[layer - 1] - layers_b[layer - 1]).square().mean()
     assert torch.allclose(found, expected, rtol=1e-5)
     other = replace(objective, patches=objective.patches + 0.1)
-    assert not torch.allclose(found, other.total(other(*(FeatureTap(t.walk, other)(images) for t in taps))), rtol=1e-3)
+    assert not torch.allclose(
+        found, other.total(other(*(FeatureTap(t.adapter, other)(images) for t in taps))), rtol=1e-3
+    )
 
 
 def test_blocks_that_are_not_there_are_refused():
     with pytest.raises(DgmrError, match=r"names block 4; .* has blocks 1 to 3"):
-        FeatureTap(as_encoder(timm_tower()), Objective(layers={4: 1.0}))
+        FeatureTap(adapt(timm_tower()), Objective(layers={4: 1.0}))
     swin = redraw(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), img_size=224))
     with pytest.raises(DgmrError, match="asks for nothing that"):
-        FeatureTap(as_encoder(swin), Objective(patches=0.0))(torch.zeros(1, 3, 224, 224))
+        FeatureTap(adapt(swin), Objective(patches=0.0))(torch.zeros(1, 3, 224, 224))
 
 
 def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
     images = pictures(3)
 
     def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
-        tap, runs = FeatureTap(as_encoder(redraw(timm_tower(), 1)), recompute=recompute), []
+        tap, runs = FeatureTap(adapt(redraw(timm_tower(), 1)), recompute=recompute), []
         tap.tower.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
         loss = sum(feature.square().sum() for feature in tap(images).values())
         return list(torch.autograd.grad(loss, list(tap.parameters()), allow_unused=True)), len(runs)
@@ -122,7 +124,7 @@ def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
 
 def test_what_is_trained_and_what_is_decayed():
     tower = redraw(timm_tower())
-    tap = FeatureTap(as_encoder(tower))
+    tap = FeatureTap(adapt(tower))
     freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, 32, 32, device="meta"))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert {name for name, _ in tower.named_parameters()} - trained == {
@@ -139,7 +141,7 @@ def test_what_is_trained_and_what_is_decayed():
     assert {"cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.ls1.gamma"} <= {
         name for name, p in tower.named_parameters() if id(p) in plain
     }
-    after = FeatureTap(as_encoder(redraw(timm_tower())), Objective(embedding=1.0))
+    after = FeatureTap(adapt(redraw(timm_tower())), Objective(embedding=1.0))
     freeze_what_outputs_do_not_need(after, torch.zeros(1, 3, 32, 32, device="meta"))
     assert all(parameter.requires_grad for parameter in after.parameters())
 
@@ -407,7 +409,7 @@ def matrix(tmp_path_factory):
 
 
 def start() -> dict[str, torch.Tensor]:
-    return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.encoder.module.state_dict()
+    return prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.tower.state_dict()
 
 
 def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -432,7 +434,7 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
     """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
     given = settings(gradient_clipping=clipping, fixed_crops=fixed)
     opened = open_model("demo")
-    teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module.train()
+    teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.tower.train()
     crops = Crops(
         Images.find(folder / "images"),
         training_transform(opened.preprocess_config, 64, given.min_crop, given.flip),
@@ -517,7 +519,7 @@ def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
         and names[0] | names[1] == {record.name for record in images.records}
     )
     pictures = torch.stack([opened.preprocess(held_out.read(i)) for i in range(9)])
-    student = prune(opened, criterion="l2", mlp_ratio=1).model.encoder.module
+    student = prune(opened, criterion="l2", mlp_ratio=1).model.tower
     student.load_state_dict(load_file(matrix / f"{case}.safetensors"))
     with torch.no_grad():
         cosine = nn.functional.cosine_similarity(student(pictures), opened.module.visual(pictures)).mean()

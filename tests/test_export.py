@@ -24,7 +24,7 @@ from torch import nn
 from dgmr_tp import MLPPruner, open_model
 from dgmr_tp.cli import models
 from dgmr_tp.data.scenes import CLASSNAMES, Scene
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.export_tower import Part
@@ -43,7 +43,7 @@ def bundle(part, directory, **options):
 
 
 def part(tower, **options):
-    return vision_part(as_encoder(tower), pictures(5), **options)
+    return vision_part(adapt(tower), pictures(5), **options)
 
 
 def worst(found, expected):
@@ -103,7 +103,7 @@ def test_programs_compute_what_the_model_computes_at_any_batch(tower, form, tmp_
 def test_a_runtime_opens_the_files_as_export_json_says(served):
     tower, folder, report = served
     described, images = report["towers"]["image"], pictures(3, seed=9)
-    encoder = as_encoder(tower)
+    encoder = adapt(tower)
     with torch.no_grad():
         embedding, state = tower(images), encoder.stem(images)
         for block in encoder.blocks():

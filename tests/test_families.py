@@ -20,7 +20,7 @@ from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.formats import open_exported
 from dgmr_tp.export.towers import vision_part
-from dgmr_tp.pruning import Tower, find_sites, last_state
+from dgmr_tp.pruning import ImageEncoder, find_sites, last_state
 from dgmr_tp.pruning.plan import Plan, SitePlan
 
 IMAGES = pictures(3)
@@ -37,9 +37,9 @@ def written(tmp_path_factory):
             FAMILIES[name](root / name.replace(" ", "_"))
             done[name] = root / name.replace(" ", "_")
             model = open_model(str(done[name]))
-            before = plain_output(model.encoder.module.eval(), IMAGES)
+            before = plain_output(model.tower.eval(), IMAGES)
             for site in block_sites(model):
-                assert moved(before, plain_output(without(model.encoder.module, site), IMAGES)) > 0.01, (
+                assert moved(before, plain_output(without(model.tower, site), IMAGES)) > 0.01, (
                     f"{site.name} does not matter"
                 )
         return done[name]
@@ -60,8 +60,8 @@ def model(directory):
 
 
 def block_sites(model):
-    inside = tuple(f"{block.name}." for block in model.encoder.blocks())
-    return [site for site in find_sites(model.encoder.module) if site.name.startswith(inside)]
+    inside = tuple(f"{block.name}." for block in model.adapter.blocks())
+    return [site for site in find_sites(model.tower) if site.name.startswith(inside)]
 
 
 def without(tower, site):
@@ -92,10 +92,10 @@ def swapped(plan):
 def test_the_walk_is_the_towers_own_forward(model):
     expected = plain_embedding(model, IMAGES)
     with torch.no_grad():
-        state = last_state(model.encoder, IMAGES)
-        assert torch.allclose(Tower(model.encoder)(IMAGES), expected, atol=1e-6)
-        assert moved(expected, model.encoder.embed(state.flip(-1))) > 0.01
-        class_token, patches = model.encoder.features(state)
+        state = last_state(model.adapter, IMAGES)
+        assert torch.allclose(ImageEncoder(model.adapter)(IMAGES), expected, atol=1e-6)
+        assert moved(expected, model.adapter.embed(state.flip(-1))) > 0.01
+        class_token, patches = model.adapter.features(state)
     assert (
         patches.ndim == 3
         and patches.shape[0] == 3
@@ -151,16 +151,16 @@ def reference(tower, sites, plan):
 
 @pytest.mark.parametrize("criterion", ["dgmr", "l2"])
 def test_the_pruned_tower_computes_what_the_kept_neurons_compute(model, criterion):
-    sites, dense = block_sites(model), model.encoder.module
+    sites, dense = block_sites(model), model.tower
     pruned, plan, _ = prune(model, criterion=criterion, keep=uneven(sites))
-    tower = pruned.encoder.module
+    tower = pruned.tower
     assert {site.name: site.hidden for site in block_sites(pruned)} == uneven(sites)
     expected = plain_output(reference(dense, sites, plan), IMAGES)
     got = plain_output(tower, IMAGES)
     assert moved(expected, got) < 1e-5
     assert moved(plain_output(dense, IMAGES), got) > 1e-3
     wrong, _, _ = prune(model, plan=swapped(plan))
-    assert moved(expected, plain_output(wrong.encoder.module, IMAGES)) > 1e-5 * 10
+    assert moved(expected, plain_output(wrong.tower, IMAGES)) > 1e-5 * 10
     assert [p.requires_grad for p in tower.parameters()] == [p.requires_grad for p in dense.parameters()]
 
 
@@ -168,21 +168,19 @@ def test_a_frozen_bf16_tower_is_pruned_like_any(model):
     model.module.bfloat16().requires_grad_(False)
     pruned, _, _ = prune(model, keep=uneven(block_sites(model)))
     assert not any(parameter.requires_grad for parameter in pruned.module.parameters())
-    assert {parameter.dtype for parameter in pruned.encoder.module.parameters()} == {torch.bfloat16}
-    assert torch.isfinite(plain_output(pruned.encoder.module, IMAGES.bfloat16())).all()
+    assert {parameter.dtype for parameter in pruned.tower.parameters()} == {torch.bfloat16}
+    assert torch.isfinite(plain_output(pruned.tower, IMAGES.bfloat16())).all()
 
 
 def test_recovery_lowers_every_sites_error_and_the_towers(model):
     new = pictures(30, seed=9)
-    dense = plain_output(model.encoder.module, new)
+    dense = plain_output(model.tower, new)
     keep = {site.name: site.hidden // 4 for site in block_sites(model)}
     cut, _, _ = prune(model, keep=keep)
     recovered, _, table = prune(model, pictures(200).split(50), keep=keep)
     assert [row.site for row in table] == [site.name for site in block_sites(model)]
     assert all(row.recovered_error < row.cut_error or row.kept_cut for row in table)
-    assert moved(dense, plain_output(recovered.encoder.module, new)) < 0.9 * moved(
-        dense, plain_output(cut.encoder.module, new)
-    )
+    assert moved(dense, plain_output(recovered.tower, new)) < 0.9 * moved(dense, plain_output(cut.tower, new))
 
 
 def test_a_saved_directory_opens_with_the_same_outputs(model, directory, tmp_path):
@@ -190,11 +188,11 @@ def test_a_saved_directory_opens_with_the_same_outputs(model, directory, tmp_pat
     pruned.save(tmp_path / "pruned", plan)
     (tmp_path / "pruned").rename(tmp_path / "moved")
     again = load_pruned(tmp_path / "moved")
-    assert torch.equal(plain_output(again.encoder.module.eval(), IMAGES), plain_output(pruned.encoder.module, IMAGES))
+    assert torch.equal(plain_output(again.tower.eval(), IMAGES), plain_output(pruned.tower, IMAGES))
     assert again.module.state_dict().keys() == model.module.state_dict().keys()
     assert again.preprocess_config == model.preprocess_config
     assert "alone does not open it" in (tmp_path / "moved" / "README.md").read_text()
-    assert not torch.equal(plain_output(again.encoder.module, IMAGES), plain_output(model.encoder.module, IMAGES))
+    assert not torch.equal(plain_output(again.tower, IMAGES), plain_output(model.tower, IMAGES))
     assert all(file.stat().st_mode & 0o044 == 0o044 for file in (tmp_path / "moved").rglob("*"))
 
 
@@ -228,15 +226,15 @@ def test_the_plain_library_opens_what_its_config_can_say(model, directory, tmp_p
     pruned, plan, _ = prune(model, keep=sayable(model, name))
     pruned.save(tmp_path / "pruned", plan)
     readme = (tmp_path / "pruned" / "README.md").read_text()
-    if any(site.name not in plan.sites for site in find_sites(model.encoder.module)):
+    if any(site.name not in plan.sites for site in find_sites(model.tower)):
         # The library gives the head's MLP the blocks' ratio, and the head was not cut.
         assert "alone does not open it" in readme
         return
     [line] = [line for line in readme.splitlines() if line.startswith("model = ") and "dgmr" not in line]
-    torch.save((IMAGES, plain_output(pruned.encoder.module, IMAGES)), tmp_path / "expected.pt")
+    torch.save((IMAGES, plain_output(pruned.tower, IMAGES)), tmp_path / "expected.pt")
     library = model.library
     program = f"import sys, torch\nsys.modules['dgmr_tp'] = None\nimport {library}\n{line}\n"
-    program += OUTPUT.format(root=tmp_path, tower=model.tower)
+    program += OUTPUT.format(root=tmp_path, tower=model.tower_path)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -244,7 +242,7 @@ def test_the_plain_library_opens_what_its_config_can_say(model, directory, tmp_p
 @pytest.mark.slow
 def test_exported_files_compute_the_same(model, tmp_path):
     pruned, _, _ = prune(model, keep=uneven(block_sites(model)))
-    part = vision_part(pruned.encoder, IMAGES, outputs=("embedding", "patches"))
+    part = vision_part(pruned.adapter, IMAGES, outputs=("embedding", "patches"))
     report = export_bundle(
         [part], tmp_path, model="", preprocess={}, formats=["onnx", "onnx-fp16", "torchscript"], latency_batches=()
     )

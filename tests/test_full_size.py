@@ -7,7 +7,7 @@ import transformers
 
 from dgmr_tp import open_model
 from dgmr_tp.compression.criteria import block_sites
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning.cost import flop_cost, flops, parameter_cost, parameters
 from dgmr_tp.pruning.pruner import resize
 
@@ -77,7 +77,7 @@ def test_timm(name):
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_open_clip(name):
     model = open_model(f"open_clip:{name}", weights="none")
-    halved(model.encoder.module, model.image_size, *OPEN_CLIP[name])
+    halved(model.tower, model.image_size, *OPEN_CLIP[name])
 
 
 @pytest.mark.slow
@@ -85,5 +85,5 @@ def test_open_clip(name):
 def test_transformers(build):
     with torch.device("meta"):
         tower, image_size = build()
-    assert len(as_encoder(tower).blocks()) == TRANSFORMERS[build][0]
+    assert len(adapt(tower).blocks()) == TRANSFORMERS[build][0]
     halved(tower, image_size, *TRANSFORMERS[build])

@@ -17,8 +17,8 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
 from dgmr_tp.compression.criteria import Rankings, block_sites, make_plan, rank
 from dgmr_tp.compression.streaming import prune_streaming
-from dgmr_tp.encoders import as_encoder
-from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_encoder
+from dgmr_tp.encoders import adapt
+from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_tower
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.output_selection import rank_neurons
@@ -85,9 +85,9 @@ def test_the_first_picks_are_the_same_when_only_they_are_asked_for():
 
 def test_the_gram_is_that_of_the_towers_own_activations(tower):
     """The first block by hand: its hidden activations on all tokens, weighted and centred, and the order they give."""
-    encoder = as_encoder(tower)
+    encoder = adapt(tower)
     images = pictures(12)
-    rankings = rank_encoder(encoder, images.split(5))
+    rankings = rank_tower(encoder, images.split(5))
     assert list(rankings) == [f"{block.name}.mlp" for block in encoder.blocks()]
     block = encoder.blocks()[0]
     seen = {}
@@ -115,19 +115,19 @@ def test_after_recovery_it_beats_selection_that_does_not_look(family, tmp_path):
     model = open_model(str(tmp_path / "model"))
     model.module.eval()
     calibration, new = pictures(200).split(50), pictures(40, seed=9)
-    dense = plain_output(model.encoder.module, new)
+    dense = plain_output(model.tower, new)
     left = {}
     for criterion in ("output", "random"):
         pruned, plan, table = prune(model, calibration, criterion=criterion, keep_ratio=0.15)
         assert plan.criterion.lower() == criterion
         left[criterion] = sum(row.recovered_error for row in table) / len(table)
-        assert torch.isfinite(plain_output(pruned.encoder.module, new) - dense).all()
+        assert torch.isfinite(plain_output(pruned.tower, new) - dense).all()
     assert left["output"] < left["random"]
 
 
 def test_it_works_in_a_stock_pruner():
     tower = redraw(timm_tower(init_values=None))
-    rankings = rank_encoder(as_encoder(tower), [pictures(40)])
+    rankings = rank_tower(adapt(tower), [pictures(40)])
     scores = {name: ranking.scores for name, ranking in rankings.items()}
     pruned = copy.deepcopy(tower)
     ignored = [
@@ -168,28 +168,28 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
     model.module.eval()
     images = pictures(64)  # all of them are probed
     batches = images.split(30)
-    rankings = rank_encoder(model.encoder, batches)
+    rankings = rank_tower(model.adapter, batches)
     with torch.no_grad():
-        dense = model.encoder.embed(last_state(model.encoder, images)).double()
+        dense = model.adapter.embed(last_state(model.adapter, images)).double()
     for site in block_sites(model):
         ranking = rankings[site.name]
         kept = ranking.order[: min(site.hidden, int((ranking.error > 0).sum())) // 8].sort().values
         changed = model.copy()
-        layer = changed.encoder.module.get_submodule(site.consumer)
+        layer = changed.tower.get_submodule(site.consumer)
         seen = []
         handle = layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach().double()))
         with torch.no_grad():
-            last_state(changed.encoder, images)
+            last_state(changed.adapter, images)
         handle.remove()
         tokens = seen[0].shape[1]
-        place = [block.name for block in model.encoder.blocks()].index(site.name.rpartition(".mlp")[0] or site.name)
+        place = [block.name for block in model.adapter.blocks()].index(site.name.rpartition(".mlp")[0] or site.name)
         with torch.no_grad():
-            state = model.encoder.stem(images)
-            for block in model.encoder.blocks()[: place + 1]:
+            state = model.adapter.stem(images)
+            for block in model.adapter.blocks()[: place + 1]:
                 state = block(state)
-            weight = token_weights(model.encoder, state, last=place == len(rankings) - 1)
+            weight = token_weights(model.adapter, state, last=place == len(rankings) - 1)
             if int((weight > 0).sum()) * len(images) < site.hidden:
-                weight = token_weights(model.encoder, state, last=False)
+                weight = token_weights(model.adapter, state, last=False)
         root = weight.sqrt().repeat(len(images))[:, None]
         assert len(weight) == tokens
         hidden = seen[0].flatten(0, 1)
@@ -202,7 +202,7 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
                 layer.bias += (layer.weight.double() @ mean - fit @ mean[kept]).float()
             layer.weight.zero_()
             layer.weight[:, kept] = fit.float()
-            embedding = changed.encoder.embed(last_state(changed.encoder, images)).double()
+            embedding = changed.adapter.embed(last_state(changed.adapter, images)).double()
         relative = float((embedding - dense).square().sum() / (dense - dense.mean(0)).square().sum())
         assert ranking.sensitivity == pytest.approx(relative / float(ranking.error[len(kept)]), rel=0.02)
 
@@ -280,7 +280,7 @@ def test_without_images_it_says_what_to_give(tmp_path):
 
 def test_the_original_stays_as_it_is(tower):
     before = copy.deepcopy(tower.train().state_dict())
-    rank_encoder(as_encoder(tower), [pictures(12)])
+    rank_tower(adapt(tower), [pictures(12)])
     assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
 
 

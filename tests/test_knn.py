@@ -17,7 +17,7 @@ from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.knn import NEIGHBOURS, knn_accuracy
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.knn import nearest, nearest_classes
 
 
@@ -57,7 +57,7 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
     opened = open_model("demo")
     train, test = Images.find(folders / "train"), Images.find(folders / "test")
     test.records = [r for r in test.records if r.class_name() in {r.class_name() for r in train.records}]
-    figures = knn_accuracy(Tower(opened.encoder), opened.preprocess, train=train, test=test, batch_size=32)
+    figures = knn_accuracy(ImageEncoder(opened.adapter), opened.preprocess, train=train, test=test, batch_size=32)
     with torch.no_grad():
         embed = lambda images: opened.module.visual(torch.stack([opened.preprocess(r.read()) for r in images.records]))  # noqa: E731
         bank, queries = embed(train), embed(test)
@@ -73,7 +73,7 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
     few = Images.find(folders / "train")
     few.records = few.records[:15]
     test.records = [r for r in test.records if r.class_name() in {r.class_name() for r in few.records}]
-    assert list(knn_accuracy(Tower(opened.encoder), opened.preprocess, train=few, test=test)) == ["knn@10"]
+    assert list(knn_accuracy(ImageEncoder(opened.adapter), opened.preprocess, train=few, test=test)) == ["knn@10"]
 
 
 def test_images_that_do_not_decode_are_left_out_and_named(folders, tmp_path):

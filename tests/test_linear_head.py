@@ -18,7 +18,7 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head, head_accuracy, read_head
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 
 HOW = {"device": "cpu", "batch_size": 16}
 
@@ -54,11 +54,11 @@ def demo():
 def by_hand(opened, folder):
     images = Images.find(folder)
     pictures = torch.stack([opened.preprocess(record.read()) for record in images.records])
-    return Tower(opened.encoder)(pictures), images.classes()
+    return ImageEncoder(opened.adapter)(pictures), images.classes()
 
 
 def judged(opened, head, folder):
-    return head_accuracy(Tower(opened.encoder), opened.preprocess, head=head, test=Images.find(folder), **HOW)
+    return head_accuracy(ImageEncoder(opened.adapter), opened.preprocess, head=head, test=Images.find(folder), **HOW)
 
 
 def test_the_classifier_of_a_timm_model(data, tmp_path):
@@ -127,7 +127,7 @@ def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(de
         classes(tmp_path / name, [f"n{i:02}" for i in range(count)], each, seed)
         for name, each, seed in (("a", 12, 1), ("b", 9, 2))
     )
-    head = fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(train), **HOW)
+    head = fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)
     unit = lambda part: F.normalize(part, dim=-1).numpy()  # noqa: E731
     (known, names), (asked, answers) = by_hand(demo, train), by_hand(demo, test)
     small = prune(demo, criterion="random", mlp_ratio=0.25).model
@@ -165,7 +165,7 @@ def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
 
 def test_classes_that_cannot_be_read_are_not_fitted(demo, tmp_path):
     train = classes(tmp_path / "train", "abc", 8, 1)
-    fit = lambda: fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(train), **HOW)  # noqa: E731
+    fit = lambda: fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)  # noqa: E731
     for file in (train / "c").iterdir():
         file.write_bytes(b"broken")
     assert fit().classes == ["a", "b"] and fit().weight.shape[0] == 2
@@ -180,7 +180,7 @@ def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_p
     head = ["--head-train", data[0], "--head-test", data[1]]
     done = call_command("eval", "demo", tmp_path / "small", *head, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    fitted = fitted_head(Tower(demo.encoder), demo.preprocess, Images.find(data[0]), **HOW)
+    fitted = fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(data[0]), **HOW)
     rows = {row["model"]: float(row["head@1"]) for row in csv.DictReader((tmp_path / "out" / "table.csv").open())}
     assert rows["demo"] == pytest.approx(judged(demo, fitted, data[1])["head@1"])
     assert (

@@ -14,7 +14,7 @@ from test_distillation import settings
 
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.memory import Devices, Planner
-from dgmr_tp.encoders import as_encoder, open_model
+from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.dry_run import plan_memory
 from dgmr_tp.utils.modules import meta_copy
@@ -22,12 +22,12 @@ from dgmr_tp.utils.modules import meta_copy
 
 def planner(given) -> Planner:
     towers = [meta_copy(redraw(timm_tower())) for _ in range(2)]
-    return Planner(*map(as_encoder, towers), given, 32)
+    return Planner(*map(adapt, towers), given, 32)
 
 
 def really_kept(recompute: bool, batch: int) -> int:
     """On the CPU, with values: all that autograd holds when the backward pass begins."""
-    tap = FeatureTap(as_encoder(redraw(timm_tower())), recompute=recompute)
+    tap = FeatureTap(adapt(redraw(timm_tower())), recompute=recompute)
     own = {parameter.data_ptr() for parameter in tap.parameters()}
     kept = {}
 
@@ -58,7 +58,7 @@ def test_the_states_are_those_of_deepspeed_s_own_estimate():
     """For mixed precision, which is what DeepSpeed estimates; it leaves out the teacher, and multiplies by 1.5 for what is not counted."""
     base = settings(bf16=True, zero_stage=2)
     opened = open_model("open_clip:ViT-B-16", weights="none")
-    plan = Planner(opened.encoder, opened.encoder, base, 224)
+    plan = Planner(opened.adapter, opened.adapter, base, 224)
     teacher, bucket, live = 2 * plan.teacher, 2 * plan.trained, 2 * plan.student
     for world in (2, 8):
         _, theirs = estimate_zero2_model_states_mem_needs(

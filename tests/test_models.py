@@ -60,7 +60,7 @@ def directory(request):
 def embed(model: OpenedModel, count: int = 3) -> torch.Tensor:
     model.module.eval()
     with torch.no_grad():
-        return model.encoder.module(pictures(count))
+        return model.tower(pictures(count))
 
 
 @pytest.mark.parametrize("amount", [{"mlp_ratio": 1}, {"keep": 37}, {"keep": {"*.0.*": 20, "*.1.*": 65, "*": 11}}])
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 def test_models_open_by_name():
     model = open_model("timm:vit_tiny_patch16_224", "none")
-    assert model.image_size == 224 and len(model.encoder.blocks()) == 12
+    assert model.image_size == 224 and len(model.adapter.blocks()) == 12
     assert model.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 224, 224)
 
 
@@ -288,18 +288,18 @@ def test_an_image_size_of_its_own_survives(tmp_path, name):
     assert opened.image_size == 64
     images = pictures(2, size=64)
     with torch.no_grad():
-        expected = opened.encoder.module.eval()(images)
+        expected = opened.tower.eval()(images)
     opened.save(tmp_path / "saved")
     again = load_pruned(tmp_path / "saved")
     assert again.image_size == 64
     assert again.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(again.encoder.module.eval()(images), expected)
+        assert torch.equal(again.tower.eval()(images), expected)
 
 
 def test_shapes_alone_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = "import dgmr_tp; print(len(dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none').encoder.blocks()))"
+    program = "import dgmr_tp; print(len(dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none').adapter.blocks()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "12", done.stderr[-2000:]
 
@@ -308,6 +308,6 @@ def test_shapes_alone_need_no_network(monkeypatch):
     ("source", "tag"), [("timm:vit_tiny_patch16_224", "augreg_in21k_ft_in1k"), ("open_clip:ViT-B-32", "openai")]
 )
 def test_unknown_tags_are_refused_without_a_download(source, tag):
-    assert open_model(source, tag, weights="none").encoder.module is not None
+    assert open_model(source, tag, weights="none").tower is not None
     with pytest.raises(DgmrError, match=f"has no weights 'nonsense'; there are: .*{tag}"):
         open_model(source, "nonsense", weights="none")

@@ -80,7 +80,7 @@ def test_the_installed_wheel_imports_from_another_directory(wheel, tmp_path):
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import dgmr_tp, dgmr_tp.export, dgmr_tp.recipes, dgmr_tp.pipeline.run, dgmr_tp.cli\n"
         f"assert dgmr_tp.__file__.startswith({str(tmp_path)!r}), dgmr_tp.__file__\n"
-        "print(len(dgmr_tp.open_model('demo').encoder.blocks()))"
+        "print(len(dgmr_tp.open_model('demo').adapter.blocks()))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.strip() == "6", done.stderr

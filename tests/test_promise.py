@@ -45,19 +45,19 @@ def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size
     found = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80)
     _, judged, _ = held_out(images, model, 80)
     with torch.no_grad():
-        cosine = F.cosine_similarity(found.pruned.model.encoder.module(judged), model.encoder.module(judged)).double()
-    size = parameters(found.pruned.model.encoder.module)
+        cosine = F.cosine_similarity(found.pruned.model.tower(judged), model.tower(judged)).double()
+    size = parameters(found.pruned.model.tower)
     [last] = [trial for trial in found.trials if trial.parameters == size]
     assert last.kept and last.value == pytest.approx(float(cosine.mean()), abs=1e-7)
     assert 0.9999 <= last.bound < last.value
     low = cosine[torch.randint(80, (4000, 80), generator=torch.Generator().manual_seed(1))].mean(1).quantile(0.025)
     assert last.bound == pytest.approx(float(low), abs=1e-5)
-    total = parameters(model.encoder.module)
+    total = parameters(model.tower)
     broken = [trial.parameters for trial in found.trials if not trial.kept]
     assert size < 0.6 * total and 0 < size - max(broken) < total / 50
     assert all((trial.bound >= 0.9999) == trial.kept for trial in found.trials)
     looser = prune_to_promise(model, images, min_cosine=0.999, calibration=160, held_out=80)
-    assert parameters(looser.pruned.model.encoder.module) < size
+    assert parameters(looser.pruned.model.tower) < size
 
 
 def test_max_drop_is_about_a_k_nn_classifier(model, images):
@@ -76,9 +76,9 @@ def test_max_drop_is_about_a_k_nn_classifier(model, images):
             correct.append(max(votes, key=votes.get) == answer)
         return np.array(correct)
 
-    size = parameters(found.pruned.model.encoder.module)
+    size = parameters(found.pruned.model.tower)
     [last] = [trial for trial in found.trials if trial.parameters == size]
-    drop = right(model.encoder.module).mean() - right(found.pruned.model.encoder.module).mean()
+    drop = right(model.tower).mean() - right(found.pruned.model.tower).mean()
     assert last.value == pytest.approx(drop, abs=0.013) and last.bound <= 0.05 and last.bound >= last.value
 
 
@@ -159,10 +159,10 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
     run = Run(recipe(**changes), tmp_path / "run")
     run.run(say=lambda line: None)
     pictures, _ = Images.find(images).labelled(240, 0, model.preprocess)
-    dense = run.original().encoder.module.eval()
+    dense = run.original().tower.eval()
     sizes = {}
     for limit in (0.999, 0.9999):
-        recovered = open_model(str(run.folder(f"recover/min_cosine-{limit}") / "model")).encoder.module.eval()
+        recovered = open_model(str(run.folder(f"recover/min_cosine-{limit}") / "model")).tower.eval()
         with torch.no_grad():
             cosine = float(F.cosine_similarity(recovered(pictures[160:]), dense(pictures[160:])).mean())
         promise = run.figures(f"prune/min_cosine-{limit}")["promise"]
@@ -231,7 +231,7 @@ def test_the_command(tmp_path, images):
         tmp_path / "out",
     )
     assert done.returncode == 0 and "mean cosine" in done.stdout and "broken" in done.stdout, done.stderr
-    assert parameters(open_model(str(tmp_path / "out")).encoder.module) < 1_200_000
+    assert parameters(open_model(str(tmp_path / "out")).tower) < 1_200_000
     for command, says in (
         (("--max-drop", "1%", "-o", tmp_path / "a"), "give --recover IMAGES"),
         (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "write it as 1% or 0.01"),

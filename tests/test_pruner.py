@@ -12,7 +12,7 @@ from torch import nn
 
 from dgmr_tp import DGMRImportance, MLPPruner, prune
 from dgmr_tp.compression.criteria import make_plan
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, find_sites, last_state
 from dgmr_tp.pruning.selection import select_diverse_rows
@@ -107,7 +107,7 @@ def test_meta_model_of_full_size():
 
 
 def test_walk_computes_what_the_model_computes(tower):
-    encoder, images = as_encoder(tower), pictures(2)
+    encoder, images = adapt(tower), pictures(2)
     with torch.no_grad():
         assert torch.allclose(encoder.embed(last_state(encoder, images)), tower(images), atol=1e-6)
         class_token, patches = encoder.features(last_state(encoder, images))

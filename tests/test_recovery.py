@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dgmr_tp.compression.prune import prune
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import MLPPruner, last_state, recover
 from dgmr_tp.pruning.calibration import token_weights
@@ -108,7 +108,7 @@ def test_error_of_moments_is_the_error_of_the_rows():
 
 
 def test_token_weights(tower):
-    encoder = as_encoder(tower)
+    encoder = adapt(tower)
     state = encoder.stem(pictures(2)).detach()
     middle = token_weights(encoder, state, last=False)
     assert torch.allclose(middle, torch.tensor([0.5] + [0.5 / 16] * 16, dtype=torch.float64))
@@ -117,7 +117,7 @@ def test_token_weights(tower):
 
 
 def test_token_weights_of_a_tower_that_averages_its_patches():
-    encoder = as_encoder(redraw(timm_tower(class_token=False, global_pool="avg")))
+    encoder = adapt(redraw(timm_tower(class_token=False, global_pool="avg")))
     state = encoder.stem(pictures(2)).detach()
     for last in (False, True):
         assert torch.allclose(token_weights(encoder, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
@@ -127,7 +127,7 @@ def pruned_pair(tower, keep):
     pruned = copy.deepcopy(tower)
     pruner = MLPPruner(pruned, keep=keep)
     pruner.apply(pruner.plan())
-    return as_encoder(tower), as_encoder(pruned)
+    return adapt(tower), adapt(pruned)
 
 
 def drift(dense, pruned, images):
@@ -190,7 +190,7 @@ def test_later_blocks_make_good_what_earlier_ones_lost(tower):
     for sites in (("0",), ("0", "1")):
         keep = {
             f"{dense_block.name}.mlp": 8 if str(i) == "0" else 191
-            for i, dense_block in enumerate(as_encoder(tower).blocks()[:2])
+            for i, dense_block in enumerate(adapt(tower).blocks()[:2])
         }
         dense, pruned = pruned_pair(
             tower, keep={name: count for name, count in keep.items() if name.split(".")[-2] in sites}
@@ -228,9 +228,7 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
 
     def error(model):
         with torch.no_grad():
-            wanted, found = (
-                as_encoder(each).features(last_state(as_encoder(each), judged))[1] for each in (tower, model)
-            )
+            wanted, found = (adapt(each).features(last_state(adapt(each), judged))[1] for each in (tower, model))
         return float((found - wanted).square().mean())
 
     assert (error(fitted) < 0.5 * error(by_class_token)) == few
@@ -239,7 +237,7 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
 
 def test_towers_whose_tokens_are_used_are_fitted_on_all_of_them():
     state = torch.randn(2, 17, 48)
-    tower = as_encoder(redraw(timm_tower()))
+    tower = adapt(redraw(timm_tower()))
     assert (token_weights(tower, state, last=True) > 0).sum() == 1
     tower.gives_tokens = True
     assert torch.equal(token_weights(tower, state, last=True), token_weights(tower, state, last=False))
@@ -283,12 +281,12 @@ def test_half_precision_keeps_faint_channels_finite():
     """A LayerScale all but zero, in a type that ends at 65504: what such a channel lacks cannot be asked of the Linear."""
     tower = redraw(timm_tower())
     with torch.no_grad():
-        for block in as_encoder(tower).blocks():
+        for block in adapt(tower).blocks():
             scale_of(block)[::3] = 1e-7
     dense, pruned = pruned_pair(tower.half(), keep=24)
     report = recover(dense, pruned, [pictures(60).half()])
     assert any(not entry.kept_cut for entry in report)
-    assert all(torch.isfinite(parameter).all() for parameter in pruned.module.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in pruned.tower.parameters())
     assert all(np.isfinite(entry.recovered_error) for entry in report)
     layer = nn.Linear(12, 5).half()
     h, y, w, *_ = problem(3)
@@ -299,14 +297,14 @@ def test_half_precision_keeps_faint_channels_finite():
 
 def test_recovery_touches_nothing_but_the_last_linears(tower):
     dense, pruned = pruned_pair(tower, keep=48)
-    pruned.module.train()
-    before = copy.deepcopy(pruned.module.state_dict())
-    original = copy.deepcopy(dense.module.state_dict())
+    pruned.tower.train()
+    before = copy.deepcopy(pruned.tower.state_dict())
+    original = copy.deepcopy(dense.tower.state_dict())
     recover(dense, pruned, [pictures(30)])
-    changed = {name for name, tensor in pruned.module.state_dict().items() if not torch.equal(tensor, before[name])}
+    changed = {name for name, tensor in pruned.tower.state_dict().items() if not torch.equal(tensor, before[name])}
     assert all(name.rsplit(".", 2)[1] in ("c_proj", "fc2") and ".mlp." in name for name in changed) and changed
-    assert all(torch.equal(tensor, original[name]) for name, tensor in dense.module.state_dict().items())
-    assert pruned.module.training and not dense.module.training
+    assert all(torch.equal(tensor, original[name]) for name, tensor in dense.tower.state_dict().items())
+    assert pruned.tower.training and not dense.tower.training
 
 
 def test_batches_do_not_matter(tower):
@@ -314,14 +312,14 @@ def test_batches_do_not_matter(tower):
     for split in (7, 40):
         dense, pruned = pruned_pair(tower, keep=24)
         recover(dense, pruned, pictures(40).split(split))
-        weights.append(torch.cat([parameter.flatten() for parameter in pruned.module.parameters()]))
+        weights.append(torch.cat([parameter.flatten() for parameter in pruned.tower.parameters()]))
     assert torch.allclose(*weights, atol=1e-4)
 
 
 def test_bf16_recovers(tower):
     dense, pruned = pruned_pair(tower.bfloat16(), keep=48)
     report = recover(dense, pruned, [pictures(100).bfloat16()])
-    assert all(parameter.dtype == torch.bfloat16 for parameter in pruned.module.parameters())
+    assert all(parameter.dtype == torch.bfloat16 for parameter in pruned.tower.parameters())
     assert any(entry.recovered_error < 0.8 * entry.cut_error for entry in report)
 
 

@@ -15,6 +15,7 @@ from dgmr_tp import DgmrError, load_pruned, open_model, prune
 from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.compression.streaming import JOURNAL, prune_streaming
 from dgmr_tp.utils.files import hold
+from dgmr_tp.utils.progress import listen_to_progress
 
 SOURCES = [
     "open_clip",
@@ -48,11 +49,9 @@ def test_the_directory_is_the_same_as_from_memory(source, tmp_path, options):
         ), file.name
     opened = load_pruned(streamed)
     images = pictures(3)
-    assert torch.equal(
-        plain_output(opened.encoder.module.eval(), images), plain_output(expected.encoder.module.eval(), images)
-    )
-    dense = plain_output(open_model(str(source)).encoder.module.eval(), images)
-    assert not torch.allclose(plain_output(opened.encoder.module, images), dense, rtol=1e-3)
+    assert torch.equal(plain_output(opened.tower.eval(), images), plain_output(expected.tower.eval(), images))
+    dense = plain_output(open_model(str(source)).tower.eval(), images)
+    assert not torch.allclose(plain_output(opened.tower, images), dense, rtol=1e-3)
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -90,8 +89,8 @@ def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
         if (title, done) == ("select", 1):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40, progress=stop)
+    with pytest.raises(KeyboardInterrupt), listen_to_progress(stop):
+        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
     assert not (tmp_path / "out").exists()
     journal = tmp_path / ".out.partial" / JOURNAL
     left = json.loads(journal.read_text())
@@ -114,8 +113,8 @@ def test_a_journal_of_another_request_is_not_taken_over(tmp_path):
     def stop(title, done, total):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40, progress=stop)
+    with pytest.raises(KeyboardInterrupt), listen_to_progress(stop):
+        prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
     plan = prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=41)
     assert plan == make_plan(open_model(str(tmp_path / "source")), keep=41)
 
@@ -137,7 +136,7 @@ def test_killed_from_outside_it_goes_on(tmp_path):
 
 def test_random_weights_stream_too(tmp_path):
     prune_streaming("open_clip:ViT-S-32-alt", tmp_path / "out", "none", criterion="l2", keep=256)
-    assert load_pruned(tmp_path / "out").encoder.module.transformer.resblocks[0].mlp.c_fc.out_features == 256
+    assert load_pruned(tmp_path / "out").tower.transformer.resblocks[0].mlp.c_fc.out_features == 256
 
 
 def test_two_at_once_are_refused(tmp_path):

@@ -20,7 +20,7 @@ from dgmr_tp.evaluation.zero_shot import as_clip, evaluate
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.layouts import export_model
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 
 TEXTS = ["a photo of a red circle", "two blue squares", "green"]
 
@@ -55,7 +55,7 @@ def embeddings(directory, images, texts):
 def test_both_towers_give_what_transformers_gives(directory):
     opened, images = open_model(str(directory)), pictures(3)
     expected = embeddings(directory, images, TEXTS)
-    found = Tower(opened.encoder)(images), opened.text.encode_text(opened.tokenizer(TEXTS))
+    found = ImageEncoder(opened.adapter)(images), opened.text.encode_text(opened.tokenizer(TEXTS))
     for ours, reference in zip(found, expected, strict=True):
         assert torch.allclose(ours, reference, atol=1e-5) and not torch.allclose(ours, reference.flip(0), atol=1e-2)
     assert torch.allclose(opened.text.encode_text(opened.tokenizer(TEXTS), normalize=True).norm(dim=-1), torch.ones(3))
@@ -70,7 +70,7 @@ def test_a_pruned_one_keeps_its_words(directory, tmp_path):
     images = pictures(3)
     again = open_model(str(tmp_path / "pruned"))
     with torch.no_grad():
-        ours = Tower(again.encoder)(images), again.text.encode_text(again.tokenizer(TEXTS))
+        ours = ImageEncoder(again.adapter)(images), again.text.encode_text(again.tokenizer(TEXTS))
     dense = embeddings(directory, images, TEXTS)
     assert not torch.allclose(ours[0], dense[0], atol=1e-3) and torch.allclose(ours[1], dense[1], atol=1e-5)
     if (

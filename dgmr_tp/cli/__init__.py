@@ -11,6 +11,7 @@ import typer
 
 from dgmr_tp.cli import evaluation, models, pruning, recipes
 from dgmr_tp.errors import DgmrError, Preempted, first_line
+from dgmr_tp.utils.progress import show_progress
 
 app = typer.Typer(
     help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
@@ -29,7 +30,8 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app(standalone_mode=True)
+        with show_progress():
+            app(standalone_mode=True)
     except Preempted as error:
         print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)

@@ -212,7 +212,6 @@ def compare(
     else:
         from dgmr_tp.evaluation.index_compatibility import Side, survey, text_classifier
         from dgmr_tp.evaluation.loading import open_served
-        from dgmr_tp.utils.progress import shown
 
         opened = [
             open_served(side, pretrained, text=text, trusted=trust_file, device=device())
@@ -226,14 +225,12 @@ def compare(
             "device": device(),
             "workers": workers,
         }
-        with shown() as progress:
-            found = survey(
-                *(Side(side.embed, side.model.preprocess) for side in opened),
-                images,
-                classifier=text_classifier(opened[0].model, classes) if classes else None,
-                progress=progress,
-                **options,
-            )
+        found = survey(
+            *(Side(side.embed, side.model.preprocess) for side in opened),
+            images,
+            classifier=text_classifier(opened[0].model, classes) if classes else None,
+            **options,
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     write_whole(out_dir / "compatibility.json", json.dumps(found, indent=1) + "\n")
     page = write_html(
@@ -263,7 +260,7 @@ def _knn(served, label, train, test, file, **options) -> dict[str, float]:  # ty
     from dgmr_tp.evaluation.knn import knn_accuracy
 
     bank, judged = Images.find(train), Images.find(test)
-    metrics = _with_progress(partial(knn_accuracy, train=bank, test=judged), served, **options)
+    metrics = _measured(partial(knn_accuracy, train=bank, test=judged), served, **options)
     return _written(metrics, label, "knn", file, options["speaks"], judged, bank)
 
 
@@ -281,7 +278,7 @@ def _choose_head(served, train, **options):  # type: ignore[no-untyped-def]
     if train is None:
         return check_classifier(served.model)
     images = Images.find(train)
-    fitted = _with_progress(partial(fitted_head, train=images), served, **options)
+    fitted = _measured(partial(fitted_head, train=images), served, **options)
     if options["speaks"]:
         _say_what_is_left_out(images)
     return fitted
@@ -292,7 +289,7 @@ def _head(served, label, head, test, file, **options) -> dict[str, float]:  # ty
     from dgmr_tp.evaluation.linear_head import head_accuracy
 
     judged = Images.find(test)
-    metrics = _with_progress(partial(head_accuracy, head=head, test=judged), served, **options)
+    metrics = _measured(partial(head_accuracy, head=head, test=judged), served, **options)
     return _written(metrics, label, "head", file, options["speaks"], judged)
 
 
@@ -312,13 +309,8 @@ def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict
     return zoo_figures(metrics, knn), files
 
 
-def _with_progress(measure, served, speaks, **options):  # type: ignore[no-untyped-def]
-    from dgmr_tp.utils.progress import shown
-
-    with shown() as progress:
-        if speaks:
-            options["progress"] = progress
-        return measure(served.embed, served.model.preprocess, device=served.device, **options)
+def _measured(measure, served, speaks, **options):  # type: ignore[no-untyped-def]
+    return measure(served.embed, served.model.preprocess, device=served.device, **options)
 
 
 def _written(metrics, label, task, file, speaks, judged, *others) -> dict[str, float]:  # type: ignore[no-untyped-def]

@@ -81,7 +81,7 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
     from dgmr_tp.pruning.cost import flops, parameters
 
     opened = open_model(model, weights="none")
-    tower = opened.encoder.module
+    tower = opened.tower
     table = Table("site", "width", "hidden", "share of parameters", box=None)
     total = parameters(tower)
     for site in find_sites(tower):

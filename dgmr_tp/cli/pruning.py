@@ -53,13 +53,11 @@ def rank(
     """Order all neurons by what they do on images, once; plan and prune then take any size from the file at once."""
     from dgmr_tp.compression.criteria import rank as rank_model
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(file)
     opened = open_model(model, pretrained)
     opened.module.to(device())
-    with shown() as progress:
-        rankings = rank_model(opened, criterion, images, calibration=count, seed=seed, progress=progress)
+    rankings = rank_model(opened, criterion, images, calibration=count, seed=seed)
     rankings.save(file)
     table = Table(
         "site", "hidden", "neurons for 99 %", "sensitivity", title=f"{rankings.encoder} · {criterion}", box=None
@@ -102,29 +100,26 @@ def amp(
     """
     from dgmr_tp.compression.criteria import search
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(file)
     journal = file.with_name(f".{file.name}.partial")
     opened = open_model(model, pretrained)
     first = join_processes()
     opened.module.to(device())
-    with shown() as progress:
-        found = search(
-            opened,
-            images,
-            threshold=threshold,
-            two_sided=two_sided,
-            temperature=temperature,
-            candidates=candidates,
-            calibration=count,
-            seed=seed,
-            journal=journal,
-            progress=progress,
-        )
+    found = search(
+        opened,
+        images,
+        threshold=threshold,
+        two_sided=two_sided,
+        temperature=temperature,
+        candidates=candidates,
+        calibration=count,
+        seed=seed,
+        journal=journal,
+    )
     if first:
         _print_plan(opened, found.plan)
-        blocks = len(opened.encoder.blocks())
+        blocks = len(opened.adapter.blocks())
         out.print(
             f"entropy {found.entropy:.4f} nats; the search cost {found.image_blocks / blocks:,.0f} forward passes of an image"
         )
@@ -177,7 +172,6 @@ def plan(
     from dgmr_tp.compression.criteria import SEEING, Rankings, make_plan
     from dgmr_tp.compression.criteria import rank as rank_model
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.utils.progress import shown
 
     amounts = _amounts(mlp_ratio, keep_ratio, keep, budget, round_to)
     timed = any("latency" in (amount["budget"] or {}) for amount in amounts)
@@ -193,14 +187,13 @@ def plan(
         decided = [ranked.plan(opened, **amount) for amount in amounts]
     else:
         opened.module.to(device())
-        with shown() as progress:
-            options = {"calibration": count, "seed": seed, "progress": progress}
-            rule = criterion or ("output" if images else "dgmr")
-            if rule in SEEING and len(amounts) > 1:
-                ranked = rank_model(opened, rule, images, **options)
-                decided = [ranked.plan(opened, **amount) for amount in amounts]
-            else:
-                decided = [make_plan(opened, rule, images, **options, **amount) for amount in amounts]
+        options = {"calibration": count, "seed": seed}
+        rule = criterion or ("output" if images else "dgmr")
+        if rule in SEEING and len(amounts) > 1:
+            ranked = rank_model(opened, rule, images, **options)
+            decided = [ranked.plan(opened, **amount) for amount in amounts]
+        else:
+            decided = [make_plan(opened, rule, images, **options, **amount) for amount in amounts]
     if len(decided) == 1:
         _print_plan(opened, decided[0])
     else:
@@ -279,7 +272,6 @@ def prune(
     from dgmr_tp.compression.prune import prune as prune_model
     from dgmr_tp.encoders import open_model
     from dgmr_tp.pruning import Plan
-    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(out_dir)
     opened = open_model(model, pretrained)
@@ -288,17 +280,15 @@ def prune(
     if rankings:
         decided, amount = Rankings.read(rankings).plan(opened, **amount), {}
     batches, found = _images(recover, count, seed, opened)
-    with shown() as progress:
-        result = prune_model(
-            opened,
-            batches,
-            criterion=criterion,
-            **amount,
-            plan=decided,
-            damping=damping,
-            seed=seed,
-            progress=progress,
-        )
+    result = prune_model(
+        opened,
+        batches,
+        criterion=criterion,
+        **amount,
+        plan=decided,
+        damping=damping,
+        seed=seed,
+    )
     _finish(opened, result, out_dir, found)
 
 
@@ -328,12 +318,8 @@ def recover(
 
 def _prune_streaming(model, pretrained, directory, criterion, seed, amount) -> None:  # type: ignore[no-untyped-def]
     from dgmr_tp.compression.streaming import prune_streaming
-    from dgmr_tp.utils.progress import shown
 
-    with shown() as progress:
-        plan = prune_streaming(
-            model, directory, pretrained, criterion=criterion, seed=seed, progress=progress, **amount
-        )
+    plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, **amount)
     out.print(str(plan), markup=False)
     out.print(f"written: {directory}")
 
@@ -342,14 +328,12 @@ def _prune_to_promise(model, pretrained, directory, images, rankings, options) -
     from dgmr_tp.compression.criteria import Rankings
     from dgmr_tp.compression.quality_target import prune_to_promise
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.utils.progress import shown
 
     _refuse_existing(directory)
     opened = open_model(model, pretrained)
     opened.module.to(device())
     ranked = Rankings.read(rankings) if rankings else None
-    with shown() as progress:
-        found = prune_to_promise(opened, images, rankings=ranked, progress=progress, **options)
+    found = prune_to_promise(opened, images, rankings=ranked, **options)
     what = "mean cosine" if options["min_cosine"] is not None else "drop of k-NN accuracy"
     table = Table("M params", what, "95 % bound", "", box=None)
     for trial in found.trials:
@@ -391,7 +375,7 @@ def _finish(opened, result, directory, found) -> None:  # type: ignore[no-untype
         out.print(
             f"skipped {len(found.broken)} images that do not decode and {found.other_files} files that are no images"
         )
-    before, after = parameters(opened.encoder.module), parameters(result.model.encoder.module)
+    before, after = parameters(opened.tower), parameters(result.model.tower)
     out.print(
         f"{opened.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}"
     )
@@ -401,7 +385,7 @@ def _print_plan(opened, plan) -> None:  # type: ignore[no-untyped-def]
     from dgmr_tp.pruning import find_sites
     from dgmr_tp.pruning.cost import costs
 
-    tower = opened.encoder.module
+    tower = opened.tower
     found = costs(tower, [site for site in find_sites(tower) if site.name in plan.sites], opened.image_size)
     size, work, after = found["params"], found["flops"], plan.cost(found)
     table = Table(
@@ -425,7 +409,7 @@ def _print_plans(opened, names, plans) -> None:  # type: ignore[no-untyped-def]
     from dgmr_tp.pruning import find_sites
     from dgmr_tp.pruning.cost import costs
 
-    tower = opened.encoder.module
+    tower = opened.tower
     sites = [site for site in find_sites(tower) if site.name in plans[0].sites]
     found = costs(tower, sites, opened.image_size)
     table = Table(

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -18,21 +17,20 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, distributed, nn
 
-from dgmr_tp.encoders import OpenedModel, as_encoder
+from dgmr_tp.encoders import OpenedModel, adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import (
     Amount,
     DGMRImportance,
-    Encoder,
     GivenScores,
     MLPPruner,
     Plan,
     Ranking,
     Site,
     SitePlan,
+    TowerAdapter,
     find_sites,
-    rank_encoder,
-    sites_in_blocks,
+    rank_tower,
 )
 from dgmr_tp.pruning.allocation import check_budget, fitted_widths, keep_counts
 from dgmr_tp.pruning.amp import (
@@ -49,9 +47,7 @@ from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.utils.files import write_whole
-
-Progress = Callable[[str, int, int], None]
-"""Receives what is going on (``rank``, ``search``, ``select``, ``recover``), steps done, and steps in all."""
+from dgmr_tp.utils.progress import report_progress
 
 CRITERIA: dict[str, Callable[[], tp.importance.Importance]] = {
     "dgmr": DGMRImportance,
@@ -172,7 +168,6 @@ def rank(
     calibration: int = 1024,
     seed: int = 0,
     picks: Mapping[str, int] | None = None,
-    progress: Progress = lambda title, done, total: None,
 ) -> Rankings:
     """Rank all neurons of an encoder by what they do on images; the order serves plans of any size.
 
@@ -181,7 +176,6 @@ def rank(
         criterion: ``output`` or ``activation``; see :func:`dgmr_tp.pruning.output_selection.rank_neurons`.
         images, calibration, seed: as for :func:`dgmr_tp.prune`.
         picks: by site name, how many neurons have to be ordered; then nothing is measured for budgets. Default: all.
-        progress: see :data:`Progress`.
 
     Raises:
         DgmrError: bad input; says what and what to do.
@@ -192,18 +186,15 @@ def rank(
         raise DgmrError(
             f"criterion {criterion} looks at calibration images: give some (on the command line --images or --recover)"
         )
-    encoder = encoder_of(model)
-    found = rank_encoder(
-        encoder,
+    adapter = encoder_of(model)
+    found = rank_tower(
+        adapter,
         batches(images, model, calibration, seed),
         by=criterion,
         picks=picks,
-        progress=partial(progress, "rank"),
     )
-    sites = {site.name: site for site in find_sites(encoder.module)}
-    return Rankings(
-        encoder.name, criterion, found, {name: weight_sha256(encoder.module, sites[name]) for name in found}
-    )
+    sites = {site.name: site for site in find_sites(adapter.tower)}
+    return Rankings(adapter.name, criterion, found, {name: weight_sha256(adapter.tower, sites[name]) for name in found})
 
 
 def make_plan(
@@ -213,7 +204,6 @@ def make_plan(
     *,
     calibration: int = 1024,
     seed: int = 0,
-    progress: Progress = lambda title, done, total: None,
     done: Plan | None = None,
     remember: Callable[[Plan], None] = lambda plan: None,
     **amount: Unpack[Amount],
@@ -230,9 +220,7 @@ def make_plan(
         # Only a budget needs the whole curves.
         check_amount(model, **amount)
         picks = None if amount.get("budget") else keep_counts(sites or find_sites(tower), **_or_default(amount))
-        return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks, progress=progress).plan(
-            model, **amount
-        )
+        return rank(model, criterion, images, calibration=calibration, seed=seed, picks=picks).plan(model, **amount)
     with ExitStack() as stack:
         if isinstance(criterion, str) and criterion in DIFFERENTIATING:
             if not amount.get("budget"):
@@ -256,7 +244,7 @@ def make_plan(
                     torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
                     decided[site.name] = pruner.decide(site)
             remember(pruner.plan_of(decided))
-            progress("select", len(decided), len(pruner.sites))
+            report_progress("select", len(decided), len(pruner.sites))
     return pruner.plan_of(decided)
 
 
@@ -293,7 +281,6 @@ def search(
     seed: int = 0,
     objective: Objective | None = None,
     journal: Path | None = None,
-    progress: Progress = lambda title, done, total: None,
 ) -> Found:
     """AMP: every MLP's width by binary search on a label-free entropy (see :mod:`dgmr_tp.pruning.amp`). Changes nothing.
 
@@ -310,19 +297,18 @@ def search(
         seed: of the choice of images.
         objective: instead of the entropy, such as :func:`dgmr_tp.pruning.amp.contrastive` of the images' captions.
         journal: a file that keeps what was decided; a search that was interrupted goes on from it.
-        progress: see :data:`Progress`.
 
     Raises:
         DgmrError: fewer images than ``candidates``, or no walk is known for the model.
     """
-    encoder, objective = encoder_of(model), objective or entropy(temperature)
+    adapter, objective = encoder_of(model), objective or entropy(temperature)
     groups = candidate_groups("amp", images, model, calibration, seed, candidates, at_least=True)
     sites = {site.name: site for site in block_sites(model) or ()}
-    sha = {name: weight_sha256(encoder.module, site) for name, site in sites.items()}
+    sha = {name: weight_sha256(adapter.tower, site) for name, site in sites.items()}
     test = {"threshold": threshold, "two_sided": two_sided}
     options = {**test, "temperature": temperature, "candidates": candidates, "images": calibration, "seed": seed}
     seen = [float(batch.double().sum()) for group in groups for batch in group]
-    request = {**options, "encoder": encoder.name, "weights": sha, "seen": seen, "objective": objective.__qualname__}
+    request = {**options, "encoder": adapter.name, "weights": sha, "seen": seen, "objective": objective.__qualname__}
 
     def remember(state: Search) -> None:
         if journal and not (distributed.is_initialized() and distributed.get_rank()):
@@ -331,25 +317,24 @@ def search(
     state = [_read_search(journal, request)]
     if distributed.is_initialized():  # the journal may lie on the first process's disk alone
         distributed.broadcast_object_list(state)
-    scores = gate_scores(encoder, groups, objective)
-    whole = {name: encoder.module.get_submodule(name) for name in sites}
+    scores = gate_scores(adapter, groups, objective)
+    whole = {name: adapter.tower.get_submodule(name) for name in sites}
     try:  # not on a copy: there may be no room for a second tower
         end = search_widths(
-            encoder,
+            adapter,
             scores,
             groups,
             **test,
             objective=objective,
             state=state[0],
             remember=remember,
-            progress=partial(progress, "search"),
         )
     finally:
         for name, mlp in whole.items():
-            put(encoder.module, name, mlp)
+            put(adapter.tower, name, mlp)
     assert end.baseline is not None
     decided = {name: SitePlan(site.width, site.hidden, end.kept[name], sha[name]) for name, site in sites.items()}
-    return Found(Plan(encoder.name, "amp", decided), end.baseline, end.image_blocks)
+    return Found(Plan(adapter.name, "amp", decided), end.baseline, end.image_blocks)
 
 
 def _read_search(path: Path | None, request: dict[str, object]) -> Search | None:
@@ -417,28 +402,28 @@ def _or_default(amount: Amount) -> Amount:
 
 
 def tower_of(model: OpenedModel | nn.Module) -> nn.Module:
-    return model.encoder.module if isinstance(model, OpenedModel) else model
+    return model.tower if isinstance(model, OpenedModel) else model
 
 
-def encoder_of(model: OpenedModel | nn.Module) -> Encoder:
+def encoder_of(model: OpenedModel | nn.Module) -> TowerAdapter:
     """The walk over a model's blocks.
 
     Raises:
         DgmrError: it has none.
     """
-    return model.encoder if isinstance(model, OpenedModel) else as_encoder(model)
+    return model.adapter if isinstance(model, OpenedModel) else adapt(model)
 
 
 def block_sites(model: OpenedModel | nn.Module) -> list[Site] | None:
     """The sites inside residual blocks, where a walk is known: heads with an MLP of their own are not the papers' matter."""
     try:
-        encoder = encoder_of(model)
+        adapter = encoder_of(model)
     except DgmrError:
         return None
-    sites = sites_in_blocks(encoder)
+    sites = adapter.sites
     if not sites:
         raise DgmrError(
-            f"no block of {encoder.name} holds an MLP that can be cut by itself; is its projection shared with attention?"
+            f"no block of {adapter.name} holds an MLP that can be cut by itself; is its projection shared with attention?"
         )
     return sites
 

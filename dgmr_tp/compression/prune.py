@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from dgmr_tp.compression.criteria import Progress, asked, batches, encoder_of, make_plan, tower_of
+from dgmr_tp.compression.criteria import asked, batches, encoder_of, make_plan, tower_of
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, recover
@@ -48,7 +47,6 @@ def prune(
     calibration: int = 1024,
     damping: float = 1e-3,
     seed: int = 0,
-    progress: Progress = lambda title, done, total: None,
     **amount: Unpack[Amount],
 ) -> Pruned:
     """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
@@ -65,7 +63,6 @@ def prune(
         calibration: how many images are read from a folder.
         damping: see :func:`recover`.
         seed: of ``random`` and of the choice of images.
-        progress: see :data:`Progress`.
         amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
             :func:`keep_counts`). Default: ``mlp_ratio=1``.
 
@@ -81,7 +78,7 @@ def prune(
     )  # read twice by criteria that see them
     if plan is None:
         criterion = criterion or ("dgmr" if images is None else "output")
-        plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, progress=progress, **amount)
+        plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, **amount)
     elif asked(amount):
         raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(asked(amount))}")
     result = (
@@ -92,9 +89,7 @@ def prune(
     errors = {}
     if images is not None:
         seen = batches(images, opened, calibration, seed)
-        report = recover(
-            encoder_of(opened), encoder_of(result), seen, damping=damping, progress=partial(progress, "recover")
-        )
+        report = recover(encoder_of(opened), encoder_of(result), seen, damping=damping)
         errors = {entry.site: entry for entry in report}
     table = []
     for site, decided in plan.sites.items():

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgmr_tp.compression.criteria import Progress, Rankings, block_sites, rank
+from dgmr_tp.compression.criteria import Rankings, block_sites, rank
 from dgmr_tp.compression.prune import Pruned, prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.pruning.allocation import least
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.utils.knn import nearest_classes
@@ -66,7 +66,6 @@ def prune_to_promise(
     damping: float = 1e-3,
     seed: int = 0,
     rankings: Rankings | None = None,
-    progress: Progress = lambda title, done, total: None,
 ) -> Promise:
     """Prune and recover to the fewest parameters at which the embedding still is what it was.
 
@@ -83,7 +82,6 @@ def prune_to_promise(
         held_out: how many images judge.
         rankings: made before; then ``criterion`` is theirs. Made on other images, or on as many of these with the same ``seed``, they do
             not know the judges.
-        progress: see :data:`Progress`.
 
     Raises:
         DgmrError: not one of the two is given, too few images (with ``rankings``: fewer than ``calibration + held_out``), no classes, or
@@ -110,9 +108,9 @@ def prune_to_promise(
         raise DgmrError(
             f"max_drop compares accuracies, but not every image in {images} has a class; give sub-folders, or min_cosine"
         )
-    pictures = pictures.to(next(model.encoder.module.parameters()))
+    pictures = pictures.to(next(model.tower.parameters()))
     seen, judged = list(pictures[:-held_out].split(64)), list(pictures[-held_out:].split(64))
-    rankings = rankings or rank(model, criterion, seen, progress=progress)
+    rankings = rankings or rank(model, criterion, seen)
     classes = torch.tensor(np.unique([str(label) for label in labels], return_inverse=True)[1])
 
     def right(encoder: OpenedModel, found: Tensor) -> Tensor:
@@ -123,7 +121,7 @@ def prune_to_promise(
 
     def trial(count: int) -> tuple[Pruned, Trial]:
         plan = rankings.plan(model, budget={"params": count}, round_to=round_to)
-        pruned = prune(model, seen, plan=plan, damping=damping, progress=progress)
+        pruned = prune(model, seen, plan=plan, damping=damping)
         found = _embeddings(pruned.model, judged)
         if before is None:
             values = F.cosine_similarity(found, dense).numpy()
@@ -133,9 +131,9 @@ def prune_to_promise(
             values = before.float().numpy() - right(pruned.model, found).float().numpy()
             bound = _interval(values, seed).high
             kept = bound <= limit
-        return pruned, Trial(parameters(pruned.model.encoder.module), float(values.mean()), float(bound), bool(kept))
+        return pruned, Trial(parameters(pruned.model.tower), float(values.mean()), float(bound), bool(kept))
 
-    tower, sites = model.encoder.module, block_sites(model) or []
+    tower, sites = model.tower, block_sites(model) or []
     cost = parameter_cost(tower, sites)
     fewest = cost.without(
         {site.name: site.hidden - count for site, count in zip(sites, least(sites, round_to).values(), strict=True)}
@@ -166,8 +164,8 @@ def prune_to_promise(
 
 @torch.no_grad()
 def _embeddings(model: OpenedModel, batches: Sequence[Tensor]) -> Tensor:
-    with evaluating(model.encoder.module):
-        return torch.cat([Tower(model.encoder)(batch).float().cpu() for batch in batches])
+    with evaluating(model.tower):
+        return torch.cat([ImageEncoder(model.adapter)(batch).float().cpu() for batch in batches])
 
 
 def _interval(values: np.ndarray, seed: int) -> Any:

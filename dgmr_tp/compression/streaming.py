@@ -17,7 +17,7 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Progress, make_plan
+from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.encoders.model import unfinished
 from dgmr_tp.errors import DgmrError
@@ -25,6 +25,7 @@ from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
 from dgmr_tp.utils.files import hold, write_whole
 from dgmr_tp.utils.modules import meta_copy
+from dgmr_tp.utils.progress import report_progress
 
 JOURNAL = "decided.json"
 """The plan so far, in the unfinished directory: a run that was killed goes on from there."""
@@ -45,7 +46,6 @@ def prune_streaming(
     *,
     criterion: str | tp.importance.Importance = "dgmr",
     seed: int = 0,
-    progress: Progress = lambda title, done, total: None,
     **amount: Unpack[Amount],
 ) -> Plan:
     """Prune a checkpoint into a model directory, MLP by MLP, without ever holding the dense tower. Same result as ``prune``.
@@ -59,7 +59,6 @@ def prune_streaming(
             that are named by a library's tag are loaded by the library, whole.
         directory: where to; must not exist.
         criterion, seed, amount: as for :func:`dgmr_tp.prune`.
-        progress: ``select`` and ``write``, sites done, sites in all.
 
     Raises:
         DgmrError: bad input; says what and what to do.
@@ -78,14 +77,14 @@ def prune_streaming(
 
     with hold(aside, "dgmr-tp prune is working") as lock:
         done = _read_journal(journal, request)
-        plan = make_plan(opened, criterion, seed=seed, progress=progress, done=done, remember=remember, **amount)
+        plan = make_plan(opened, criterion, seed=seed, done=done, remember=remember, **amount)
         for left in aside.iterdir():  # by a run that was killed while it wrote
             if left.name not in (JOURNAL, Path(lock.name).name):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         pruned = _shadow(opened)
-        resize(pruned.encoder.module, {name: len(site.kept) for name, site in plan.sites.items()})
+        resize(pruned.tower, {name: len(site.kept) for name, site in plan.sites.items()})
         shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
-        _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan, progress))
+        _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan))
         journal.unlink()
         Path(lock.name).unlink()
         pruned.finish(directory, plan, directory)
@@ -107,24 +106,24 @@ def _shadow(opened: OpenedModel) -> OpenedModel:
     return shadow
 
 
-def _cut(opened: OpenedModel, plan: Plan, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+def _cut(opened: OpenedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the pruned model in the order of its modules; each MLP is cut, verified, and forgotten again."""
-    pruner = MLPPruner(opened.encoder.module)
-    prefix = f"{opened.tower}." if opened.tower else ""
+    pruner = MLPPruner(opened.tower)
+    prefix = f"{opened.tower_path}." if opened.tower_path else ""
     waiting: dict[str, Site] = {f"{prefix}{site.name}.": site for site in pruner.sites if site.name in plan.sites}
     names = list(opened.module.state_dict())
     for place, name in enumerate(names):
         inside = next((path for path in waiting if name.startswith(path)), None)
         if inside is not None:
             site = waiting[inside]
-            if opened.encoder.module.get_submodule(site.consumer).in_features == site.hidden:
+            if opened.tower.get_submodule(site.consumer).in_features == site.hidden:
                 pruner.apply(Plan(plan.encoder, plan.criterion, {site.name: plan.sites[site.name]}))
         owner, _, leaf = name.rpartition(".")
         yield name, getattr(opened.module.get_submodule(owner), leaf)
         if inside is not None and (place + 1 == len(names) or not names[place + 1].startswith(inside)):
             opened.module.get_submodule(inside.removesuffix(".")).to("meta")
             del waiting[inside]
-            progress("write", len(plan.sites) - len(waiting), len(plan.sites))
+            report_progress("write", len(plan.sites) - len(waiting), len(plan.sites))
 
 
 def _write(

@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
-
-Progress = Callable[[str, int, int], None]
+from dgmr_tp.utils.progress import report_progress
 
 
 @torch.no_grad()
@@ -26,7 +25,6 @@ def embedded_share(
     batch_size: int = 64,
     workers: int = 0,
     title: str = "images",
-    progress: Progress = lambda title, done, total: None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings, float32 ``[n, width]`` on ``device``, and places in ``images``, ``[n]``, of this process's share.
 
@@ -47,7 +45,7 @@ def embedded_share(
         if len(where):
             found.append(embed(batch.to(device)).float().to(device))
             places.append(where)
-        progress(title, min(len(share), step * batch_size), len(share))
+        report_progress(title, min(len(share), step * batch_size), len(share))
     images.broken |= all_of(broken)
     if not found:
         raise DgmrError(f"none of the {len(share)} images of {images.source} that this process looked at can be read")

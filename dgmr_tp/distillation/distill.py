@@ -63,10 +63,10 @@ def distill(
     with training(directory, settings) as stop:
         check_seen_alike(images)
         device, precision = device_here(), settings.precision
-        forward = [flops(model.encoder.module, model.image_size) for model in (student, teacher)]
-        tap = FeatureTap(student.encoder, settings.loss, recompute=settings.recompute)
+        forward = [flops(model.tower, model.image_size) for model in (student, teacher)]
+        tap = FeatureTap(student.adapter, settings.loss, recompute=settings.recompute)
         probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
-        answers, release = _teacher(FeatureTap(teacher.encoder, settings.loss), probe, settings, directory)
+        answers, release = _teacher(FeatureTap(teacher.adapter, settings.loss), probe, settings, directory)
         asked = True  # whether the teacher computed for the last batch
 
         def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:

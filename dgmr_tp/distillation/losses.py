@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Encoder
-from dgmr_tp.pruning.adapter import projection
+from dgmr_tp.pruning import TowerAdapter
 
 Features = dict[str, Tensor]
 
@@ -59,34 +58,36 @@ class FeatureTap(nn.Module):
         DgmrError: the objective names a block that the encoder does not have, or nothing at all.
     """
 
-    def __init__(self, encoder: Encoder, objective: Objective | None = None, *, recompute: bool = False) -> None:
+    def __init__(self, adapter: TowerAdapter, objective: Objective | None = None, *, recompute: bool = False) -> None:
         super().__init__()
-        self.tower = encoder.module
-        self.projection = projection(encoder)
-        self.walk = encoder
+        self.tower = adapter.tower
+        self.projection = adapter.projection
+        self.adapter = adapter
         self.objective = objective or Objective()
         self.recompute = recompute
-        depth = len(encoder.blocks())
+        depth = len(adapter.blocks())
         if wrong := [layer for layer in self.objective.layers if not 1 <= layer <= depth]:
-            raise DgmrError(f"distill.loss.layers names block {wrong[0]}; {encoder.name} has blocks 1 to {depth}")
+            raise DgmrError(f"distill.loss.layers names block {wrong[0]}; {adapter.name} has blocks 1 to {depth}")
 
     def forward(self, images: Tensor, *, embedding: bool = False) -> Features:
         """Asked for the ``embedding``, that too, whatever the objective."""
-        wanted, walk = self.objective, self.walk
+        wanted, adapter = self.objective, self.adapter
         found: Features = {}
-        state = walk.stem(images)
-        for number, block in enumerate(walk.blocks(), start=1):
+        state = adapter.stem(images)
+        for number, block in enumerate(adapter.blocks(), start=1):
             recomputed = self.recompute and state.requires_grad
             state = checkpoint(block, state, use_reentrant=False) if recomputed else block(state)
             if wanted.layers.get(number):
                 found[f"layer {number}"] = state
-        class_token, patches = walk.features(walk.norm(state) if wanted.after_norm else state)
+        class_token, patches = adapter.features(adapter.norm(state) if wanted.after_norm else state)
         if wanted.class_token and class_token is not None:
             found["class_token"] = class_token
         if wanted.patches:
             found["patches"] = patches
         if wanted.embedding or embedding:
-            found["embedding"] = walk.embed(state)
+            found["embedding"] = adapter.embed(state)
         if not found:
-            raise DgmrError(f"distill.loss asks for nothing that {walk.name} has; give patches or embedding a weight")
+            raise DgmrError(
+                f"distill.loss asks for nothing that {adapter.name} has; give patches or embedding a weight"
+            )
         return found

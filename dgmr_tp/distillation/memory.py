@@ -20,7 +20,7 @@ from dgmr_tp.distillation.config import DistillSettings
 from dgmr_tp.distillation.engine import BUCKET, freeze_what_outputs_do_not_need
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Encoder
+from dgmr_tp.pruning import TowerAdapter
 from dgmr_tp.utils.modules import meta_copy
 
 LIVE = 1_000_000_000
@@ -71,14 +71,16 @@ class Planner:
         image_size: height and width of the images.
     """
 
-    def __init__(self, student: Encoder, teacher: Encoder, settings: DistillSettings, image_size: int) -> None:
+    def __init__(
+        self, student: TowerAdapter, teacher: TowerAdapter, settings: DistillSettings, image_size: int
+    ) -> None:
         probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=settings.precision)
         self.width = settings.precision.itemsize
         tap = FeatureTap(student, settings.loss)
         freeze_what_outputs_do_not_need(tap, probe.float())
         self.student = _total(tap.parameters())
         self.trained = _total(parameter for parameter in tap.parameters() if parameter.requires_grad)
-        self.teacher = _total(teacher.module.parameters())
+        self.teacher = _total(teacher.tower.parameters())
         kept = [
             _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(settings.precision).eval(), probe)
             for again in (False, True)
@@ -152,9 +154,9 @@ def _total(parameters: Iterator[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _one_block(encoder: Encoder, probe: Tensor) -> int:
+def _one_block(adapter: TowerAdapter, probe: Tensor) -> int:
     """What autograd would keep of the block that keeps most."""
-    tap = FeatureTap(encoder)
+    tap = FeatureTap(adapter)
     walk = meta_copy(tap).to(probe.dtype).eval().walk
     with torch.no_grad():
         state = walk.stem(probe)
@@ -189,8 +191,15 @@ def _fused_attention() -> Iterator[None]:
     """Attention keeps no matrix of tokens by tokens where it is computed for good; on the meta device it would."""
 
     def fused(
-        q: Tensor, k: Tensor, v: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_: Any
-    ) -> Tensor:  # type: ignore[no-untyped-def]
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> Tensor:
         operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return operation(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
 

@@ -28,9 +28,9 @@ from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, Preempted
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.lazy_imports import require
-from dgmr_tp.utils.progress import shown
+from dgmr_tp.utils.progress import listen_to_progress
 
 MOST_SCALE = math.log(100)
 """Where CLIP's training stops the logarithm of the inverse temperature."""
@@ -157,26 +157,24 @@ class Embeddings:
     ) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
-        vision = copy.deepcopy(Tower(model.encoder)).to(device, settings.precision).eval()
+        vision = copy.deepcopy(ImageEncoder(model.adapter)).to(device, settings.precision).eval()
 
         def embed(images: Tensor) -> Tensor:
             return nn.functional.normalize(vision(images.to(settings.precision)).float(), dim=-1)
 
-        with shown() as progress:
+        def leave_if_stopped(*_: object) -> None:
+            if stop():
+                raise Preempted("preempted while the images were embedded; run again to begin that anew")
 
-            def step(title: str, done: int, total: int) -> None:
-                if rank == 0:
-                    progress(title, done, total)
-                if stop():
-                    raise Preempted("preempted while the images were embedded; run again to begin that anew")
-
-            how: dict[str, Any] = {
-                "device": device,
-                "workers": settings.workers,
-                "title": "embed the images",
-                "progress": step,
-            }
-            found, where = embedded_share(embed, model.preprocess, pairs.images, **how)
+        with listen_to_progress(leave_if_stopped):
+            found, where = embedded_share(
+                embed,
+                model.preprocess,
+                pairs.images,
+                device=device,
+                workers=settings.workers,
+                title="embed the images",
+            )
         if not found.isfinite().all():
             raise DgmrError(
                 f"some embeddings of {pairs.images.source} are not finite; check the weights and the preprocessing"

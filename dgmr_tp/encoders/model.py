@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from dgmr_tp.encoders.checkpoint import Weights
 from dgmr_tp.encoders.hub import HUB, local_folder
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.pruning import Encoder, Plan, find_sites
+from dgmr_tp.pruning import Plan, TowerAdapter, find_sites
 from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
@@ -41,7 +42,7 @@ class OpenedModel:
     """``open_clip``, ``timm`` or ``transformers``."""
     module: nn.Module
     """The whole model: a CLIP with its text tower, or the vision model alone."""
-    tower: str
+    tower_path: str
     """Where in ``module`` the vision tower stands, such as ``visual``; empty where it is the module itself."""
     name: str
     """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
@@ -57,10 +58,19 @@ class OpenedModel:
     """The model directory it was read from, whose tokenizer files come along."""
 
     @property
-    def encoder(self) -> Encoder:
-        """The vision tower as a walk."""
+    def tower(self) -> nn.Module:
+        """The vision module."""
+        return self.module.get_submodule(self.tower_path)
+
+    @cached_property
+    def adapter(self) -> TowerAdapter:
+        """The adapter that runs the tower block by block.
+
+        Raises:
+            DgmrError: no adapter is known for the tower's class.
+        """
         outside = {"projection": self.module.visual_projection} if hasattr(self.module, "visual_projection") else {}
-        return as_encoder(self.module.get_submodule(self.tower), self.name, **outside)
+        return adapt(self.tower, self.name, **outside)
 
     @property
     def text(self) -> nn.Module | None:
@@ -71,7 +81,7 @@ class OpenedModel:
         alone._modules = {
             name: child
             for name, child in self.module._modules.items()
-            if name not in (self.tower.partition(".")[0], "visual_projection")
+            if name not in (self.tower_path.partition(".")[0], "visual_projection")
         }
         return alone if hasattr(alone, "encode_text") else _room(self.library).TextTower(alone)
 
@@ -117,7 +127,7 @@ class OpenedModel:
                     shutil.copyfile(file, aside / file.name)
         if plan is not None:
             (aside / "plan.json").write_text(plan.to_json() + "\n")
-        hidden = {site.name: site.hidden for site in find_sites(self.encoder.module)}
+        hidden = {site.name: site.hidden for site in find_sites(self.tower)}
         sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
         (aside / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
         (aside / "README.md").write_text(_readme(self, final, opens, hidden, moved=(aside / "trunk").is_dir()))
@@ -155,7 +165,7 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
         "Opens with dgmr-tp:",
         "",
         "```python",
-        f"import dgmr_tp\n\nmodel = dgmr_tp.load_pruned({str(directory)!r})  # model.module, model.preprocess, model.encoder",
+        f"import dgmr_tp\n\nmodel = dgmr_tp.load_pruned({str(directory)!r})  # model.module, model.preprocess, model.adapter",
         "```",
         "",
     ]
@@ -179,7 +189,7 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
     return "\n".join(lines) + "\n"
 
 
-WALKS = {
+ADAPTERS = {
     "open_clip.VisionTransformer": "open_clip_vit.OpenCLIPViT",
     "open_clip.TimmModel": "open_clip_timm.OpenCLIPTimm",
     "timm.VisionTransformer": "timm_vit.TimmViT",
@@ -194,27 +204,27 @@ WALKS = {
 """Library and class of a tower, and where its walk stands; looked up by name, so that only the library in use is loaded."""
 
 
-def has_walk(module: nn.Module) -> bool:
-    """Whether :func:`as_encoder` knows the class of ``module``."""
-    return _walk(module) is not None
+def has_adapter(module: nn.Module) -> bool:
+    """Whether :func:`adapt` knows the class of ``module``."""
+    return _adapter_path(module) is not None
 
 
-def _walk(module: nn.Module) -> str | None:
-    known = (WALKS.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}") for cls in type(module).__mro__)
+def _adapter_path(module: nn.Module) -> str | None:
+    known = (ADAPTERS.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}") for cls in type(module).__mro__)
     return next((walk for walk in known if walk), None)
 
 
-def as_encoder(module: nn.Module, name: str | None = None, **outside: nn.Module) -> Encoder:
+def adapt(module: nn.Module, name: str | None = None, **outside: nn.Module) -> TowerAdapter:
     """The walk of a vision tower; ``outside`` is what its walk takes beside it.
 
     Raises:
         DgmrError: no walk is known for this class; such a model can be pruned, but not recovered.
     """
-    walk = _walk(module)
+    walk = _adapter_path(module)
     if walk is None:
         raise DgmrError(
             f"no walk is known for {type(module).__module__}.{type(module).__name__}: it can be pruned with MLPPruner, "
-            f"but recovery and distillation need one; known: {', '.join(WALKS)}"
+            f"but recovery and distillation need one; known: {', '.join(ADAPTERS)}"
         )
     where, cls = walk.split(".")
     return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(

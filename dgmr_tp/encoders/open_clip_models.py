@@ -191,7 +191,7 @@ def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
     opens = True
     if "timm_model_name" in vision:
         vision["timm_model_name"], opens = _save_trunk(model, directory, final)
-    elif (ratio := ratio_for(find_sites(model.encoder.module))) is not None:
+    elif (ratio := ratio_for(find_sites(model.tower))) is not None:
         vision["mlp_ratio"] = ratio
     else:
         opens = False
@@ -220,7 +220,7 @@ def _say_text(model: OpenedModel, text: dict[str, Any]) -> bool:
 
 def _save_trunk(model: OpenedModel, directory: Path, final: Path) -> tuple[str, bool]:
     """The ``timm_model_name`` that says the trunk's widths, and whether it does: open_clip hands no width on to timm."""
-    trunk, name = model.encoder.module.trunk, model.config["vision_cfg"]["timm_model_name"]
+    trunk, name = model.tower.trunk, model.config["vision_cfg"]["timm_model_name"]
     arguments = said_in_config(trunk)
     # open_clip builds a trunk at the size of its name, whatever size it was resized to since.
     native = tuple(trunk.pretrained_cfg.get("input_size", ()))[1:] in ((), tuple(trunk.patch_embed.img_size or ()))

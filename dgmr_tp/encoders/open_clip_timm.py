@@ -8,17 +8,16 @@ from dataclasses import replace
 from open_clip.timm_model import TimmModel
 from torch import Tensor
 
-from dgmr_tp.encoders.model import as_encoder
-from dgmr_tp.pruning import Block
+from dgmr_tp.encoders.model import adapt
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
-class OpenCLIPTimm:
+class OpenCLIPTimm(TowerAdapter):
     """The walk of ``visual.trunk``, followed by open_clip's projection ``visual.head``."""
 
-    def __init__(self, module: TimmModel, name: str) -> None:
-        self.name = name
-        self.module = module
-        self.trunk = as_encoder(module.trunk)
+    def __init__(self, tower: TimmModel, name: str) -> None:
+        super().__init__(tower, name)
+        self.trunk = adapt(tower.trunk)
 
     def stem(self, images: Tensor) -> Tensor:
         return self.trunk.stem(images)
@@ -33,4 +32,4 @@ class OpenCLIPTimm:
         return self.trunk.norm(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        return self.module.head(self.trunk.embed(state))
+        return self.tower.head(self.trunk.embed(state))

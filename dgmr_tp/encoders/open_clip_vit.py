@@ -8,27 +8,26 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Block
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
-class OpenCLIPViT:
+class OpenCLIPViT(TowerAdapter):
     """The vision tower ``visual`` of an open_clip model (``open_clip.transformer.VisionTransformer``)."""
 
-    def __init__(self, module: VisionTransformer, name: str) -> None:
-        if not module.transformer.batch_first:
+    def __init__(self, tower: VisionTransformer, name: str) -> None:
+        if not tower.transformer.batch_first:
             raise DgmrError(
                 f"{name}: a tower built with batch_first=False is not supported; build it with batch_first=True"
             )
-        self.name = name
-        self.module = module
+        super().__init__(tower, name)
 
     def stem(self, images: Tensor) -> Tensor:
-        return self.module._embeds(images)
+        return self.tower._embeds(images)
 
     def blocks(self) -> Sequence[Block]:
         return [
             Block(f"transformer.resblocks.{i}", block, block)
-            for i, block in enumerate(self.module.transformer.resblocks)
+            for i, block in enumerate(self.tower.transformer.resblocks)
         ]
 
     def features(self, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,9 +35,9 @@ class OpenCLIPViT:
 
     def norm(self, state: Tensor) -> Tensor:
         # CoCa pools first: its norm is for what comes out of the pooling, not for tokens.
-        pooled_first = self.module.attn_pool is not None and self.module.attn_pool_contrastive is None
-        return state if pooled_first else self.module.ln_post(state)
+        pooled_first = self.tower.attn_pool is not None and self.tower.attn_pool_contrastive is None
+        return state if pooled_first else self.tower.ln_post(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        pooled, _ = self.module._pool(state)
-        return pooled if self.module.proj is None else pooled @ self.module.proj
+        pooled, _ = self.tower._pool(state)
+        return pooled if self.tower.proj is None else pooled @ self.tower.proj

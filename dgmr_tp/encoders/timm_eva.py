@@ -6,35 +6,30 @@ from collections.abc import Sequence
 from functools import partial
 from math import isqrt
 
-from timm.models.eva import Eva
 from torch import Tensor
 
-from dgmr_tp.pruning import Block
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
-class TimmEva:
+class TimmEva(TowerAdapter):
     """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
 
-    def __init__(self, module: Eva, name: str) -> None:
-        self.name = name
-        self.module = module
-
     def stem(self, images: Tensor) -> Tensor:
-        tokens, _ = self.module._pos_embed(self.module.patch_embed(images))
-        return self.module.norm_pre(tokens)
+        tokens, _ = self.tower._pos_embed(self.tower.patch_embed(images))
+        return self.tower.norm_pre(tokens)
 
     def blocks(self) -> Sequence[Block]:
-        return [Block(f"blocks.{i}", block, partial(self._block, i)) for i, block in enumerate(self.module.blocks)]
+        return [Block(f"blocks.{i}", block, partial(self._block, i)) for i, block in enumerate(self.tower.blocks)]
 
     def _block(self, index: int, state: Tensor) -> Tensor:
         rotary = self._rotary(state)
-        if rotary is not None and self.module.rope_mixed:  # each block has angles of its own
+        if rotary is not None and self.tower.rope_mixed:  # each block has angles of its own
             rotary = rotary[index]
-        return self.module.blocks[index](state, rope=rotary)
+        return self.tower.blocks[index](state, rope=rotary)
 
     def _rotary(self, state: Tensor) -> Tensor | None:
         """The rotary positions, which depend on the grid of patches alone, so that the state stays one tensor."""
-        model = self.module
+        model = self.tower
         if model.rope is None:
             return None
         if not model.dynamic_img_size and hasattr(model.rope, "feat_shape"):
@@ -45,11 +40,11 @@ class TimmEva:
         return model.rope.get_embed(shape=grid)
 
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
-        class_token = None if self.module.cls_token is None else state[:, 0]
-        return class_token, state[:, self.module.num_prefix_tokens :]
+        class_token = None if self.tower.cls_token is None else state[:, 0]
+        return class_token, state[:, self.tower.num_prefix_tokens :]
 
     def norm(self, state: Tensor) -> Tensor:
-        return self.module.norm(state)
+        return self.tower.norm(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        return self.module.forward_head(self.norm(state))
+        return self.tower.forward_head(self.norm(state))

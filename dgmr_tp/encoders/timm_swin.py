@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from dgmr_tp.pruning import Block
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
-class TimmSwin:
+class TimmSwin(TowerAdapter):
     """Stages halve the grid: the first block of a stage takes the tokens of the stage before. There is no class token."""
 
-    def __init__(self, module: SwinTransformer | SwinTransformerV2, name: str) -> None:
-        self.name = name
-        self.module = module
-
     def stem(self, images: Tensor) -> Tensor:
-        return self.module.patch_embed(images).flatten(1, 2)
+        return self.tower.patch_embed(images).flatten(1, 2)
 
     def blocks(self) -> Sequence[Block]:
         return [
             Block(f"layers.{i}.blocks.{j}", block, partial(_block, block, stage, first=j == 0))
-            for i, stage in enumerate(self.module.layers)
+            for i, stage in enumerate(self.tower.layers)
             for j, block in enumerate(stage.blocks)
         ]
 
@@ -33,11 +27,11 @@ class TimmSwin:
         return None, state
 
     def norm(self, state: Tensor) -> Tensor:
-        return self.module.norm(state)
+        return self.tower.norm(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        grid = self.module.layers[-1].output_resolution
-        return self.module.forward_head(self.norm(state).unflatten(1, grid))
+        grid = self.tower.layers[-1].output_resolution
+        return self.tower.forward_head(self.norm(state).unflatten(1, grid))
 
 
 def _block(block: nn.Module, stage: nn.Module, state: Tensor, *, first: bool) -> Tensor:

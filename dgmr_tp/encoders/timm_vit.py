@@ -7,31 +7,30 @@ from collections.abc import Sequence
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from dgmr_tp.pruning import Block
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
-class TimmViT:
+class TimmViT(TowerAdapter):
     """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
 
-    def __init__(self, module: VisionTransformer, name: str) -> None:
-        self.name = name
-        self.module = module
-        self.gives_tokens = module.num_classes == 0
+    def __init__(self, tower: VisionTransformer, name: str) -> None:
+        super().__init__(tower, name)
+        self.gives_tokens = tower.num_classes == 0
         """A DINOv2 without a classifier serves dense tasks with the patch tokens of the last block."""
 
     def stem(self, images: Tensor) -> Tensor:
-        model = self.module
+        model = self.tower
         return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
 
     def blocks(self) -> Sequence[Block]:
-        return [Block(f"blocks.{i}", block, block) for i, block in enumerate(self.module.blocks)]
+        return [Block(f"blocks.{i}", block, block) for i, block in enumerate(self.tower.blocks)]
 
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
-        class_token = state[:, 0] if self.module.has_class_token else None
-        return class_token, state[:, self.module.num_prefix_tokens :]
+        class_token = state[:, 0] if self.tower.has_class_token else None
+        return class_token, state[:, self.tower.num_prefix_tokens :]
 
     def norm(self, state: Tensor) -> Tensor:
-        return self.module.norm(state)
+        return self.tower.norm(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        return self.module.forward_head(self.norm(state))
+        return self.tower.forward_head(self.norm(state))

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors, weights_file
 from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
-from dgmr_tp.encoders.model import TEXT_FILES, OpenedModel, has_walk, read_json
+from dgmr_tp.encoders.model import TEXT_FILES, OpenedModel, has_adapter, read_json
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.pruning.pruner import resize
@@ -128,7 +128,7 @@ def _no_progress_bar() -> Iterator[None]:
 def _where(module: nn.Module) -> str | None:
     """The path of the vision tower in ``module``."""
     modules = dict(module.named_modules())
-    return next((path for path in TOWERS if path in modules and has_walk(modules[path])), None)
+    return next((path for path in TOWERS if path in modules and has_adapter(modules[path])), None)
 
 
 class _Preprocess:
@@ -199,7 +199,7 @@ def save_weights(model: OpenedModel, directory: Path) -> None:
 
 
 def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
-    tower = model.encoder.module
+    tower = model.tower
     opens = _say(tower)
     _refuse_other_cuts(model)
     model.module.config.architectures = [type(model.module).__name__]
@@ -214,7 +214,7 @@ def _refuse_other_cuts(model: OpenedModel) -> None:
     """Nothing in a model directory says the widths of what is no vision tower."""
     with torch.device("meta"):
         built = type(model.module)(copy.deepcopy(model.module.config))
-    inside = f"{model.tower}." if model.tower else ""
+    inside = f"{model.tower_path}." if model.tower_path else ""
     wanted = {site.name: site.hidden for site in find_sites(built)}
     for site in find_sites(model.module):
         if not site.name.startswith(inside) and site.hidden != wanted[site.name]:

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from dgmr_tp.pruning import Block
+from dgmr_tp.pruning import Block, TowerAdapter
 
 
 def clip(tower: nn.Module, tokens: Tensor) -> Tensor:
@@ -31,26 +31,25 @@ HEADS: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], bool]] = {
 """By class: the embedding of the state after the last block, and whether the first token is a class token."""
 
 
-class TransformersViT:
+class TransformersViT(TowerAdapter):
     """``embed`` gives the model's ``pooler_output`` (InternVL has none: the class token after its last norm), behind the ``projection`` of
     the CLIP that the tower belongs to, if any."""
 
-    def __init__(self, module: nn.Module, name: str, projection: nn.Module | None = None) -> None:
-        self.name = name
-        self.module = module
+    def __init__(self, tower: nn.Module, name: str, projection: nn.Module | None = None) -> None:
+        super().__init__(tower, name)
         self.projection = projection
-        self._head, self._has_class_token = HEADS[type(module).__name__]
+        self._head, self._has_class_token = HEADS[type(tower).__name__]
         self.gives_tokens = self._head is class_token
         """DINOv2 and InternViT serve dense tasks and language models with the patch tokens of the last block."""
 
     def stem(self, images: Tensor) -> Tensor:
-        embedded = self.module.embeddings(images)
-        return self.module.pre_layrnorm(embedded) if hasattr(self.module, "pre_layrnorm") else embedded
+        embedded = self.tower.embeddings(images)
+        return self.tower.pre_layrnorm(embedded) if hasattr(self.tower, "pre_layrnorm") else embedded
 
     def blocks(self) -> Sequence[Block]:
-        encoder = self.module.encoder
+        encoder = self.tower.encoder
         child = "layers" if hasattr(encoder, "layers") else "layer"
-        masked = {} if type(self.module).__name__.startswith("InternVL") else {"attention_mask": None}
+        masked = {} if type(self.tower).__name__.startswith("InternVL") else {"attention_mask": None}
         return [
             Block(f"encoder.{child}.{i}", layer, partial(layer, **masked))
             for i, layer in enumerate(getattr(encoder, child))
@@ -60,8 +59,8 @@ class TransformersViT:
         return (state[:, 0], state[:, 1:]) if self._has_class_token else (None, state)
 
     def norm(self, state: Tensor) -> Tensor:
-        return (self.module.post_layernorm if hasattr(self.module, "post_layernorm") else self.module.layernorm)(state)
+        return (self.tower.post_layernorm if hasattr(self.tower, "post_layernorm") else self.tower.layernorm)(state)
 
     def embed(self, state: Tensor) -> Tensor:
-        pooled = self._head(self.module, state)
+        pooled = self._head(self.tower, state)
         return pooled if self.projection is None else self.projection(pooled)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgmr_tp.data.embeddings import Progress, embedded_share
+from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
@@ -182,7 +182,6 @@ def survey(
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
-    progress: Progress = lambda title, done, total: None,
 ) -> dict[str, Any]:
     """Embed the same images by both encoders and compare.
 
@@ -193,7 +192,6 @@ def survey(
         count: how many of the images, drawn by ``seed``.
         queries, limits: see :func:`~dgmr_tp.evaluation.index_compatibility.compatibility`.
         device, workers: where images are embedded and how many processes read them.
-        progress: called with a title, images done and images in all.
 
     Returns:
         What ``compatibility`` returns; the ``worst`` images have their ``name`` and a ``thumbnail``, a data URI. ``left_out`` is the number
@@ -205,7 +203,7 @@ def survey(
     found = Images.find(images)
     if len(found) > count:
         found, _ = found.divided(count, seed)
-    how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
+    how: dict[str, Any] = {"device": device, "workers": workers}
     before, places = embedded_share(*old, found, title="old embeddings", **how)
     after, _ = embedded_share(*new, found, title="new embeddings", **how)
     result = compatibility(before.cpu(), after.cpu(), classifier=classifier, queries=queries, limits=limits, seed=seed)

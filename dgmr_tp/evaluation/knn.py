@@ -25,7 +25,6 @@ def knn_accuracy(
     device: str | torch.device = "cpu",
     batch_size: int = 64,
     workers: int = 0,
-    progress: Callable[[str, int, int], None] = lambda title, done, total: None,
 ) -> dict[str, float]:
     """Top-1 of the test images by their nearest training images, k = 10, 20, 100, 200, temperature 0.07.
 
@@ -37,7 +36,6 @@ def knn_accuracy(
         train, test: images with classes: folders of folders, or tars with ``.cls``.
         device: where embeddings are compared.
         batch_size, workers: how images are read.
-        progress: called with a title, images done and images in all.
 
     Returns:
         ``{"knn@10": …, "knn@20": …, …}`` as fractions; a k above the number of training images is left out.
@@ -48,7 +46,7 @@ def knn_accuracy(
     known, asked = train.classes(), test.classes()
     names = sorted({*known, *asked})
     number = {name: i for i, name in enumerate(names)}
-    how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
+    how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
     bank, places = (
         from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how)
     )

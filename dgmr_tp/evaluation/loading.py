@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.formats import SUFFIXES, open_exported
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def open_served(
     name = (text or _origin(Path(source))) if exported else source
     model = open_model(name, pretrained if name.startswith(("open_clip:", "timm:")) else None)
     model.module.to(device).eval()
-    return Served(model, as_clip(model, exported), exported or Tower(model.encoder), device)
+    return Served(model, as_clip(model, exported), exported or ImageEncoder(model.adapter), device)
 
 
 def _origin(path: Path) -> str:

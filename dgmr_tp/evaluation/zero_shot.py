@@ -25,7 +25,7 @@ from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import linear_probe
-from dgmr_tp.pruning import Tower
+from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.lazy_imports import require
 
 RECALLS = ("1", "5", "10")
@@ -50,7 +50,7 @@ def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None 
     """A model with ``encode_image``, its own or another, and, if it has a text tower, ``encode_text``."""
     if encode_image is None and hasattr(model.module, "encode_image"):
         return model.module
-    return CLIPWithEncoder(model.text or model.module, encode_image or Tower(model.encoder))
+    return CLIPWithEncoder(model.text or model.module, encode_image or ImageEncoder(model.adapter))
 
 
 def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

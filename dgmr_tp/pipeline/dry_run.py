@@ -75,7 +75,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         DgmrError: the model is unknown, or a size is impossible.
     """
     opened = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-    tower, sites = opened.encoder.module, block_sites(opened)
+    tower, sites = opened.tower, block_sites(opened)
     assert sites is not None
     before = (parameter_cost(tower, sites), flop_cost(tower, sites, opened.image_size))
     sizes = {}
@@ -127,8 +127,8 @@ def plan_memory(recipe: Recipe, devices: str, rate: str | None = None) -> tuple[
     texts, misfit = [], None
     for name, size in dry_run(recipe).sizes.items():
         student = teacher.copy()
-        resize(student.encoder.module, size.keep)
-        planner = Planner(student.encoder, teacher.encoder, settings, teacher.image_size)
+        resize(student.tower, size.keep)
+        planner = Planner(student.adapter, teacher.adapter, settings, teacher.image_size)
         texts.append(f"{name}: {planner.table(settings, there)}\n{images:,} images{_hours(images, rate, name)}")
         if not planner.fits(settings, there) and misfit is None:
             remedy = planner.remedy(settings, there)
@@ -172,8 +172,8 @@ def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> lis
     from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need, parameter_groups
     from dgmr_tp.distillation.losses import FeatureTap, Objective
 
-    resize(student.encoder.module, keep)
-    tap = FeatureTap(student.encoder, Objective(**distill.loss.model_dump()))
+    resize(student.tower, keep)
+    tap = FeatureTap(student.adapter, Objective(**distill.loss.model_dump()))
     freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
     return [
         {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Found, Progress, Rankings, make_plan, rank, search
+from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Found, Rankings, make_plan, rank, search
 from dgmr_tp.compression.prune import prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import find_images, is_url
@@ -26,7 +26,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.preflight import check_needs
 from dgmr_tp.pipeline.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
 from dgmr_tp.pipeline.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
-from dgmr_tp.pruning import Plan, Tower
+from dgmr_tp.pruning import ImageEncoder, Plan
 from dgmr_tp.utils.files import hold, sha256, write_whole
 
 STAGES = ("scenes", "rank", "prune", "recover", "distill", "tune_text", "evaluate", "compare", "export")
@@ -286,37 +286,31 @@ class Run(RunDirectory):
         return {}
 
     def _rank(self, folder: Path) -> dict[str, Any]:
-        from dgmr_tp.utils.progress import shown
-
         model = self.original()
         model.module.to(self.device)
         options = {"calibration": self.recipe.calibration, "seed": self.recipe.seed}
-        with shown() as progress:
-            rankings = rank(model, self.recipe.prune.criterion, self._images, progress=progress, **options)
+        rankings = rank(model, self.recipe.prune.criterion, self._images, **options)
         rankings.save(folder / "rankings.safetensors")
         return {"sensitivity": {name: ranking.sensitivity for name, ranking in rankings.sites.items()}}
 
     def _prune(self, folder: Path, size: str, amount: dict[str, Any]) -> dict[str, Any]:
-        from dgmr_tp.utils.progress import shown
-
         model = self.original()
         before = self._cost(model)
         if self.recipe.prune.criterion in (*SEEING, *DIFFERENTIATING):
             model.module.to(self.device)  # to look at images there, and to measure a budget of latency
         found: dict[str, Any] = {}
-        with shown() as progress:
-            if "threshold" in amount:
-                plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"], progress)
-                found["image_forwards"] = image_blocks / len(model.encoder.blocks())
-            elif self.recipe.prune.promises:
-                plan, found["promise"] = self._keep_promise(model, amount, progress)
-            elif self.recipe.prune.criterion in SEEING:
-                plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
-            else:
-                options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
-                if self.recipe.prune.criterion in DIFFERENTIATING:
-                    options |= {"images": self._images, "calibration": self.recipe.calibration}
-                plan = make_plan(model, progress=progress, **options)
+        if "threshold" in amount:
+            plan, found["entropy"], image_blocks = self._search(model, folder, amount["threshold"])
+            found["image_forwards"] = image_blocks / len(model.adapter.blocks())
+        elif self.recipe.prune.promises:
+            plan, found["promise"] = self._keep_promise(model, amount)
+        elif self.recipe.prune.criterion in SEEING:
+            plan = Rankings.read(self.folder("rank/all") / "rankings.safetensors").plan(model, **amount)
+        else:
+            options: dict[str, Any] = {"criterion": self.recipe.prune.criterion, "seed": self.recipe.seed, **amount}
+            if self.recipe.prune.criterion in DIFFERENTIATING:
+                options |= {"images": self._images, "calibration": self.recipe.calibration}
+            plan = make_plan(model, **options)
         model.module.cpu()
         result = prune(model, plan=plan)
         shutil.rmtree(folder / "model", ignore_errors=True)
@@ -324,7 +318,7 @@ class Run(RunDirectory):
         sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in result.table]
         return {"original": before, "pruned": self._cost(result.model), "sites": sites, **found}
 
-    def _search(self, model: OpenedModel, folder: Path, threshold: float, progress: Progress) -> Found:
+    def _search(self, model: OpenedModel, folder: Path, threshold: float) -> Found:
         options = self.recipe.prune.search.model_dump()
         return search(
             model,
@@ -333,13 +327,10 @@ class Run(RunDirectory):
             calibration=options.pop("images"),
             seed=self.recipe.seed,
             journal=folder / JOURNAL,
-            progress=progress,
             **options,
         )
 
-    def _keep_promise(
-        self, model: OpenedModel, amount: dict[str, Any], progress: Progress
-    ) -> tuple[Plan, dict[str, Any]]:
+    def _keep_promise(self, model: OpenedModel, amount: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
         """The widths, and how they were found; the recovery stage then makes the very encoder that was judged."""
         from dgmr_tp.compression.quality_target import prune_to_promise
 
@@ -353,27 +344,22 @@ class Run(RunDirectory):
             damping=section.damping,
             seed=self.recipe.seed,
             rankings=Rankings.read(self.folder("rank/all") / "rankings.safetensors"),
-            progress=progress,
             **amount,
         )
         return kept.pruned.plan, {**kept.judged._asdict(), "trials": [trial._asdict() for trial in kept.trials]}
 
     def _recover(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.utils.progress import shown
-
         section = self.recipe.recover
         assert section
         model = self.original()
         model.module.to(self.device)
         images = find_images(self._images)
-        with shown() as progress:
-            result = prune(
-                model,
-                images.sample(section.images, self.recipe.seed, model.preprocess),
-                plan=self._plan(size),
-                damping=section.damping,
-                progress=progress,
-            )
+        result = prune(
+            model,
+            images.sample(section.images, self.recipe.seed, model.preprocess),
+            plan=self._plan(size),
+            damping=section.damping,
+        )
         result.model.module.cpu()
         result.model.save(folder / "model", result.plan, final=self.folder(f"recover/{size}") / "model")
         return {
@@ -422,7 +408,7 @@ class Run(RunDirectory):
         from dgmr_tp.evaluation.zero_shot import as_clip
 
         model = self.original()
-        return {"original": self._measure(model, as_clip(model), Tower(model.encoder), folder, "original")}
+        return {"original": self._measure(model, as_clip(model), ImageEncoder(model.adapter), folder, "original")}
 
     def _evaluate(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import as_clip
@@ -430,29 +416,26 @@ class Run(RunDirectory):
         figures = {}
         for label, key in self.model_keys(size).items():
             model = open_model(str(self.folder(key) / "model"))
-            figures[label] = self._measure(model, as_clip(model), Tower(model.encoder), folder, label)
+            figures[label] = self._measure(model, as_clip(model), ImageEncoder(model.adapter), folder, label)
         return figures
 
     def _compare(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.index_compatibility import Limits, Side, survey, text_classifier
-        from dgmr_tp.utils.progress import shown
 
         section = self.recipe.compare
         assert section
         old, new = self.original(), self._final(size)
-        with shown() as progress:
-            return survey(
-                *(Side(Tower(model.encoder).to(self.device).eval(), model.preprocess) for model in (old, new)),
-                self.data_path(section.images),
-                classifier=text_classifier(old, self.data_path(section.classes)) if section.classes else None,
-                count=section.count,
-                queries=section.queries,
-                limits=Limits(section.keep, section.convenient),
-                seed=self.recipe.seed,
-                device=self.device,
-                workers=section.workers,
-                progress=progress,
-            )
+        return survey(
+            *(Side(ImageEncoder(model.adapter).to(self.device).eval(), model.preprocess) for model in (old, new)),
+            self.data_path(section.images),
+            classifier=text_classifier(old, self.data_path(section.classes)) if section.classes else None,
+            count=section.count,
+            queries=section.queries,
+            limits=Limits(section.keep, section.convenient),
+            seed=self.recipe.seed,
+            device=self.device,
+            workers=section.workers,
+        )
 
     def _export_original(self, folder: Path) -> dict[str, Any]:
         model = self.original()
@@ -502,7 +485,6 @@ class Run(RunDirectory):
         from dgmr_tp.evaluation.knn import knn_accuracy
         from dgmr_tp.evaluation.linear_head import head_accuracy, read_head
         from dgmr_tp.evaluation.zero_shot import evaluate
-        from dgmr_tp.utils.progress import shown
 
         section = self.recipe.evaluate
         assert section
@@ -520,8 +502,7 @@ class Run(RunDirectory):
         for name, given, others, measure in on_images:
             test = Images.find(self.data_path(given.test))
             options = {"device": device, "batch_size": section.batch_size, "workers": given.workers}
-            with shown() as progress:
-                found = measure(embed, model.preprocess, test=test, progress=progress, **options)
+            found = measure(embed, model.preprocess, test=test, **options)
             if left_out := sum(len(images.broken) for images in (test, *others)):
                 found["images_left_out"] = left_out
             metrics[NOT_CLIP_BENCHMARKS[name]] = found
@@ -543,7 +524,7 @@ class Run(RunDirectory):
     def _cost(self, model: OpenedModel) -> dict[str, int]:
         from dgmr_tp.pruning.cost import flops, parameters
 
-        tower = model.encoder.module
+        tower = model.tower
         return {"parameters": parameters(tower), "flops": flops(tower, model.image_size)}
 
     def _last(self, size: str) -> str:

@@ -1,9 +1,9 @@
 """The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
 
-from dgmr_tp.pruning.adapter import Block, Encoder, Tower, last_state, sites_in_blocks
+from dgmr_tp.pruning.adapter import Block, ImageEncoder, TowerAdapter, last_state
 from dgmr_tp.pruning.allocation import Amount
 from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
-from dgmr_tp.pruning.output_selection import Ranking, rank_encoder
+from dgmr_tp.pruning.output_selection import Ranking, rank_tower
 from dgmr_tp.pruning.plan import Plan, SitePlan
 from dgmr_tp.pruning.pruner import MLPPruner
 from dgmr_tp.pruning.recovery import SiteRecovery, recover
@@ -14,8 +14,8 @@ __all__ = [
     "Amount",
     "Block",
     "DGMRImportance",
-    "Encoder",
     "GivenScores",
+    "ImageEncoder",
     "MLPPruner",
     "Plan",
     "Ranking",
@@ -23,11 +23,10 @@ __all__ = [
     "Site",
     "SitePlan",
     "SiteRecovery",
-    "Tower",
+    "TowerAdapter",
     "find_sites",
     "last_state",
-    "rank_encoder",
+    "rank_tower",
     "recover",
     "select_diverse_rows",
-    "sites_in_blocks",
 ]

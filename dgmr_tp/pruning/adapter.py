@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,10 @@ from dgmr_tp.pruning.sites import Site, find_sites
 
 @dataclass(frozen=True)
 class Block:
-    """One residual block of an encoder: it takes a state to a state and owns the MLP sites below ``module``."""
+    """One residual block of a tower: it maps a state to a state and owns the MLP sites below ``module``."""
 
     name: str
-    """Path of ``module`` inside ``Encoder.module``, such as ``transformer.resblocks.3``."""
+    """Path of ``module`` inside :attr:`TowerAdapter.tower`, such as ``transformer.resblocks.3``."""
     module: nn.Module
     forward: Callable[[Tensor], Tensor]
 
@@ -25,63 +27,73 @@ class Block:
         return self.forward(state)
 
 
-class Encoder(Protocol):
-    """A vision tower as a walk. ``embed(blocks[-1](… blocks[0](stem(images))))`` is the embedding that ``module(images)`` gives."""
+class TowerAdapter(ABC):
+    """Runs a vision tower block by block.
 
-    name: str
-    """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
-    module: nn.Module
-    """The tower itself, whose parameters are pruned in place."""
+    ``embed(blocks[-1](… blocks[0](stem(images))))`` equals the embedding that ``tower(images)`` returns.
 
+    Args:
+        tower: the vision module; pruning changes its parameters in place.
+        name: the model and its library, such as ``open_clip:ViT-g-14``.
+    """
+
+    projection: nn.Module | None = None
+    """A module outside the tower that maps its output into the space shared by images and texts. Most towers include it."""
+    gives_tokens: bool = False
+    """Callers use the patch tokens after the last block, not only the embedding, as dense tasks and language models do."""
+
+    def __init__(self, tower: nn.Module, name: str) -> None:
+        self.tower: Any = tower
+        self.name = name
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """MLP sites inside the residual blocks, found once. MLPs of a head are left out."""
+        prefixes = tuple(f"{block.name}." for block in self.blocks())
+        return [site for site in find_sites(self.tower) if site.name.startswith(prefixes)]
+
+    @abstractmethod
     def stem(self, images: Tensor) -> Tensor:
-        """Images ``[batch, 3, height, width]`` to the state before the first block, ``[batch, tokens, width]``."""
-        ...
+        """Map images ``[batch, 3, height, width]`` to the state before the first block, ``[batch, tokens, width]``."""
 
+    @abstractmethod
     def blocks(self) -> Sequence[Block]:
-        """The residual blocks in the order in which they run."""
-        ...
+        """Return the residual blocks in the order in which they run."""
 
+    @abstractmethod
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The class token ``[batch, width]`` (None where the tower has none) and the patch tokens
-        ``[batch, patches, width]`` of a state, before the final norm."""
-        ...
+        """Split a state before the final norm into class token and patch tokens.
 
+        Returns:
+            The class token ``[batch, width]``, or None if the tower has none, and the patch tokens
+            ``[batch, patches, width]``.
+        """
+
+    @abstractmethod
     def norm(self, state: Tensor) -> Tensor:
-        """The state after the last block behind the tower's final norm, token by token; as it is where the tower has none."""
-        ...
+        """Apply the tower's final norm to the state after the last block, token by token. Identity without a norm."""
 
+    @abstractmethod
     def embed(self, state: Tensor) -> Tensor:
-        """The state after the last block to what the tower gives its caller, ``[batch, embedding]``: of several outputs
-        the one that stands for the image. Behind the :func:`projection`, where there is one."""
-        ...
+        """Map the state after the last block to the image embedding ``[batch, embedding]``, projection included."""
 
 
-def projection(encoder: Encoder) -> nn.Module | None:
-    """What stands outside the tower and brings its output into the space that images and texts share; most towers do so themselves."""
-    return getattr(encoder, "projection", None)
+class ImageEncoder(nn.Module):
+    """A tower as one module from images to embeddings, whatever else its own ``forward`` returns."""
 
-
-def gives_tokens(encoder: Encoder) -> bool:
-    """Whether callers take the tokens after the last block too, and not the embedding alone, as dense tasks and language models do."""
-    return getattr(encoder, "gives_tokens", False)
-
-
-class Tower(nn.Module):
-    """The encoder as one module from images to the embedding, whatever else its own ``forward`` returns."""
-
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, adapter: TowerAdapter) -> None:
         super().__init__()
-        self.module = encoder.module
-        self.projection = projection(encoder)
-        self.encoder = encoder
+        self.tower = adapter.tower
+        self.projection = adapter.projection
+        self.adapter = adapter
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.encoder.embed(last_state(self.encoder, images))
+        return self.adapter.embed(last_state(self.adapter, images))
 
 
-def last_state(encoder: Encoder, images: Tensor) -> Tensor:
+def last_state(adapter: TowerAdapter, images: Tensor) -> Tensor:
     """The state after the last block: what ``features`` and ``embed`` read."""
-    return through(encoder.blocks(), encoder.stem(images))
+    return through(adapter.blocks(), adapter.stem(images))
 
 
 def through(blocks: Iterable[Block], state: Tensor) -> Tensor:
@@ -89,12 +101,6 @@ def through(blocks: Iterable[Block], state: Tensor) -> Tensor:
     for block in blocks:
         state = block(state)
     return state
-
-
-def sites_in_blocks(encoder: Encoder) -> list[Site]:
-    """The MLPs inside the residual blocks: those of a head are left out."""
-    inside = tuple(f"{block.name}." for block in encoder.blocks())
-    return [site for site in find_sites(encoder.module) if site.name.startswith(inside)]
 
 
 def tokens_read(read: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:

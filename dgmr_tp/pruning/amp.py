@@ -23,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import Encoder, last_state, sites_in_blocks, through
+from dgmr_tp.pruning.adapter import TowerAdapter, last_state, through
 from dgmr_tp.pruning.calibration import gated_inputs
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.pruner import MLPPruner
 from dgmr_tp.pruning.sites import Site, find_sites
 from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.progress import report_progress
 
 TEMPERATURE = 1 / 15
 """τ of OpenCLIP-g and -G in the paper; 1/20 for EVA-CLIP and DINOv2."""
@@ -71,7 +72,9 @@ def contrastive(texts: Sequence[Tensor], temperature: float = TEMPERATURE) -> Ob
     return objective
 
 
-def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective | None = None) -> dict[str, Tensor]:
+def gate_scores(
+    adapter: TowerAdapter, groups: Sequence[Group], objective: Objective | None = None
+) -> dict[str, Tensor]:
     """First-order importance of every hidden neuron (equations 1 to 4): ``mean_images |Σ_tokens h ∂E/∂h|``.
 
     A gate of ones on the hidden activations has exactly that sum as its gradient, so no activation is kept for it. The
@@ -85,15 +88,13 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
     Returns:
         By site name, float64 ``[hidden]``, higher is kept.
     """
-    consumers = {
-        site.name: cast(nn.Linear, encoder.module.get_submodule(site.consumer)) for site in sites_in_blocks(encoder)
-    }
+    consumers = {site.name: cast(nn.Linear, adapter.tower.get_submodule(site.consumer)) for site in adapter.sites}
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in consumers.items()}
     images = 0
-    with evaluating(encoder.module), _frozen(encoder.module), torch.enable_grad():
-        for batch, pull, scale in _pulls(encoder, groups, objective or entropy()):
+    with evaluating(adapter.tower), _frozen(adapter.tower), torch.enable_grad():
+        for batch, pull, scale in _pulls(adapter, groups, objective or entropy()):
             with gated_inputs(*consumers.values()) as gates:
-                embeddings = encoder.embed(last_state(encoder, batch))
+                embeddings = adapter.embed(last_state(adapter, batch))
             found = torch.autograd.grad(embeddings, [gates[layer] for layer in consumers.values()], pull.to(embeddings))
             for name, gradient in zip(consumers, found, strict=True):
                 sums[name] += gradient.flatten(1).double().abs().sum(0).cpu() / scale
@@ -103,18 +104,20 @@ def gate_scores(encoder: Encoder, groups: Sequence[Group], objective: Objective 
 
 
 @contextmanager
-def weight_gradients(encoder: Encoder, groups: Sequence[Group], objective: Objective | None = None) -> Iterator[None]:
+def weight_gradients(
+    adapter: TowerAdapter, groups: Sequence[Group], objective: Objective | None = None
+) -> Iterator[None]:
     """While the context lasts, the MLPs' parameters have ``.grad`` of the objective: what torch-pruning's Taylor criterion reads."""
-    parameters = [p for site in sites_in_blocks(encoder) for p in encoder.module.get_submodule(site.name).parameters()]
-    before = [(p, p.grad, p.requires_grad) for p in encoder.module.parameters()]
+    parameters = [p for site in adapter.sites for p in adapter.tower.get_submodule(site.name).parameters()]
+    before = [(p, p.grad, p.requires_grad) for p in adapter.tower.parameters()]
     try:
-        encoder.module.requires_grad_(False)
-        with evaluating(encoder.module), torch.enable_grad():
+        adapter.tower.requires_grad_(False)
+        with evaluating(adapter.tower), torch.enable_grad():
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
-            for batch, pull, scale in _pulls(encoder, groups, objective or entropy()):
-                embeddings = encoder.embed(last_state(encoder, batch))
+            for batch, pull, scale in _pulls(adapter, groups, objective or entropy()):
+                embeddings = adapter.embed(last_state(adapter, batch))
                 embeddings.backward((pull / scale).to(embeddings))
         for parameter in parameters:  # in every process, also in one without a group
             parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(
@@ -141,7 +144,7 @@ class Search:
 
 @torch.no_grad()
 def search_widths(
-    encoder: Encoder,
+    adapter: TowerAdapter,
     scores: Mapping[str, Tensor],
     groups: Sequence[Group],
     *,
@@ -151,7 +154,6 @@ def search_widths(
     trials: int = TRIALS,
     state: Search | None = None,
     remember: Callable[[Search], None] = lambda state: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Search:
     """AMP's Algorithm 1: from the last block to the first, the smallest width that raises the objective by no more than ``threshold``.
 
@@ -169,7 +171,6 @@ def search_widths(
         trials: a site.
         state: of an interrupted search with the same arguments.
         remember: called with the state after each site.
-        progress: called with sites done and sites in all.
 
     Returns:
         The final state; a site that no trial could narrow keeps all.
@@ -179,41 +180,41 @@ def search_widths(
     """
     objective = objective or entropy()
     state = state or Search()
-    blocks, sites = encoder.blocks(), sites_in_blocks(encoder)
+    blocks, sites = adapter.blocks(), adapter.sites
 
     def passes(change: float) -> bool:
         return (abs(change) if two_sided else change) <= threshold
 
-    with evaluating(encoder.module):
+    with evaluating(adapter.tower):
         for name, kept in state.kept.items():
-            put(encoder.module, name, _cut(encoder.module.get_submodule(name), kept))
+            put(adapter.tower, name, _cut(adapter.tower.get_submodule(name), kept))
         if state.baseline is None:
-            state.baseline = _judged(encoder, _before(encoder, groups, 0, state), 0, objective, state)
+            state.baseline = _judged(adapter, _before(adapter, groups, 0, state), 0, objective, state)
         states: list[tuple[int, list[Tensor]]]
         for depth in reversed(range(len(blocks))):
             here = [
                 site for site in sites if site.name.startswith(f"{blocks[depth].name}.") and site.name not in state.kept
             ]
             states = []  # the last ones go before the next come
-            states = _before(encoder, groups, depth, state) if here else []
+            states = _before(adapter, groups, depth, state) if here else []
             for site in reversed(here):
                 order = scores[site.name].argsort(descending=True, stable=True).tolist()
                 _search_site(
-                    encoder,
+                    adapter,
                     site,
                     order,
-                    partial(_judged, encoder, states, depth, objective, state),
+                    partial(_judged, adapter, states, depth, objective, state),
                     passes,
                     trials,
                     state,
                 )
                 remember(state)
-                progress(len(state.kept), len(sites))
+                report_progress("search", len(state.kept), len(sites))
     return state
 
 
 def _search_site(
-    encoder: Encoder,
+    adapter: TowerAdapter,
     site: Site,
     order: list[int],
     judged: Callable[[], float],
@@ -221,20 +222,20 @@ def _search_site(
     trials: int,
     state: Search,
 ) -> None:
-    dense = encoder.module.get_submodule(site.name)
+    dense = adapter.tower.get_submodule(site.name)
     low, high, accepted, baseline = 0, site.hidden, dense, cast(float, state.baseline)
     for _ in range(trials):
         middle = (low + high) // 2
         if middle == low:
             break
         trial = _cut(dense, tuple(sorted(order[:middle])))
-        put(encoder.module, site.name, trial)
+        put(adapter.tower, site.name, trial)
         found = judged()
         if passes(found - baseline):
             high, accepted, state.baseline = middle, trial, found
         else:
             low = middle
-    put(encoder.module, site.name, accepted)
+    put(adapter.tower, site.name, accepted)
     state.kept[site.name] = tuple(sorted(order[:high]))
 
 
@@ -254,37 +255,41 @@ def put(module: nn.Module, path: str, child: nn.Module) -> None:
     setattr(module.get_submodule(parent), name, child)
 
 
-def _before(encoder: Encoder, groups: Sequence[Group], depth: int, state: Search) -> list[tuple[int, list[Tensor]]]:
+def _before(
+    adapter: TowerAdapter, groups: Sequence[Group], depth: int, state: Search
+) -> list[tuple[int, list[Tensor]]]:
     """The states before block ``depth`` of this process's groups, each with its group's number."""
     found = []
     for number, group in _own(groups):
-        found.append((number, [through(encoder.blocks()[:depth], encoder.stem(batch)) for batch in group]))
+        found.append((number, [through(adapter.blocks()[:depth], adapter.stem(batch)) for batch in group]))
     state.image_blocks += depth * sum(len(batch) for group in groups for batch in group)
     return found
 
 
 def _judged(
-    encoder: Encoder, states: list[tuple[int, list[Tensor]]], depth: int, objective: Objective, state: Search
+    adapter: TowerAdapter, states: list[tuple[int, list[Tensor]]], depth: int, objective: Objective, state: Search
 ) -> float:
     """The objective from states before block ``depth`` on, mean over the groups of all processes."""
     values = torch.zeros(3, dtype=torch.float64)  # sum, groups, images
     for number, batches in states:
-        joined = torch.cat([encoder.embed(through(encoder.blocks()[depth:], tokens)) for tokens in batches])
+        joined = torch.cat([adapter.embed(through(adapter.blocks()[depth:], tokens)) for tokens in batches])
         values += torch.tensor([float(objective(joined, number)), 1, len(joined)], dtype=torch.float64)
     values = _summed(values)
-    state.image_blocks += int(values[2]) * (len(encoder.blocks()) - depth)
+    state.image_blocks += int(values[2]) * (len(adapter.blocks()) - depth)
     found = float(values[0] / values[1])
     if not isfinite(found):
         raise DgmrError(NOT_FINITE)
     return found
 
 
-def _pulls(encoder: Encoder, groups: Sequence[Group], objective: Objective) -> Iterator[tuple[Tensor, Tensor, float]]:
+def _pulls(
+    adapter: TowerAdapter, groups: Sequence[Group], objective: Objective
+) -> Iterator[tuple[Tensor, Tensor, float]]:
     """The images of this process's groups, a few at a time because their graph goes through all blocks, with the gradient of the
     objective at their embeddings times a power of two, which half precision needs to hold it."""
     for number, group in _own(groups):
         with torch.no_grad():
-            embeddings = torch.cat([encoder.embed(last_state(encoder, batch)) for batch in group])
+            embeddings = torch.cat([adapter.embed(last_state(adapter, batch)) for batch in group])
         embeddings = embeddings.float().requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(embeddings, number), embeddings)
         largest = float(gradient.abs().max())

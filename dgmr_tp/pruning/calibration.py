@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import Encoder, gives_tokens, tokens_read
+from dgmr_tp.pruning.adapter import TowerAdapter, tokens_read
 
 
-def token_weights(encoder: Encoder, state: Tensor, *, last: bool) -> Tensor:
+def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
     """How much each token of ``state`` ``[batch, tokens, width]`` counts, ``[tokens]``, in sum 1.
 
     The class token and all other tokens together weigh the same; after the last block only the tokens count that the head
-    reads, unless callers take all of them (:func:`gives_tokens`).
+    reads, unless callers take all of them (:attr:`TowerAdapter.gives_tokens`).
     """
     tokens = state.shape[1]
     weight = torch.full((tokens,), 1 / tokens, dtype=torch.float64, device=state.device)
-    class_token, _ = encoder.features(state)
+    class_token, _ = adapter.features(state)
     if class_token is not None:
-        is_class = tokens_read(lambda s: cast(Tensor, encoder.features(s)[0]), state)
+        is_class = tokens_read(lambda s: cast(Tensor, adapter.features(s)[0]), state)
         weight = torch.where(is_class, 0.5 / is_class.sum(), 0.5 / (~is_class).sum().clamp(min=1))
-    if last and not gives_tokens(encoder):
-        weight = weight * tokens_read(encoder.embed, state)
+    if last and not adapter.gives_tokens:
+        weight = weight * tokens_read(adapter.embed, state)
         if not weight.any():
             raise DgmrError("the embedding does not depend on the last block's tokens; is this the tower itself?")
     return weight.double() / weight.sum()

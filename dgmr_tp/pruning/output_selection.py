@@ -14,7 +14,7 @@ Dropping ``W`` leaves pivoted Cholesky, DGMR's Gram-Schmidt over the activations
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import Encoder, through
+from dgmr_tp.pruning.adapter import TowerAdapter, through
 from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights, too_few
 from dgmr_tp.pruning.sites import find_sites
 from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.progress import report_progress
 
 SPENT = 1e-9
 """A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""
@@ -109,15 +110,14 @@ def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int
 
 
 @torch.no_grad()
-def rank_encoder(
-    encoder: Encoder,
+def rank_tower(
+    adapter: TowerAdapter,
     images: Iterable[Tensor],
     *,
     by: str = "output",
     picks: Mapping[str, int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Ranking]:
-    """Rank the neurons of every MLP in the blocks of ``encoder``, in one walk over its blocks.
+    """Rank the neurons of every MLP in the blocks of ``adapter``, in one walk over its blocks.
 
     How much an MLP's error matters is measured: on the first :data:`PROBED` images, an eighth of its neurons
     stays, best fitted, and the blocks behind it say what that does to the embedding. With ``picks`` it is not.
@@ -127,7 +127,6 @@ def rank_encoder(
         images: preprocessed batches on its device and in its dtype. Their states between two blocks are held in memory.
         by: see :func:`rank_neurons`.
         picks: by site name, how many neurons have to be ordered; default: all.
-        progress: called with blocks done and blocks in all.
 
     Returns:
         By site name.
@@ -135,12 +134,12 @@ def rank_encoder(
     Raises:
         DgmrError: no images, or activations that are not finite.
     """
-    with evaluating(encoder.module):
-        states = [encoder.stem(batch) for batch in images]
+    with evaluating(adapter.tower):
+        states = [adapter.stem(batch) for batch in images]
         if not states:
             raise DgmrError("selection by the data needs calibration images, got none")
-        blocks, rankings = encoder.blocks(), {}
-        answers = None if picks else _embeddings(encoder, _first(states), 0)
+        blocks, rankings = adapter.blocks(), {}
+        answers = None if picks else _embeddings(adapter, _first(states), 0)
         spread = None if answers is None else float((answers - answers.mean(0)).square().sum())
         if spread == 0:
             raise DgmrError(
@@ -148,9 +147,9 @@ def rank_encoder(
             )
         for depth, block in enumerate(blocks):
             after, sites = block(states[0]), find_sites(block.module)
-            weight = token_weights(encoder, after, last=depth == len(blocks) - 1)
+            weight = token_weights(adapter, after, last=depth == len(blocks) - 1)
             if too_few(weight, sum(map(len, states)), max(site.hidden for site in sites)):
-                weight = token_weights(encoder, after, last=False)
+                weight = token_weights(adapter, after, last=False)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
             sums = [Moments() for _ in consumers]
             counted = torch.nonzero(weight).flatten()
@@ -177,12 +176,12 @@ def rank_encoder(
                     lost, changed = float(ranking.error[len(kept)]), 0.0
                     if lost > 0:
                         with _fitted_from(consumer, gram, mean, kept):
-                            changed = float((_embeddings(encoder, before, depth) - answers).square().sum()) / cast(
+                            changed = float((_embeddings(adapter, before, depth) - answers).square().sum()) / cast(
                                 float, spread
                             )
                     ranking = replace(ranking, sensitivity=changed / lost if lost > 0 else 0.0)
                 rankings[name] = ranking
-            progress(depth + 1, len(blocks))
+            report_progress("rank", depth + 1, len(blocks))
         return rankings
 
 
@@ -197,9 +196,9 @@ def _first(states: list[Tensor]) -> list[Tensor]:
     return first
 
 
-def _embeddings(encoder: Encoder, states: Iterable[Tensor], depth: int) -> Tensor:
+def _embeddings(adapter: TowerAdapter, states: Iterable[Tensor], depth: int) -> Tensor:
     """What the tower gives for states before its block ``depth``, float64 ``[images, embedding]``."""
-    return torch.cat([encoder.embed(through(encoder.blocks()[depth:], state)).double() for state in states])
+    return torch.cat([adapter.embed(through(adapter.blocks()[depth:], state)).double() for state in states])
 
 
 @contextmanager

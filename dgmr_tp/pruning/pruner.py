@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Unpack
 
 import torch
@@ -17,6 +17,7 @@ from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
 from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.progress import report_progress
 
 
 class MLPPruner:
@@ -59,11 +60,8 @@ class MLPPruner:
         self.keep = keep_counts(self.sites, **amount, costs=known) if amount else None
         self.name = name or type(model).__name__
 
-    def plan(self, progress: Callable[[int, int], None] = lambda done, total: None) -> Plan:
+    def plan(self) -> Plan:
         """Score every site and choose what stays. Changes nothing.
-
-        Args:
-            progress: called with sites done and sites in all.
 
         Raises:
             DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
@@ -73,7 +71,7 @@ class MLPPruner:
         decided = {}
         for site in self.sites:
             decided[site.name] = self.decide(site)
-            progress(len(decided), len(self.sites))
+            report_progress("select", len(decided), len(self.sites))
         return self.plan_of(decided)
 
     def plan_of(self, decided: dict[str, SitePlan]) -> Plan:

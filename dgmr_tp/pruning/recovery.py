@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import Encoder
+from dgmr_tp.pruning.adapter import TowerAdapter
 from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights, too_few
 from dgmr_tp.pruning.sites import find_sites
 from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT = 10
 """One image in so many is not fitted on, and decides whether a refit is kept."""
@@ -80,12 +81,11 @@ class SiteRecovery:
 
 @torch.no_grad()
 def recover(
-    dense: Encoder,
-    pruned: Encoder,
+    dense: TowerAdapter,
+    pruned: TowerAdapter,
     images: Iterable[Tensor],
     *,
     damping: float = 1e-3,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SiteRecovery]:
     """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons.
 
@@ -98,7 +98,6 @@ def recover(
         images: preprocessed batches ``[batch, 3, height, width]`` on the encoder's device and in its dtype, at least ten
             images in all. The states of all of them between two blocks, of both towers, are held in memory.
         damping: ``λ`` of the formula, relative to the neurons' mean variance.
-        progress: called with blocks done and blocks in all.
 
     Returns:
         One entry per site, in the order of the walk.
@@ -108,12 +107,15 @@ def recover(
     """
     if damping < 0:
         raise DgmrError(f"damping = {damping}; it must be 0 or more")
-    with evaluating(dense.module, pruned.module):
-        return _recover(dense, pruned, images, damping, progress)
+    with evaluating(dense.tower, pruned.tower):
+        return _recover(dense, pruned, images, damping)
 
 
 def _recover(
-    dense: Encoder, pruned: Encoder, images: Iterable[Tensor], damping: float, progress: Callable[[int, int], None]
+    dense: TowerAdapter,
+    pruned: TowerAdapter,
+    images: Iterable[Tensor],
+    damping: float,
 ) -> list[SiteRecovery]:
     states = [pruned.stem(batch) for batch in images]
     total = sum(map(len, states))
@@ -147,7 +149,7 @@ def _recover(
             report.append(_refit_layer(f"{block.name}.{site.name}", consumer, heard, fit, held_out, damping))
         for place, state in enumerate(states):
             states[place] = block(state)
-        progress(depth + 1, len(blocks))
+        report_progress("recover", depth + 1, len(blocks))
     return report
 
 
