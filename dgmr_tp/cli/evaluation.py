@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, join_processes, out
+from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, out
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import write_whole
 
@@ -91,7 +91,10 @@ def evaluate(
         raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo")
     if save_classifier and len(models) > 1:
         raise DgmrError(f"--save-classifier {save_classifier} keeps one text tower's classes; give one model")
-    speaks = join_processes()
+    from dgmr_tp.utils.distributed import is_main_process, join_processes
+
+    join_processes()
+    speaks = is_main_process()
     how: dict[str, Any] = {
         "task": task_of(dataset, root) if dataset and root and task == "auto" else task,
         "annotations": annotations,

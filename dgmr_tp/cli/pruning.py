@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import ModelOption, PretrainedOption, SeedOption, device, join_processes, out
+from dgmr_tp.cli.common import ModelOption, PretrainedOption, SeedOption, device, out
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import write_whole
 
@@ -104,7 +104,9 @@ def amp(
     _refuse_existing(file)
     journal = file.with_name(f".{file.name}.partial")
     opened = open_model(model, pretrained)
-    first = join_processes()
+    from dgmr_tp.utils.distributed import is_main_process, join_processes
+
+    join_processes()
     opened.module.to(device())
     found = search(
         opened,
@@ -117,7 +119,7 @@ def amp(
         seed=seed,
         journal=journal,
     )
-    if first:
+    if is_main_process():
         _print_plan(opened, found.plan)
         blocks = len(opened.adapter.blocks())
         out.print(

@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch_pruning as tp
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, adapt
 from dgmr_tp.errors import DgmrError
@@ -46,6 +46,7 @@ from dgmr_tp.pruning.amp import (
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
 from dgmr_tp.pruning.plan import weight_sha256
+from dgmr_tp.utils.distributed import broadcast_from_main, is_main_process
 from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.progress import report_progress
 
@@ -311,12 +312,11 @@ def search(
     request = {**options, "encoder": adapter.name, "weights": sha, "seen": seen, "objective": objective.__qualname__}
 
     def remember(state: Search) -> None:
-        if journal and not (distributed.is_initialized() and distributed.get_rank()):
+        if journal and is_main_process():
             write_whole(journal, json.dumps({"request": request, "state": asdict(state)}))
 
-    state = [_read_search(journal, request)]
-    if distributed.is_initialized():  # the journal may lie on the first process's disk alone
-        distributed.broadcast_object_list(state)
+    # Only the main process's disk may hold the journal.
+    state = broadcast_from_main(lambda: _read_search(journal, request))
     scores = gate_scores(adapter, groups, objective)
     whole = {name: adapter.tower.get_submodule(name) for name in sites}
     try:  # not on a copy: there may be no room for a second tower
@@ -326,7 +326,7 @@ def search(
             groups,
             **test,
             objective=objective,
-            state=state[0],
+            state=state,
             remember=remember,
         )
     finally:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size
 from dgmr_tp.utils.progress import report_progress
 
 
@@ -33,7 +34,7 @@ def embedded_share(
     Raises:
         DgmrError: there are fewer images than processes, or none of the share can be read.
     """
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    rank, world = get_rank(), get_world_size()
     if len(images) < world:
         raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
     share = _Share(images, preprocess, range(rank, len(images), world))
@@ -46,32 +47,10 @@ def embedded_share(
             found.append(embed(batch.to(device)).float().to(device))
             places.append(where)
         report_progress(title, min(len(share), step * batch_size), len(share))
-    images.broken |= all_of(broken)
+    images.broken |= all_gather_dict(broken)
     if not found:
         raise DgmrError(f"none of the {len(share)} images of {images.source} that this process looked at can be read")
     return torch.cat(found), torch.cat(places)
-
-
-def from_all(part: Tensor) -> Tensor:
-    """The rows of all processes, one after the other."""
-    if not distributed.is_initialized():
-        return part
-    sizes = [torch.zeros((), dtype=torch.long, device=part.device) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(sizes, torch.tensor(len(part), device=part.device))
-    longest = int(max(sizes))
-    padded = torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])])
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(gathered, padded)
-    return torch.cat([rows[: int(size)] for rows, size in zip(gathered, sizes, strict=True)])
-
-
-def all_of(mine: dict[Any, Any]) -> dict[Any, Any]:
-    """The entries of all processes. Every process has to call it."""
-    if not distributed.is_initialized():
-        return mine
-    parts: list[dict[Any, Any]] = [{}] * distributed.get_world_size()
-    distributed.all_gather_object(parts, mine)
-    return dict(sorted(entry for part in parts for entry in part.items()))
 
 
 class _Share(Dataset):

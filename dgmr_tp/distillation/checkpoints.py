@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import OutOfMemoryError, Tensor, distributed
 
-from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import all_gather_dict, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import sha256, write_whole
 
 SEAL = "whole.json"
@@ -58,15 +58,15 @@ def save(
     with writing(folder):
         # DeepSpeed's own barriers are inside: a process that fails leaves, and the launcher ends the others.
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
-        if whole := {name: value.cpu() for name, value in average if distributed.get_rank() == 0}:
+        if whole := {name: value.cpu() for name, value in average if is_main_process()}:
             save_file(whole, folder / AVERAGE)
         distributed.barrier()
     files = _checksums(folder)
     with writing(folder):
-        if distributed.get_rank() == 0:
+        if is_main_process():
             write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": files}))
         distributed.barrier()
-    if distributed.get_rank() == 0:
+    if is_main_process():
         sealed = sorted(path.parent for path in directory.glob(f"step*/{SEAL}"))
         for old in [path for path in directory.glob("step*") if path not in sealed[-keep:]]:
             shutil.rmtree(old)
@@ -75,7 +75,7 @@ def save(
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
     damaged: list[str] = []
-    seals = from_first(
+    seals = broadcast_from_main(
         lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True)
     )
     for name, found in seals:
@@ -106,10 +106,10 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
     Raises:
         DgmrError: the conversion failed.
     """
-    if checkpoint.processes == distributed.get_world_size() or checkpoint.zero_stage == 0:
+    if checkpoint.processes == get_world_size() or checkpoint.zero_stage == 0:
         yield checkpoint.tag, False
         return
-    name: str = from_first(
+    name: str = broadcast_from_main(
         lambda: f"universal-{checkpoint.tag}-{os.getpid()}"
     )  # an earlier attempt may still be writing its own
     converted = directory / name
@@ -122,14 +122,14 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
             (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
         )
 
-    if problem := from_first(convert):
+    if problem := broadcast_from_main(convert):
         raise DgmrError(
             f"the checkpoint {directory / checkpoint.tag} of {checkpoint.processes} processes cannot be converted for "
-            f"{distributed.get_world_size()}: {problem}; go on with {checkpoint.processes} processes"
+            f"{get_world_size()}: {problem}; go on with {checkpoint.processes} processes"
         )
     yield name, True
     distributed.barrier()
-    if distributed.get_rank() == 0:
+    if is_main_process():
         shutil.rmtree(converted, ignore_errors=True)
         (directory / "latest_universal").unlink(missing_ok=True)
 
@@ -156,17 +156,12 @@ def is_about_another_process(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
-def from_first(compute: Callable[[], T]) -> T:
-    """What the first process computes, in all of them: on a network disk, listings may differ from one machine to the next."""
-    value: list[Any] = [compute() if distributed.get_rank() == 0 else None]
-    distributed.broadcast_object_list(value)
-    return value[0]
-
-
 def _checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """SHA-256 of the files below ``folder`` but the seal, or of ``names``; the processes share the work."""
-    rank, world = distributed.get_rank(), distributed.get_world_size()
+    rank, world = get_rank(), get_world_size()
     if names is None:
-        names = from_first(lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()])
+        names = broadcast_from_main(
+            lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+        )
     mine = [name for name in sorted(names)[rank::world] if name != SEAL]
-    return all_of({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})
+    return all_gather_dict({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})

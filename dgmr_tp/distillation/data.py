@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.data.images import EXTENSIONS, Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import all_gather_dict, get_rank
 
 Place = tuple[int, int]  # epoch, index
 
@@ -42,7 +42,7 @@ def check_seen_alike(images: Images | Stream) -> None:
             for record in images.records
         ]
     listed = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    if len(set(all_of({distributed.get_rank(): listed}).values())) > 1:
+    if len(set(all_gather_dict({get_rank(): listed}).values())) > 1:
         raise DgmrError(
             f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again"
         )

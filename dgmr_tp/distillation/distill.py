@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.checkpoints import Checkpoint
@@ -33,6 +32,7 @@ from dgmr_tp.distillation.validation import HeldOut
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import flops
+from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.lazy_imports import require
 
 
@@ -92,7 +92,7 @@ def distill(
         scores, original = None, {}
         if settings.held_out:
             judges, images = _held_out(images, settings)
-            micro = settings.micro_batch_of(distributed.get_world_size())
+            micro = settings.micro_batch_of(get_world_size())
             held_out = HeldOut(judges, teacher.preprocess, partial(embed, answers), teacher.image_size, micro)
             scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
             original = held_out.original
@@ -119,14 +119,14 @@ def distill(
             scores=scores,
         )
         step, broken = train(task, settings, directory, stop)
-        broken |= all_of(judges.broken) if settings.held_out else {}
+        broken |= all_gather_dict(judges.broken) if settings.held_out else {}
         release()
         if kept:
             kept.close()
-    if distributed.get_rank():
+    if get_rank():
         return None
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
-    figures = {"processes": distributed.get_world_size(), "images": count, "broken_images": broken, "best_step": step}
+    figures = {"processes": get_world_size(), "images": count, "broken_images": broken, "best_step": step}
     return {**asdict(settings), **figures, "original": original}
 
 
@@ -144,12 +144,12 @@ def _kept(
         raise DgmrError("distill.keep_features: shards behind a URL cannot be numbered; set it to false")
     if settings.shard_teacher:
         raise DgmrError("distill.keep_features does not go with shard_teacher, whose processes must compute together")
-    shape = (settings.micro_batch_of(distributed.get_world_size()), *probe.shape[1:])
+    shape = (settings.micro_batch_of(get_world_size()), *probe.shape[1:])
     with torch.no_grad():
         example = answers(torch.zeros(shape, device=device_here(), dtype=settings.precision))
     crops = settings.steps * settings.batch_size
     kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
-    if distributed.get_rank() == 0:
+    if is_main_process():
         print(
             f"  distillation: the original's features are kept in {file}, up to {kept.bytes / 1e6:,.0f} MB", flush=True
         )
@@ -159,7 +159,7 @@ def _kept(
 def _loader(
     images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint
 ) -> Generator[Sample]:
-    rank, world = distributed.get_rank(), distributed.get_world_size()
+    rank, world = get_rank(), get_world_size()
     micro = settings.micro_batch_of(world)
     transform = training_transform(
         teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment
@@ -190,7 +190,7 @@ def _teacher(
     if not settings.shard_teacher:
         return (torch.compile(tap) if settings.compile else tap), lambda: None
     gather_where_used(tap, probe)
-    config = deepspeed_config(settings, distributed.get_world_size(), directory)
+    config = deepspeed_config(settings, get_world_size(), directory)
     zero = {key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")}
     same = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
     engine, *_ = require("deepspeed", "distill").initialize(

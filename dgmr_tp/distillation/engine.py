@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.distillation.config import Settings
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import get_rank
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.modules import meta_copy
 
@@ -233,7 +234,7 @@ def _held(parameter: nn.Parameter) -> tuple[Tensor, int]:
     """
     if hasattr(parameter, "ds_id"):
         part = require("deepspeed", "distill").utils.safe_get_local_fp32_param(parameter)
-        return part, distributed.get_rank() * len(part)
+        return part, get_rank() * len(part)
     if hasattr(parameter, "_hp_mapping"):
         there = parameter._hp_mapping
         return (there.hp_fragment, there.lp_fragment_address.start) if there else (torch.empty(0), 0)

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from dgmr_tp.data.embeddings import all_of
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.config import Settings
@@ -40,6 +39,7 @@ from dgmr_tp.distillation.engine import (
 from dgmr_tp.distillation.throughput import Speed, in_words, peak_flops
 from dgmr_tp.distillation.validation import Best
 from dgmr_tp.errors import DgmrError, Preempted, first_line
+from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import hold
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import Meter
@@ -106,7 +106,7 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
     lock = None
     try:
         start_deepspeed()
-        if distributed.get_rank() == 0:
+        if is_main_process():
             lock = hold(directory, f"{settings.what} is running")
             (directory / FAILED).unlink(missing_ok=True)
         distributed.barrier()  # until the first process has prepared the directory
@@ -146,7 +146,7 @@ def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bo
         Preempted: it was told to stop; a checkpoint was written.
     """
     deepspeed = require("deepspeed", "distill")
-    rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
+    rank, world, device = get_rank(), get_world_size(), device_here()
     config = deepspeed_config(settings, world, directory)
     module = (
         task.module.eval()
@@ -218,8 +218,8 @@ def _steps(
 ) -> dict[str, str]:
     """The steps that are left after ``done``."""
     rank, world, device, folder = (
-        distributed.get_rank(),
-        distributed.get_world_size(),
+        get_rank(),
+        get_world_size(),
         device_here(),
         directory / CHECKPOINTS,
     )
@@ -278,7 +278,7 @@ def _steps(
             if average:
                 average.update()
             if any_broken:
-                broken |= all_of(met)
+                broken |= all_gather_dict(met)
                 check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
             reached = speed.step(task.flops() if task.flops else None)
             if meter:
@@ -296,7 +296,7 @@ def _steps(
             draw(step, curves)
             first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
             if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
-                known = all_of(shards)  # a reader that has not delivered yet may be at the first of them
+                known = all_gather_dict(shards)  # a reader that has not delivered yet may be at the first of them
                 shard = min(known.values()) if len(known) == world * max(1, settings.workers) else done.shard
                 here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
                 began = time.monotonic()
@@ -346,7 +346,7 @@ def _agree(losses: Losses, stop: bool, broken: bool, device: torch.device) -> tu
     flags = [torch.tensor(float(flag), device=device) for flag in (stop, broken)]
     both = torch.stack([*losses.values(), *flags])
     distributed.all_reduce(both)
-    *means, stopped, met = both.double().cpu() / distributed.get_world_size()
+    *means, stopped, met = both.double().cpu() / get_world_size()
     return dict(zip(losses, means, strict=True)), bool(stopped), bool(met)
 
 
@@ -357,7 +357,7 @@ def _told_to_stop(file: Path) -> Iterator[Callable[[], bool]]:
     All processes look together at the end of a step.
     """
     told = threading.Event()
-    first = distributed.get_rank() == 0
+    first = is_main_process()
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
         yield lambda: told.is_set() or (first and file.exists())
@@ -414,7 +414,7 @@ def check_broken(broken: dict[str, str], count: int, settings: Settings) -> None
 
 def _not_finite(what: str, step: int, mine: list[str], folder: Path, settings: Settings) -> str:
     """One sentence with the names of the step's samples. Every process has to call it."""
-    names = list(all_of(dict.fromkeys(mine, "")))
+    names = list(all_gather_dict(dict.fromkeys(mine, "")))
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"the {what} at step {step} (images {shown}); nothing of it is kept; lower {settings.section}.base_lr or look at these "

@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 from dgmr_tp.data.captions import Captioned
 from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation.checkpoints import Checkpoint, from_first
+from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.config import TextSettings
 from dgmr_tp.distillation.data import Sample, check_seen_alike, distinct_places
 from dgmr_tp.distillation.engine import device_here
@@ -29,6 +29,7 @@ from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, tr
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.utils.distributed import broadcast_from_main, get_rank, get_world_size
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import listen_to_progress
 
@@ -58,7 +59,7 @@ def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, dire
     if not has_text_tower(model):
         raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
     with training(directory, settings) as stop:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        rank, world = get_rank(), get_world_size()
         check_seen_alike(pairs.images)
         known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings, stop)
         broken = {pairs.images.records[i].name: _why(pairs.images, i) for i in known.broken}
@@ -148,7 +149,7 @@ class Embeddings:
         cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
     ) -> Embeddings:
         """Computed, or from an earlier start, then perhaps of another number of processes."""
-        files = from_first(lambda: _whole_set(directory))
+        files = broadcast_from_main(lambda: _whole_set(directory))
         return cls(files or cls._compute(model, pairs, directory, settings, stop))
 
     @staticmethod
@@ -156,7 +157,7 @@ class Embeddings:
         model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
     ) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
-        rank, world, device = distributed.get_rank(), distributed.get_world_size(), device_here()
+        rank, world, device = get_rank(), get_world_size(), device_here()
         vision = copy.deepcopy(ImageEncoder(model.adapter)).to(device, settings.precision).eval()
 
         def embed(images: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def _samples(
     done: Checkpoint,
 ) -> Generator[Sample]:
     """This process's part of every global batch from ``done`` on."""
-    rank, world = distributed.get_rank(), distributed.get_world_size()
+    rank, world = get_rank(), get_world_size()
     for step in range(done.step, settings.steps):
         mine = distinct_places(len(known.readable), settings.batch_size, settings.seed, step)[rank::world]
         chosen = [int(known.readable[i]) for _, i in mine]

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed
+from torch import Tensor
 
-from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation.checkpoints import from_first, writing
+from dgmr_tp.distillation.checkpoints import writing
 from dgmr_tp.distillation.engine import device_here
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import sha256, write_whole
 from dgmr_tp.utils.knn import QUERIES, nearest, vote
 
@@ -47,7 +47,7 @@ class HeldOut:
         image_size: int,
         size: int,
     ) -> None:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        rank, world = get_rank(), get_world_size()
         # All processes take the same number of batches, because parameters may be gathered for each.
         count = -(-len(images) // world)
         pictures, decoded = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.bool)
@@ -55,7 +55,7 @@ class HeldOut:
             if (image := images.read(place)) is not None:
                 pictures[row], decoded[row] = preprocess(image), True
         self.batches = pictures.split(size)
-        self.decoded = from_all(decoded.to(device_here()))
+        self.decoded = all_gather_rows(decoded.to(device_here()))
         places = [
             place if place < len(images) else 0
             for first in range(world)
@@ -73,7 +73,7 @@ class HeldOut:
         of them the same: the share whose 20 nearest others tell it. Every process has to call it."""
         found = self._embedded(embed)
         scores = {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
-        return from_first(
+        return broadcast_from_main(
             lambda: scores
         )  # processors of other kinds differ in the last bit, and all have to decide alike
 
@@ -85,7 +85,7 @@ class HeldOut:
     @torch.no_grad()
     def _embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """The embeddings of all processes' images that decode."""
-        return from_all(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+        return all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
 
     def _told(self, found: Tensor) -> dict[str, float]:
         if self.classes is None:
@@ -103,7 +103,7 @@ class Best:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self.seal = directory, directory / BEST
-        self.score, self.step = from_first(self._read)
+        self.score, self.step = broadcast_from_main(self._read)
 
     def _read(self) -> tuple[float, int]:
         try:
@@ -123,7 +123,7 @@ class Best:
         if not score > self.score:
             return
         self.score, self.step = score, step
-        whole = {name: value.cpu().contiguous() for name, value in weights if distributed.get_rank() == 0}
+        whole = {name: value.cpu().contiguous() for name, value in weights if is_main_process()}
         with writing(self._file(step)):
             if whole:
                 self.directory.mkdir(parents=True, exist_ok=True)

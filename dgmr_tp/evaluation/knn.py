@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from dgmr_tp.data.embeddings import embedded_share, from_all
+from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
 from dgmr_tp.utils.knn import QUERIES, nearest, vote
 
 NEIGHBOURS = (10, 20, 100, 200)
@@ -48,7 +49,8 @@ def knn_accuracy(
     number = {name: i for i, name in enumerate(names)}
     how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
     bank, places = (
-        from_all(part.to(device)) for part in embedded_share(embed, preprocess, train, title="training images", **how)
+        all_gather_rows(part.to(device))
+        for part in embedded_share(embed, preprocess, train, title="training images", **how)
     )
     classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
     if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
@@ -63,6 +65,5 @@ def knn_accuracy(
         for i, count in enumerate(NEIGHBOURS):
             right[i] += (vote(similar[:, :count], classes[index[:, :count]], len(names)) == wanted).sum()
         right[-1] += len(part)
-    if distributed.is_initialized():
-        distributed.all_reduce(right)
+    right = all_reduce_sum(right)
     return {f"knn@{count}": float(right[i] / right[-1]) for i, count in enumerate(NEIGHBOURS) if count <= len(bank)}

@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
-from dgmr_tp.data.embeddings import embedded_share, from_all
+from dgmr_tp.data.embeddings import embedded_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import regression
+from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -70,7 +71,7 @@ def fitted_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images
     """
     known = train.classes()
     found, places = (
-        from_all(part.to(how["device"])).cpu()
+        all_gather_rows(part.to(how["device"])).cpu()
         for part in embedded_share(embed, preprocess, train, title="training images", **how)
     )
     names = [known[place] for place in places.tolist()]
@@ -124,8 +125,7 @@ def head_accuracy(
     answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=found.device)
     ranks = (logits >= logits.gather(1, answers[:, None])).sum(1) - 1  # a tie is not right
     counts = torch.tensor([(ranks < 1).sum(), (ranks < 5).sum(), len(ranks)], dtype=torch.float64, device=found.device)
-    if distributed.is_initialized():
-        distributed.all_reduce(counts)
+    counts = all_reduce_sum(counts)
     figures = {"head@1": float(counts[0] / counts[2]), "head@5": float(counts[1] / counts[2])}
     return figures if logits.shape[1] > 5 else {"head@1": figures["head@1"]}
 

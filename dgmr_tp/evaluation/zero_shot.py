@@ -21,11 +21,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, distributed, nn
 
-from dgmr_tp.data.embeddings import from_all
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import linear_probe
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size
 from dgmr_tp.utils.lazy_imports import require
 
 RECALLS = ("1", "5", "10")
@@ -57,12 +57,12 @@ def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
     """The same function, of whose every batch each process of a launcher embeds its part."""
 
     def encode(images: Tensor) -> Tensor:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
+        rank, world = get_rank(), get_world_size()
         share = -(-len(images) // world)
         padded = torch.cat(
             [images, images[:1].expand(share * world - len(images), *images.shape[1:])]
         )  # an empty part suits no runtime
-        return from_all(encode_image(padded[rank * share :][:share]))[: len(images)]
+        return all_gather_rows(encode_image(padded[rank * share :][:share]))[: len(images)]
 
     return encode
 
@@ -116,7 +116,7 @@ def evaluate(
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist")
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    rank = get_rank()
     device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
     if task == "linear_probe" and device.type == "cuda" and distributed.is_initialized():
         raise DgmrError("clip_benchmark's linear probe takes one process; start it without torchrun")

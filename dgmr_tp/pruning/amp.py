@@ -20,7 +20,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, last_state, through
@@ -28,6 +28,7 @@ from dgmr_tp.pruning.calibration import gated_inputs
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.pruner import MLPPruner
 from dgmr_tp.pruning.sites import Site, find_sites
+from dgmr_tp.utils.distributed import all_reduce_sum, own_share
 from dgmr_tp.utils.modules import evaluating
 from dgmr_tp.utils.progress import report_progress
 
@@ -99,8 +100,8 @@ def gate_scores(
             for name, gradient in zip(consumers, found, strict=True):
                 sums[name] += gradient.flatten(1).double().abs().sum(0).cpu() / scale
             images += len(batch)
-    total = _summed(torch.tensor(float(images)))
-    return {name: _summed(summed) / total for name, summed in sums.items()}
+    total = all_reduce_sum(torch.tensor(float(images)))
+    return {name: all_reduce_sum(summed) / total for name, summed in sums.items()}
 
 
 @contextmanager
@@ -120,9 +121,7 @@ def weight_gradients(
                 embeddings = adapter.embed(last_state(adapter, batch))
                 embeddings.backward((pull / scale).to(embeddings))
         for parameter in parameters:  # in every process, also in one without a group
-            parameter.grad = _summed(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad).to(
-                parameter.device
-            )
+            parameter.grad = all_reduce_sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         yield
     finally:
         for parameter, gradient, flag in before:
@@ -260,7 +259,7 @@ def _before(
 ) -> list[tuple[int, list[Tensor]]]:
     """The states before block ``depth`` of this process's groups, each with its group's number."""
     found = []
-    for number, group in _own(groups):
+    for number, group in own_share(groups):
         found.append((number, [through(adapter.blocks()[:depth], adapter.stem(batch)) for batch in group]))
     state.image_blocks += depth * sum(len(batch) for group in groups for batch in group)
     return found
@@ -274,7 +273,7 @@ def _judged(
     for number, batches in states:
         joined = torch.cat([adapter.embed(through(adapter.blocks()[depth:], tokens)) for tokens in batches])
         values += torch.tensor([float(objective(joined, number)), 1, len(joined)], dtype=torch.float64)
-    values = _summed(values)
+    values = all_reduce_sum(values)
     state.image_blocks += int(values[2]) * (len(adapter.blocks()) - depth)
     found = float(values[0] / values[1])
     if not isfinite(found):
@@ -287,7 +286,7 @@ def _pulls(
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """The images of this process's groups, a few at a time because their graph goes through all blocks, with the gradient of the
     objective at their embeddings times a power of two, which half precision needs to hold it."""
-    for number, group in _own(groups):
+    for number, group in own_share(groups):
         with torch.no_grad():
             embeddings = torch.cat([adapter.embed(last_state(adapter, batch)) for batch in group])
         embeddings = embeddings.float().requires_grad_(True)
@@ -298,20 +297,6 @@ def _pulls(
         scale = 2.0 ** round(-log2(largest or 1.0))
         for images, pull in zip(group, (gradient * scale).split([len(batch) for batch in group]), strict=True):
             yield from ((*pair, scale) for pair in zip(images.split(AT_A_TIME), pull.split(AT_A_TIME), strict=True))
-
-
-def _own(groups: Sequence[Group]) -> list[tuple[int, Group]]:
-    rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    return list(enumerate(groups))[rank::world]
-
-
-def _summed(tensor: Tensor) -> Tensor:
-    """Over all processes."""
-    if distributed.is_initialized():
-        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-        tensor = tensor.to(device)
-        distributed.all_reduce(tensor)
-    return tensor.cpu()
 
 
 @contextmanager

@@ -1,0 +1,35 @@
+"""Base class of the configuration sections, and values that must be names in a registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+
+class Config(BaseModel):
+    """An immutable configuration section. Unknown keys are errors, and attribute docstrings describe the keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class NameIn:
+    """Annotation of a string that must be a key of ``registry`` at validation time: ``Annotated[str, NameIn(CRITERIA)]``.
+
+    The registry is read at validation, so that entries added later are valid too. The docs generator lists
+    :attr:`registry`.
+    """
+
+    def __init__(self, registry: Mapping[str, object]) -> None:
+        self.registry = registry
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        check: Callable[[str], str] = self._check
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def _check(self, name: str) -> str:
+        if name not in self.registry:
+            raise ValueError(f"unknown name; use one of {', '.join(self.registry)}")
+        return name
