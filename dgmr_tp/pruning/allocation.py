@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import scipy.optimize
@@ -28,6 +28,29 @@ class Amount(TypedDict, total=False):
     keep: int | Mapping[str, int] | None
     budget: Mapping[str, float] | None
     round_to: int
+
+
+AMOUNTS = ("mlp_ratio", "keep_ratio", "keep", "budget")
+"""The ways to say how many neurons stay."""
+BUDGETS = ("params", "flops", "latency")
+"""What a budget can limit."""
+
+
+def given_amount(amount: Mapping[str, Any], ways: Sequence[str] = AMOUNTS) -> str | None:
+    """Return which of ``ways`` is given; None if none is.
+
+    Raises:
+        DgmrError: more than one is given.
+    """
+    given = [way for way in ways if amount.get(way) is not None]
+    if len(given) > 1:
+        raise DgmrError(f"Exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one.")
+    return given[0] if given else None
+
+
+def with_default_amount(amount: Amount) -> Amount:
+    """Return ``amount``, with ``mlp_ratio=1`` if it does not say how many neurons stay."""
+    return amount if given_amount(amount) else {**amount, "mlp_ratio": 1}
 
 
 def keep_counts(
@@ -59,9 +82,8 @@ def keep_counts(
         DgmrError: not exactly one was given, a site would keep none or more than it has, or the budget cannot be met.
     """
     ways = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget}
-    given = {key: value for key, value in ways.items() if value is not None}
-    if len(given) != 1:
-        raise DgmrError(f"give exactly one of {', '.join(ways)}; given: {', '.join(given) or 'none'}")
+    if (way := given_amount(ways)) is None:
+        raise DgmrError(f"Nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
     if round_to < 1:
         raise DgmrError(f"round_to = {round_to}; it must be 1 or more")
     for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):
@@ -83,9 +105,8 @@ def keep_counts(
         else:
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
-            [(key, value)] = given.items()
             raise DgmrError(
-                f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}"
+                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}"
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
