@@ -36,10 +36,9 @@ from dgmr_tp.pruning.allocation import check_budget, fitted_widths, keep_counts
 from dgmr_tp.pruning.amp import (
     TEMPERATURE,
     Objective,
-    Search,
+    SearchState,
     entropy,
     gate_scores,
-    put,
     search_widths,
     weight_gradients,
 )
@@ -311,7 +310,7 @@ def search(
     seen = [float(batch.double().sum()) for group in groups for batch in group]
     request = {**options, "encoder": adapter.name, "weights": sha, "seen": seen, "objective": objective.__qualname__}
 
-    def remember(state: Search) -> None:
+    def remember(state: SearchState) -> None:
         if journal and is_main_process():
             write_whole(journal, json.dumps({"request": request, "state": asdict(state)}))
 
@@ -331,19 +330,19 @@ def search(
         )
     finally:
         for name, mlp in whole.items():
-            put(adapter.tower, name, mlp)
+            adapter.tower.set_submodule(name, mlp)
     assert end.baseline is not None
     decided = {name: SitePlan(site.width, site.hidden, end.kept[name], sha[name]) for name, site in sites.items()}
     return Found(Plan(adapter.name, "amp", decided), end.baseline, end.image_blocks)
 
 
-def _read_search(path: Path | None, request: dict[str, object]) -> Search | None:
+def _read_search(path: Path | None, request: dict[str, object]) -> SearchState | None:
     try:
         found = json.loads(path.read_text()) if path else None
         if not found or found["request"] != json.loads(json.dumps(request)):
             return None
         kept = {name: tuple(neurons) for name, neurons in found["state"]["kept"].items()}
-        return Search(**{**found["state"], "kept": kept})
+        return SearchState(**{**found["state"], "kept": kept})
     except (OSError, ValueError, KeyError, TypeError):  # the first time, or a damaged one
         return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.encoders.model import unfinished
+from dgmr_tp.encoders.model import staging_path
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
@@ -64,7 +64,7 @@ def prune_streaming(
         DgmrError: bad input; says what and what to do.
     """
     directory = Path(directory)
-    aside = unfinished(directory)
+    aside = staging_path(directory)
     if isinstance(criterion, str) and criterion in (*SEEING, *DIFFERENTIATING):
         raise DgmrError(f"criterion {criterion} runs the tower on images, which streaming does not do")
     opened = open_model(source, pretrained, weights="disk")
