@@ -47,7 +47,7 @@ from dgmr_tp.distillation.losses import FeatureTap, Objective
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.pruning.output_selection import PROBED
+from dgmr_tp.pruning.output_selection import NUM_SENSITIVITY_IMAGES
 from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.knn import nearest_classes
 
@@ -361,7 +361,7 @@ class Store:
             for method, rows in methods.items():
                 if "image_blocks" in rows[0]:
                     blocks = len(rows[0]["widths"])
-                    ours = (IMAGES + 128) * blocks + PROBED * (
+                    ours = (IMAGES + 128) * blocks + NUM_SENSITIVITY_IMAGES * (
                         blocks + blocks * (blocks + 1) // 2
                     )  # 128: the first batch, to see its tokens
                     cost = rows[0]["image_blocks"]

@@ -68,12 +68,12 @@ def keep_counts(
     Args:
         mlp_ratio: hidden width as a multiple of the token width (the papers' prune1 and prune2 are 1 and 2).
         keep_ratio: hidden width as a fraction of what it is now.
-        keep: the hidden width itself, for all sites or by pattern (``{"blocks.0.*": 64, "*": 128}``, first match counts;
-            a site that no pattern matches keeps all).
-        budget: what the whole tower may cost, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both: up to 1 a share of what it costs
-            now, above 1 a number. Every site keeps the same share of its neurons, the largest one that fits.
-        round_to: keep counts are multiples of this: the largest not above the count, but not zero; a site that keeps all, or
-            has fewer, stays as it is. For ``keep`` only a check, since those counts are the user's.
+        keep: the hidden width itself, for all sites or by pattern (``{"blocks.0.*": 64, "*": 128}``, first match
+            counts; a site that no pattern matches keeps all).
+        budget: what the whole tower may cost, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both: up to 1 a share of what
+            it costs now, above 1 a number. Every site keeps the same share of its neurons, the largest one that fits.
+        round_to: keep counts are multiples of this: the largest not above the count, but not zero; a site that keeps
+            all, or has fewer, stays as it is. For ``keep`` only a check, since those counts are the user's.
         costs: what ``params`` and ``flops`` mean, for ``budget``.
 
     Ratios are taken as the decimals they are written as and rounded down: 0.29 of 100 is 29.
@@ -106,7 +106,8 @@ def keep_counts(
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
             raise DgmrError(
-                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}"
+                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to "
+                f"{site.hidden}"
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
@@ -144,8 +145,9 @@ def fitted_widths(
 ) -> dict[str, int]:
     """The widths that lose least in sum under a budget, each MLP with a width of its own.
 
-    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic solution
-    leaves at most one site per limit between two corners. What room is left goes to the neurons that still fit.
+    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic
+    solution leaves at most one site per limit between two corners. What room is left goes to the neurons that still
+    fit.
 
     Args:
         sites: the MLPs.

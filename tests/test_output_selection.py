@@ -154,7 +154,7 @@ def test_it_works_in_a_stock_pruner():
 def test_more_picks_than_a_panel_change_nothing(monkeypatch):
     hidden, weight = problem(3, neurons=40, tokens=200)
     whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
-    monkeypatch.setattr("dgmr_tp.pruning.output_selection.PANEL", 7)
+    monkeypatch.setattr("dgmr_tp.pruning.output_selection.PIVOT_BLOCK", 7)
     for by, expected in whole.items():
         got = ranked(hidden, weight, by=by)
         assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)
