@@ -44,7 +44,7 @@ def images(tmp_path_factory):
 
 def test_prune_writes_a_directory_that_opens(images, tmp_path):
     done = call_command(
-        "prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out"
+        "prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--calibration-images", "100", "-o", tmp_path / "out"
     )
     assert done.returncode == 0, done.stderr
     assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())

@@ -16,7 +16,7 @@ from families import FAMILIES, FORMS, plain_embedding, plain_output
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from dgmr_tp.compression.criteria import make_plan
+from compress import make_plan
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.formats import open_exported
 from dgmr_tp.export.towers import vision_part

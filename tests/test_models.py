@@ -13,7 +13,7 @@ from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from dgmr_tp.compression.criteria import make_plan
+from compress import make_plan
 from dgmr_tp.encoders import OpenedModel
 
 OPEN_CLIP_CONFIG = {

@@ -15,7 +15,8 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
-from dgmr_tp.compression.criteria import Rankings, block_sites, make_plan, rank
+from compress import block_sites, make_plan, rank
+from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_tower
@@ -299,7 +300,7 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank/all: done") == 1
     images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
-    told = call_command("rank", "--images", images, "--count", "60", "-o", ranked)
+    told = call_command("rank", "--images", images, "--calibration-images", "60", "-o", ranked)
     assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
     written = tmp_path / "plan.json"
     for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):

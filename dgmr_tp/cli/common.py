@@ -15,7 +15,9 @@ MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[
     str | None,
-    typer.Option(help="Weights for a NAME: the library's tag, a file, hf-hub:ORG/REPO/FILE, or TAG+FILE; none: random."),
+    typer.Option(
+        help="Weights for a NAME: the library's tag, a file, hf-hub:ORG/REPO/FILE, or TAG+FILE; none: random."
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 TrustOption = Annotated[

@@ -33,7 +33,8 @@ RankingsOption = Annotated[Path | None, typer.Option(help="Use these rankings, w
 RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
 CalibrationOption = Annotated[
-    int | None, typer.Option("--calibration-images", min=1, help="Number of calibration images to read [default: 1024].")
+    int | None,
+    typer.Option("--calibration-images", min=1, help="Number of calibration images to read [default: 1024]."),
 ]
 DampingOption = Annotated[
     float | None, typer.Option(help="Ridge of the recovery, relative to the mean squared activation [default: 0.001].")
@@ -53,7 +54,9 @@ def criteria() -> None:
 
 @app.command()
 def rank(
-    images: Annotated[str, typer.Option(help="Unlabeled images like those you serve: a folder, a tar, shards, or URLs.")],
+    images: Annotated[
+        str, typer.Option(help="Unlabeled images like those you serve: a folder, a tar, shards, or URLs.")
+    ],
     file: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
@@ -118,7 +121,9 @@ def amp(
     if is_main_process():
         _print_plan(opened, result.plan)
         forward_passes = result.image_blocks / len(opened.adapter.blocks())
-        out.print(f"entropy {result.entropy:.4f} nats; the search cost {forward_passes:,.0f} forward passes of an image")
+        out.print(
+            f"entropy {result.entropy:.4f} nats; the search cost {forward_passes:,.0f} forward passes of an image"
+        )
         _print_skipped(calibration.broken, calibration.other_files)
         atomic_write(file, result.plan.to_json() + "\n")
 
@@ -189,7 +194,9 @@ def prune(
     round_to: RoundOption = 1,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of making one.")] = None,
     rankings: RankingsOption = None,
-    recover: Annotated[str | None, typer.Option(help="Recover on these unlabeled images: a folder, shards, URLs.")] = None,
+    recover: Annotated[
+        str | None, typer.Option(help="Recover on these unlabeled images: a folder, shards, URLs.")
+    ] = None,
     num_images: CalibrationOption = None,
     damping: DampingOption = None,
     seed: SeedOption = 0,
@@ -199,7 +206,9 @@ def prune(
     ] = None,
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Find the smallest size whose k-NN accuracy drops by at most this, such as 1%; needs classes."),
+        typer.Option(
+            help="Find the smallest size whose k-NN accuracy drops by at most this, such as 1%; needs classes."
+        ),
     ] = None,
     held_out: Annotated[
         int | None, typer.Option(min=1, help="Number of held-out images for these two [default: 512].")

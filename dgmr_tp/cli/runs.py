@@ -63,7 +63,8 @@ def estimate(
     recipe: RecipeArgument,
     devices: Annotated[str, typer.Option(help="Number and memory of the devices, such as 8x48GB.")],
     rate: Annotated[
-        str | None, typer.Option(help="Images per second, or a run directory that measured them, to estimate the hours.")
+        str | None,
+        typer.Option(help="Images per second, or a run directory that measured them, to estimate the hours."),
     ] = None,
     overrides: SetOption = None,
 ) -> None:
@@ -112,7 +113,9 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 @app.command()
 def distill(
     directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section distill.")],
-    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
+    ] = None,
 ) -> None:
     """Run the distillation of a run directory. The deepspeed launcher starts this command in every process.
 
@@ -125,7 +128,9 @@ def distill(
 @app.command("tune-text")
 def tune_text(
     directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section tune_text.")],
-    size: Annotated[str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
+    ] = None,
 ) -> None:
     """Tune the text towers of a run directory to their pruned vision towers. Launched like distill."""
     _train(directory, "tune_text", size)

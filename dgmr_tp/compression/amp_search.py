@@ -14,7 +14,7 @@ from dgmr_tp.compression.planning import ENTROPY_GROUP_SIZE
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, SitePlan
-from dgmr_tp.pruning.amp import TEMPERATURE, Objective, Search, entropy, gate_scores, search_widths
+from dgmr_tp.pruning.amp import TEMPERATURE, Objective, SearchState, entropy, gate_scores, search_widths
 from dgmr_tp.utils.config import Config
 from dgmr_tp.utils.distributed import broadcast_from_main, is_main_process
 from dgmr_tp.utils.files import atomic_write
@@ -95,7 +95,7 @@ def search(
         "objective": objective.__qualname__,
     }
 
-    def remember(state: Search) -> None:
+    def remember(state: SearchState) -> None:
         if journal and is_main_process():
             atomic_write(journal, json.dumps({"request": request, "state": asdict(state)}))
 
@@ -125,13 +125,13 @@ def search(
     return SearchResult(Plan(model.name, "amp", decided), result.baseline, result.image_blocks)
 
 
-def _read_journal(path: Path | None, request: dict[str, object]) -> Search | None:
+def _read_journal(path: Path | None, request: dict[str, object]) -> SearchState | None:
     """The state of an interrupted search for the same request; None on the first start or if the file is damaged."""
     try:
         journal = json.loads(path.read_text()) if path else None
         if not journal or journal["request"] != json.loads(json.dumps(request)):
             return None
         kept = {name: tuple(neurons) for name, neurons in journal["state"]["kept"].items()}
-        return Search(**{**journal["state"], "kept": kept})
+        return SearchState(**{**journal["state"], "kept": kept})
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -61,7 +61,7 @@ class CalibrationImages:
                 f"{count} calibration images were asked for, but the batches hold {given}. Pass more batches or a "
                 "smaller number."
             )
-        return cls([batch for batch in torch.cat(batches)[:count].split(len(batches[0]))])
+        return cls(list(torch.cat(batches)[:count].split(len(batches[0]))))
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -11,6 +11,7 @@ from typing import Unpack
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.criteria import ActivationCriterion, criterion_named, names_needing
@@ -20,6 +21,7 @@ from dgmr_tp.pruning import Amount, Plan, Ranking, SitePlan, rank_tower
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts, with_default_amount
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_within
+from dgmr_tp.utils.files import staging_path
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Rankings:
             for name, ranking in self.sites.items()
         }
         note = json.dumps({"encoder": self.encoder, "criterion": self.criterion, "sites": sites})
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, ranking in self.sites.items():
             tensors |= {f"{name}.order": ranking.order, f"{name}.error": ranking.error}
         staging = staging_path(path)

@@ -92,9 +92,7 @@ def dry_run(recipe: Recipe) -> DryRun:
         assert pruner.keep is not None
         cut = {site.name: site.hidden - pruner.keep[site.name] for site in dense.sites}
         groups = _parameter_groups(recipe.distill, dense.copy(), pruner.keep) if recipe.distill else None
-        sizes[name] = Size(
-            pruner.keep, tower_costs["params"].without(cut), tower_costs["flops"].without(cut), groups
-        )
+        sizes[name] = Size(pruner.keep, tower_costs["params"].without(cut), tower_costs["flops"].without(cut), groups)
     config = None
     if recipe.distill:
         config = deepspeed_config(recipe.distill, recipe.distill.processes, Path("RUN_DIR"))

@@ -49,7 +49,9 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
         resize(student.tower, size.keep)
         assert teacher.image_size is not None
         planner = Planner(student.adapter, teacher.adapter, config, teacher.image_size)
-        texts.append(f"{name}: {planner.table(config, available)}\n{num_images:,} images{_hours(num_images, rate, name)}")
+        texts.append(
+            f"{name}: {planner.table(config, available)}\n{num_images:,} images{_hours(num_images, rate, name)}"
+        )
         if remedy is None and not planner.fits(config, available):
             change = planner.remedy(config, available)
             settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in (change or {}).items())

@@ -99,7 +99,9 @@ class Recipe(Config):
         if self.scenes and not self.scenes.pairs and "scenes:pairs" in generated:
             raise ValueError("scenes:pairs needs scenes.pairs, the number of captioned scenes to train on")
         if self.distill and self.distill.keep_features and not self.distill.fixed_crops and len(self.prune.sizes) == 1:
-            raise ValueError("distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither")
+            raise ValueError(
+                "distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither"
+            )
         if not self.recover and self.prune.has_quality_target:
             raise ValueError("prune.min_cosine and prune.max_drop judge the recovered model; add the section recover")
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
@@ -243,7 +245,9 @@ def _explain(path: Path, layers: Sequence[Layer], problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = _known_keys(where[:-1])
         close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: unknown key {key}. " + (f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(known)}.")
+        return f"{place}: unknown key {key}. " + (
+            f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(known)}."
+        )
     if problem["type"] == "missing":
         return f"{place}: the key {key} is missing. Add it."
     given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"

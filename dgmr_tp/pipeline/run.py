@@ -57,7 +57,9 @@ class Run:
         try:
             return cls(parse_recipe(json.loads(path.read_text()), path), directory)
         except OSError as error:
-            raise DgmrError(f"{directory} is not a run directory: it has no {RECIPE}. Name one made by dgmr-tp run.") from error
+            raise DgmrError(
+                f"{directory} is not a run directory: it has no {RECIPE}. Name one made by dgmr-tp run."
+            ) from error
         except ValueError as error:
             raise DgmrError(f"{path} is damaged: {error}. Start the run again with its recipe.") from error
 

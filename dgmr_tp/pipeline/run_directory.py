@@ -132,7 +132,9 @@ class RunDirectory:
         manifest = staging / MANIFEST
         if not manifest.exists():  # otherwise only the rest of this method is left to do
             figures = step.work(staging)
-            atomic_write(manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
+            atomic_write(
+                manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n"
+            )
         shutil.rmtree(staging / "checkpoints", ignore_errors=True)
         shutil.rmtree(self.folder(step.key), ignore_errors=True)  # a folder without its manifest
         os.rename(staging, self.folder(step.key))

@@ -44,7 +44,9 @@ def given_amount(amount: Mapping[str, Any], ways: Sequence[str] = AMOUNTS) -> st
     """
     given = [way for way in ways if amount.get(way) is not None]
     if len(given) > 1:
-        raise DgmrError(f"Exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one.")
+        raise DgmrError(
+            f"Exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one."
+        )
     return given[0] if given else None
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
@@ -126,9 +125,7 @@ def _measure_model(context: RunContext, model: OpenedModel, folder: Path, label:
     own: dict[str, dict[str, float]] = {}
     if section.knn:
         bank, test = (Images.find(context.resolve(path)) for path in (section.knn.train, section.knn.test))
-        figures = knn_accuracy(
-            encoder, model.preprocess, train=bank, test=test, workers=section.knn.workers, **options
-        )
+        figures = knn_accuracy(encoder, model.preprocess, train=bank, test=test, workers=section.knn.workers, **options)
         own["knn"] = _with_skipped(figures, bank, test)
     if section.head:
         test = Images.find(context.resolve(section.head.test))
