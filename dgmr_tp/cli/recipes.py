@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dgmr_tp.cli.common import out
-from dgmr_tp.errors import DgmrError, Preempted
+from dgmr_tp.errors import DgmrError
 
 app = typer.Typer()
 STAGES = "scenes, rank, prune, recover, distill, tune_text, evaluate, compare, export"
@@ -40,12 +36,13 @@ def run(
 
         out.print(str(dry_run(load_recipe(recipe, to_run=False))), soft_wrap=True)
         return
+    from dgmr_tp.distillation.processes import preemptible
     from dgmr_tp.pipeline.recipe import load_recipe
     from dgmr_tp.pipeline.run import Run
 
     parsed = load_recipe(recipe)
     this = Run(parsed, directory or Path("runs") / parsed.name)
-    with _preemptible():
+    with preemptible():
         this.run(redo=redo, until=until, say=out.print)
         _report(this)
 
@@ -88,14 +85,14 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
     import torch
 
     from dgmr_tp.distillation.engine import stop_deepspeed
-    from dgmr_tp.distillation.launch import end_with_parent, is_worker
+    from dgmr_tp.distillation.processes import end_with_parent, is_worker, preemptible
     from dgmr_tp.pipeline.run import Run
 
     this = Run.open(directory)
     if getattr(this.recipe, stage) is None:
         raise DgmrError(f"the recipe of {directory} has no section {stage}")
     if not is_worker():
-        with _preemptible():
+        with preemptible():
             this.run(until=stage, say=out.print)
         return
     end_with_parent()
@@ -104,29 +101,6 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
         gc.collect()  # DeepSpeed's engine refers to itself
         torch.cuda.empty_cache()
     stop_deepspeed()
-
-
-class _ToldToStop(BaseException):
-    """No Exception: what turns a library's errors into sentences must not take it for one."""
-
-
-@contextmanager
-def _preemptible() -> Iterator[None]:
-    """SIGTERM ends the command at once, wherever it is, and says so; trainings look to themselves."""
-    mine = os.getpid()
-
-    def leave(*_: object) -> None:
-        if os.getpid() != mine:  # a process that reads images
-            os._exit(Preempted.code)
-        raise _ToldToStop
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    except _ToldToStop:
-        raise Preempted("preempted; run again to go on") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _report(this) -> None:  # type: ignore[no-untyped-def]

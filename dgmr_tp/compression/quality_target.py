@@ -94,7 +94,7 @@ def prune_to_promise(
         raise DgmrError(f"{name} = {limit}; it must be between 0 and 1")
     if held_out < FEWEST:
         raise DgmrError(f"held_out = {held_out}; {FEWEST} images are the fewest that can bear a promise")
-    pictures, labels = Images.find(images).labelled(calibration + held_out, seed, model.preprocess)
+    pictures, labels = Images.find(images).sample_labeled(calibration + held_out, seed, model.preprocess)
     if len(pictures) < held_out + 10:
         raise DgmrError(
             f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed"

@@ -11,9 +11,10 @@ import torch
 
 from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.data.streams import is_url
+from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline.recipe import PROMISES, Distill, Recipe
+from dgmr_tp.pipeline.recipe import PROMISES, Recipe
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 from dgmr_tp.pruning.pruner import resize
@@ -91,11 +92,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         )
     config = None
     if recipe.distill:
-        from dgmr_tp.distillation.config import DistillSettings
         from dgmr_tp.distillation.engine import deepspeed_config
 
-        settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
-        config = deepspeed_config(settings, recipe.distill.processes, Path("RUN_DIR"))
+        config = deepspeed_config(recipe.distill, recipe.distill.processes, Path("RUN_DIR"))
     roots = [
         recipe.images,
         *(path for reads in (recipe.evaluate, recipe.compare) if reads for path in reads.paths.values()),
@@ -115,23 +114,22 @@ def plan_memory(recipe: Recipe, devices: str, rate: str | None = None) -> tuple[
     Raises:
         DgmrError: the recipe distils nothing, its widths are not known before it runs, or no rate is known.
     """
-    from dgmr_tp.distillation.config import DistillSettings
-    from dgmr_tp.distillation.memory import Devices, Planner
+    from dgmr_tp.distillation.memory import Devices, MemoryEstimator
 
     there = Devices.parse(devices)
     if recipe.distill is None:
         raise DgmrError(f"the recipe {recipe.name} has no section distill; only that needs planning")
-    settings = DistillSettings.of(recipe.distill.model_dump(), recipe.seed)
+    config = recipe.distill
     teacher = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
-    images = settings.steps * settings.batch_size
+    images = config.steps * config.batch_size
     texts, misfit = [], None
     for name, size in dry_run(recipe).sizes.items():
         student = teacher.copy()
         resize(student.tower, size.keep)
-        planner = Planner(student.adapter, teacher.adapter, settings, teacher.image_size)
-        texts.append(f"{name}: {planner.table(settings, there)}\n{images:,} images{_hours(images, rate, name)}")
-        if not planner.fits(settings, there) and misfit is None:
-            remedy = planner.remedy(settings, there)
+        estimator = MemoryEstimator(student.adapter, teacher.adapter, config, teacher.image_size)
+        texts.append(f"{name}: {estimator.table(config, there)}\n{images:,} images{_hours(images, rate, name)}")
+        if not estimator.fits(config, there) and misfit is None:
+            remedy = estimator.smallest_change(config, there)
             change = "it would fit with distill." + ", ".join(
                 f"{key}: {str(value).lower()}" for key, value in (remedy or {}).items()
             )
@@ -168,13 +166,13 @@ def _measured_rate(run: Path, size: str) -> float:
     return median(rates[len(rates) // 2 :])
 
 
-def _groups(distill: Distill, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
-    from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need, parameter_groups
-    from dgmr_tp.distillation.losses import FeatureTap, Objective
+def _groups(distill: DistillConfig, student: OpenedModel, keep: dict[str, int]) -> list[dict[str, Any]]:
+    from dgmr_tp.distillation.engine import freeze_unused_parameters, parameter_groups
+    from dgmr_tp.distillation.losses import FeatureTap
 
     resize(student.tower, keep)
-    tap = FeatureTap(student.adapter, Objective(**distill.loss.model_dump()))
-    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
+    tap = FeatureTap(student.adapter, distill.loss)
+    freeze_unused_parameters(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
     return [
         {
             "tensors": len(group["params"]),

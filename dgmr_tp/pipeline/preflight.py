@@ -49,9 +49,9 @@ def _check_paths(recipe: Recipe) -> None:
         if key.endswith(".hostfile"):
             _check_hosts(key, path)
     if recipe.tune_text and not recipe.tune_text.captions.startswith("scenes:"):
-        from dgmr_tp.data.captions import Captioned
+        from dgmr_tp.data.captions import CaptionedImages
 
-        Captioned.find(recipe.tune_text.captions, recipe.tune_text.images)
+        CaptionedImages.find(recipe.tune_text.captions, recipe.tune_text.images)
 
 
 def _check_hosts(key: str, hosts: str) -> None:

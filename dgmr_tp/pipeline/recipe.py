@@ -11,6 +11,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from dgmr_tp.distillation.config import DistillConfig, TuneTextConfig
+from dgmr_tp.distillation.losses import DistillationLoss
 from dgmr_tp.errors import DgmrError
 
 
@@ -159,147 +161,6 @@ class Recover(Section):
     """Ridge, relative to the mean of the squared activations."""
 
 
-class Loss(Section):
-    """What the student is asked for; see dgmr_tp.distillation.losses.Objective."""
-
-    class_token: float = Field(1.0, ge=0)
-    """Weight of the mean squared error of the class token; a tower without one has none."""
-    patches: float = Field(1.0, ge=0)
-    """Of the patch tokens."""
-    embedding: float = Field(0.0, ge=0)
-    """Of the tower's output: the embedding, or a classifier's logits."""
-    layers: dict[int, float] = Field(default_factory=dict)
-    """Of all tokens behind single blocks: the block's number, from 1, and its weight."""
-    after_norm: bool = False
-    """Whether class token and patches are taken behind the final norm."""
-
-    @model_validator(mode="after")
-    def _something(self) -> Loss:
-        if not any((self.class_token, self.patches, self.embedding, *self.layers.values())):
-            raise ValueError("every weight is 0; give one of class_token, patches, embedding, layers")
-        return self
-
-
-class Training(Section):
-    """What every training is told; see dgmr_tp.distillation.config.Settings."""
-
-    processes: int = Field(1, ge=1)
-    """On this machine; with fewer GPUs than that, as many as there are."""
-    hostfile: str | None = None
-    """DeepSpeed's list of machines, for more than this one: lines such as ``node1 slots=8``."""
-    steps: int = Field(ge=1)
-    """Steps of the optimiser."""
-    batch_size: int = Field(ge=1)
-    """Images of a step, over all processes."""
-    base_lr: float = Field(ge=0)
-    """The highest learning rate is ``base_lr · batch_size / 256``."""
-    min_lr: float = Field(0.0, ge=0)
-    """Where the cosine ends; taken as it is."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps in which the learning rate rises from 0."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Of matrices; norms, biases and embeddings have none."""
-    final_weight_decay: float | None = Field(None, ge=0)
-    """Where the decay goes on a cosine; without, it stays."""
-    gradient_clipping: float = Field(0.0, ge=0)
-    """Largest norm of the gradient; 0: any."""
-    bf16: bool = False
-    """Compute in bfloat16; master weights, losses and averages are float32 always."""
-    deepspeed: str | None = None
-    """A DeepSpeed JSON that is joined with what this section says."""
-    checkpoint_every: int = Field(100, ge=1)
-    """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """So many of the newest stay on disk."""
-    log_every: int = Field(10, ge=1)
-    """Steps between two points of the curves."""
-    workers: int = Field(0, ge=0)
-    """Processes that read images, for each that trains."""
-    max_broken: float = Field(0.01, ge=0, le=1)
-    """Share of the images that may fail to decode before the run stops."""
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """What decides the result: the rest may change between two starts of one training."""
-        machines = {
-            "processes",
-            "hostfile",
-            "workers",
-            "micro_batch",
-            "recompute",
-            "compile",
-            "shard_teacher",
-            "keep_features",
-        }
-        return self.model_dump(exclude=machines | {"checkpoint_every", "keep_checkpoints", "log_every", "max_broken"})
-
-
-class Distill(Training):
-    """Distillation; see dgmr_tp.distillation.config.DistillSettings."""
-
-    micro_batch: int | None = Field(None, ge=1)
-    """The most images that one process works on at a time; gradients are accumulated. Without: all of its share at once."""
-    held_out: int = Field(0, ge=0)
-    """Images that are not trained on; the student nearest to the original on them is the result."""
-    evaluate_every: int = Field(100, ge=1)
-    """Steps between two looks at them."""
-    ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of a moving average of the weights, which then is the result."""
-    loss: Loss = Field(default_factory=Loss)
-    augment: Literal["clip", "dinov2"] = "clip"
-    """``clip``: a random crop, flipped; ``dinov2``: DINOv2's colours, blur and solarisation, too."""
-    min_crop: float = Field(0.2, gt=0, le=1)
-    """The smallest crop's share of the image's area."""
-    flip: bool = True
-    """Mirror half of the crops."""
-    fixed_crops: bool = False
-    """Crop an image alike in every epoch."""
-    keep_features: bool = False
-    """The original's features of every crop stay on disk, for the other sizes of the recipe and for the next epochs of fixed crops."""
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards over the processes: 1 the optimiser's states, 2 the gradients too, 3 the parameters too."""
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """What lies in the CPU's memory: the optimiser's states, or the parameters too (zero_stage: 3)."""
-    shard_teacher: bool = False
-    """Shard the original's parameters over the processes."""
-    recompute: bool = False
-    """Blocks keep only their input and run again in the backward pass."""
-    compile: bool = False
-    """``torch.compile`` for student and original; it needs a C++ compiler."""
-
-    @model_validator(mode="after")
-    def _possible(self) -> Distill:
-        if self.offload == "optimizer" and self.zero_stage == 0:
-            raise ValueError("offload: optimizer needs zero_stage 1, 2 or 3")
-        if self.bf16 and self.zero_stage == 0:
-            raise ValueError("bf16 needs zero_stage 1, 2 or 3: stage 0 gives no float32 master weights back")
-        if self.offload == "all" and self.zero_stage != 3:
-            raise ValueError(f"offload: all needs zero_stage: 3, this is {self.zero_stage}")
-        if self.keep_features and self.shard_teacher:
-            raise ValueError(
-                "keep_features does not go with shard_teacher, whose processes must compute together; leave one of them out"
-            )
-        if self.compile and (self.zero_stage == 3 or self.shard_teacher):
-            raise ValueError(
-                "compile does not go with sharded parameters (zero_stage: 3, shard_teacher: true); leave one of them out"
-            )
-        return self
-
-
-class TuneText(Training):
-    """Tuning of the text tower; see dgmr_tp.distillation.config.TextSettings. The whole batch is worked on at once, since its
-    captions are told apart from each other."""
-
-    captions: str
-    """Images with a ``.txt`` beside each, in a folder or in tars; or Karpathy's JSON; or ``scenes:pairs``."""
-    images: str | None = None
-    """For a JSON: the folder of its images."""
-    first_caption: bool = False
-    """Of several captions always the first, as in the paper, instead of one drawn for every epoch."""
-    zero_stage: Literal[1, 2] = 1
-    """As for distill."""
-
-
 class Dataset(Section):
     """A clip_benchmark data set."""
 
@@ -440,8 +301,8 @@ class Recipe(Section):
     """Unlabelled images: a folder, a tar, a folder of tars, a URL of shards, or ``scenes:images``."""
     prune: Prune
     recover: Recover | None = None
-    distill: Distill | None = None
-    tune_text: TuneText | None = None
+    distill: DistillConfig | None = None
+    tune_text: TuneTextConfig | None = None
     evaluate: Evaluate | None = None
     compare: Compare | None = None
     export: Export | None = None
@@ -534,7 +395,7 @@ def _explain(path: Path, text: str, problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"{place}: the key {key} is missing"
-    given = "" if isinstance(problem["input"], dict | Recipe | Section) else f", got {problem['input']!r}"
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"
     return f"{place}: {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
@@ -545,8 +406,8 @@ def _known_keys(where: list[Any]) -> list[str]:
         "scenes": Scenes,
         "prune": Search if "search" in where else Prune,
         "recover": Recover,
-        "distill": Loss if "loss" in where else Distill,
-        "tune_text": TuneText,
+        "distill": DistillationLoss if "loss" in where else DistillConfig,
+        "tune_text": TuneTextConfig,
         "evaluate": Evaluate,
         "compare": Compare,
         "export": Export,

@@ -21,10 +21,11 @@ from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, Found, Ranking
 from dgmr_tp.compression.prune import prune
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import find_images, is_url
+from dgmr_tp.distillation.config import TrainingConfig
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.preflight import check_needs
-from dgmr_tp.pipeline.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
+from dgmr_tp.pipeline.recipe import FORMATS, Dataset, Recipe, parse_recipe
 from dgmr_tp.pipeline.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
 from dgmr_tp.pruning import ImageEncoder, Plan
 from dgmr_tp.utils.files import hold, sha256, write_whole
@@ -239,13 +240,12 @@ class Run(RunDirectory):
             write_whole(folder / "figures.json", json.dumps(figures, indent=1) + "\n")
 
     def _distill_here(self, student: OpenedModel, folder: Path, step: Step) -> dict[str, Any] | None:
-        from dgmr_tp.distillation.config import DistillSettings
         from dgmr_tp.distillation.distill import distill
 
         assert self.recipe.distill
-        settings = DistillSettings.of(self.recipe.distill.model_dump(), self.recipe.seed)
         kept = self._kept_features(step) if self.recipe.distill.keep_features else None
-        return distill(self.original(), student, find_images(self._images), settings, folder, kept)
+        images, config, seed = find_images(self._images), self.recipe.distill, self.recipe.seed
+        return distill(self.original(), student, images, config, folder, seed=seed, features=kept)
 
     def _kept_features(self, step: Step) -> Path:
         """Where the sizes share the original's features; another recipe has other ones."""
@@ -262,14 +262,13 @@ class Run(RunDirectory):
         return self.directory / "distill" / f".features-{digest([*made_from, known])[:16]}"
 
     def _tune_text_here(self, model: OpenedModel, folder: Path) -> dict[str, Any] | None:
-        from dgmr_tp.data.captions import Captioned
-        from dgmr_tp.distillation.config import TextSettings
+        from dgmr_tp.data.captions import CaptionedImages
         from dgmr_tp.distillation.text import tune_text
 
         section = self.recipe.tune_text
         assert section
-        pairs = Captioned.find(self.data_path(section.captions), section.images)
-        return tune_text(model, pairs, TextSettings.of(section.model_dump(), self.recipe.seed), folder)
+        pairs = CaptionedImages.find(self.data_path(section.captions), section.images)
+        return tune_text(model, pairs, section, folder, seed=self.recipe.seed)
 
     # Each of the following fills the folder of one step and returns its figures.
 
@@ -385,23 +384,23 @@ class Run(RunDirectory):
         assert self.recipe.tune_text
         return self._train("tune-text", self.recipe.tune_text, folder, size)
 
-    def _train(self, command: str, section: Training, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.distillation.launch import launch
-        from dgmr_tp.distillation.loop import STOP, curves_of, read_curve
+    def _train(self, command: str, section: TrainingConfig, folder: Path, size: str) -> dict[str, Any]:
+        from dgmr_tp.distillation.loop import curve_names, read_curve
+        from dgmr_tp.distillation.processes import STOP_FILE, launch
 
         if not (folder / "figures.json").exists():
             launch(
                 [command, str(self.directory), "--size", size],
                 section.processes,
                 section.batch_size,
-                folder / STOP,
+                folder / STOP_FILE,
                 section.hostfile,
             )
         if not (folder / "figures.json").exists():
             raise DgmrError("the deepspeed launcher was killed; run again to go on from the last checkpoint")
         figures = json.loads((folder / "figures.json").read_text())
         shown = {"losses": "loss", "scores": "score", "knn": "knn"}
-        details = {name: read_curve(folder, name) for name in curves_of(folder) if name not in shown.values()}
+        details = {name: read_curve(folder, name) for name in curve_names(folder) if name not in shown.values()}
         return {**figures, **{key: read_curve(folder, name) for key, name in shown.items()}, "details": details}
 
     def _evaluate_original(self, folder: Path) -> dict[str, Any]:
@@ -538,14 +537,14 @@ class Run(RunDirectory):
         return Plan.read(self.folder(f"prune/{size}") / "model" / "plan.json")
 
 
-def _training(stage: str, section: Training) -> dict[str, Any]:
+def _training(stage: str, section: TrainingConfig) -> dict[str, Any]:
     """What decides a training: its section, and the files that the section names."""
     files = {
         f"{key}_files": fingerprint(path) for key in ("captions", "images") if (path := getattr(section, key, None))
     }
     if section.deepspeed and Path(section.deepspeed).is_file():
         files["deepspeed_sha256"] = sha256(Path(section.deepspeed))
-    return {stage: section.deciding, **files}
+    return {stage: section.outcome_settings, **files}
 
 
 def _siblings(captions: str, entry: Dataset) -> bool:

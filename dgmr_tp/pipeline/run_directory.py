@@ -85,14 +85,14 @@ class RunDirectory:
 
     def check_still_true(self, step: Step) -> None:
         """Raises DgmrError if what is there of a step was made from something else."""
-        from dgmr_tp.distillation.checkpoints import SEAL
+        from dgmr_tp.distillation.checkpoints import MANIFEST
 
         path, note = self.folder(step.key) / "manifest.json", self.aside(step) / "made_from.json"
         try:
             if path.exists():
                 stored = json.loads(path.read_text())["made_from"]
             elif (
-                step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{SEAL}"))
+                step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{MANIFEST}"))
             ):  # worth keeping
                 stored = json.loads(note.read_text())
             else:
