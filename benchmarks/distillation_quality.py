@@ -1,11 +1,13 @@
 """How many images a distillation needs to reach the teacher, from the recovered and from the unrecovered model.
 
-    CIFAR10_DIR=.../cifar10 python benchmarks/distillation_quality.py --encoder VIT.safetensors --out benchmarks/results/quality.json
+    CIFAR10_DIR=.../cifar10 python benchmarks/distillation_quality.py --encoder VIT.safetensors --out
+    benchmarks/results/quality.json
 
 The demo CLIP on generated scenes and the CIFAR-10 encoder of ``methods.py``, DGMR's neurons, hidden = width. The papers' schedule
-sees every image ten times; here every image is seen once at most, a tenth of that: 4,096 scenes, 50,000 photographs (of which those that
-calibrate and test are left out). The product's loss; AdamW, warm-up of 20 steps, cosine, 64 images a step, no augmentation. Measured on
-2,000 test images: accuracy of the original head (zero-shot for the demo) and cosine to the dense embedding.
+sees every image ten times; here every image is seen once at most, a tenth of that: 4,096 scenes, 50,000 photographs (of
+which those that calibrate and test are left out). The product's loss; AdamW, warm-up of 20 steps, cosine, 64 images a
+step, no augmentation. Measured on 2,000 test images: accuracy of the original head (zero-shot for the demo) and cosine
+to the dense embedding.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 benchmarks/distillation_speed.py --out FILE.json
 
-The minimal loop (arXiv 2506.08591 and 2603.08100 as released): DistributedDataParallel, eager teacher, AdamW over all parameters, a barrier
-and ``.item()`` in every step, on a GPU pure bf16. The product: float32 master weights, one exchange of losses and flags a step; ``zero0``
-shards nothing, as the minimal loop does (not in bf16, whose master weights are ZeRO's), ``zero1`` the optimiser's states. ``kept`` is
-``zero1`` as it trains a recipe's second size with ``keep_features``: the teacher's features are read, not computed. All distil the demo
-CLIP (or ``--model``) pruned to hidden = width on generated scenes, at the same batch. They take turns, ``--rounds`` times, since a
-machine's speed drifts. A turn's rate is taken from the last ``MEASURED`` steps, so that starting up does not count: by the median step,
+The minimal loop (arXiv 2506.08591 and 2603.08100 as released): DistributedDataParallel, eager teacher, AdamW over all
+parameters, a barrier and ``.item()`` in every step, on a GPU pure bf16. The product: float32 master weights, one
+exchange of losses and flags a step; ``zero0`` shards nothing, as the minimal loop does (not in bf16, whose master
+weights are ZeRO's), ``zero1`` the optimiser's states. ``kept`` is ``zero1`` as it trains a recipe's second size with
+``keep_features``: the teacher's features are read, not computed. All distil the demo CLIP (or ``--model``) pruned to
+hidden = width on generated scenes, at the same batch. They take turns, ``--rounds`` times, since a machine's speed
+drifts. A turn's rate is taken from the last ``MEASURED`` steps, so that starting up does not count: by the median step,
 which a shared machine disturbs little, and by their mean.
 """
 

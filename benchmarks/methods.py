@@ -43,7 +43,7 @@ from dgmr_tp import prune
 from dgmr_tp.compression.criteria import block_sites, make_plan, rank, search
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.distillation.engine import parameter_groups
-from dgmr_tp.distillation.losses import FeatureTap, Objective
+from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
@@ -191,7 +191,7 @@ def distilling(
     tower: nn.Module, model: nn.Module, batches: Iterable[Tensor], *, steps: int, peak: float, weight_decay: float
 ) -> Iterator[int]:
     """Train ``model`` in place towards ``tower`` by the product's loss, warm-up of 20 steps, cosine; gives each step that is done."""
-    teacher, student, objective = FeatureTap(adapt(tower)), FeatureTap(adapt(model)), Objective()
+    teacher, student, objective = FeatureTap(adapt(tower)), FeatureTap(adapt(model)), DistillationLoss()
     optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=peak, betas=(0.9, 0.95))
     shape = lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from dgmr_tp.data.scenes import (
     BACKGROUNDS,
     CLASSNAMES,
-    COLOURS,
+    COLORS,
     COLUMNS,
     ROWS,
     SHAPES,
@@ -62,7 +62,7 @@ CONFIG = {
     },
 }
 ATTRIBUTES = {
-    "colour": tuple(COLOURS),
+    "color": tuple(COLORS),
     "shape": SHAPES,
     "size": tuple(SIZES),
     "texture": TEXTURES,
@@ -97,7 +97,7 @@ def captions(labels: torch.Tensor, full: bool, rng: torch.Generator) -> list[str
             texts.append(Scene(0, 0, **values).caption)
         else:
             template = TEMPLATES[torch.randint(len(TEMPLATES), (), generator=rng)]
-            texts.append(template.format(c=f"{values['colour']} {values['shape']}"))
+            texts.append(template.format(c=f"{values['color']} {values['shape']}"))
     return texts
 
 

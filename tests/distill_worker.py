@@ -1,12 +1,18 @@
-"""Run by a launcher in every process: distillations of the demo CLIP, one after the other.
+"""Program for every process of a launcher: trainings of the demo CLIP, one after the other.
 
     torchrun --nproc_per_node 2 distill_worker.py FOLDER
 
-``FOLDER/cases.json`` maps a name to what differs from the small recipe's distill section, or, with ``captions``, from ``TEXT``. ``model``
-is a directory in place of the demo CLIP, ``images`` a folder, or one for each process. ``after`` names the case which it goes on, ``step``
-the last checkpoint of that, ``damage`` one to damage, ``json`` is the content of a DeepSpeed file, ``features`` names the file of kept
-features, ``lost`` a teacher that knows nothing any more. The weights come to ``FOLDER/NAME.safetensors``, the figures to
-``FOLDER/NAME.figures``, an error to ``FOLDER/NAME.error``.
+``FOLDER/cases.json`` maps the name of a case to the keys that differ from the small recipe's distill section, or, with
+``captions``, from ``TEXT``. Further keys of a case:
+
+- ``model``: a directory, instead of the demo CLIP; ``images``: a folder, or one for each process
+- ``after``: the case that this one resumes; ``step``: the last checkpoint of it to use; ``damage``: a checkpoint to
+damage
+- ``json``: content of a DeepSpeed file
+- ``features``: file name of the feature cache; ``lost``: set the teacher's weights to zero
+
+The weights are written to ``FOLDER/NAME.safetensors``, the figures to ``FOLDER/NAME.figures``, an error to
+``FOLDER/NAME.error``.
 """
 
 from __future__ import annotations
@@ -23,15 +29,14 @@ from safetensors.torch import save_file
 from torch import distributed
 
 from dgmr_tp import prune
-from dgmr_tp.data.captions import Captioned
+from dgmr_tp.data.captions import CaptionedImages
 from dgmr_tp.data.streams import find_images
-from dgmr_tp.distillation.config import DistillSettings, TextSettings
+from dgmr_tp.distillation.config import DistillConfig, TuneTextConfig
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
 from dgmr_tp.distillation.text import tune_text
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline.recipe import Distill, TuneText
 
 TEXT = {"steps": 12, "batch_size": 8, "base_lr": 1e-2, "checkpoint_every": 4, "keep_checkpoints": 3, "log_every": 1}
 SECTION = {**SMALL["distill"], "steps": 12, "checkpoint_every": 4, "keep_checkpoints": 3}
@@ -62,20 +67,17 @@ def main(folder: Path) -> None:
             teacher.module.visual.transformer.apply(lambda module: [p.data.zero_() for p in module.parameters()])
         try:
             if "captions" in case:
-                settings = TextSettings.of(TuneText(**{**TEXT, **case}).model_dump(), seed=0)
-                done, trained = (
-                    tune_text(student, Captioned.find(case["captions"]), settings, folder / name),
-                    student.module,
-                )
+                pairs, config = CaptionedImages.find(case["captions"]), TuneTextConfig(**{**TEXT, **case})
+                figures, trained = tune_text(student, pairs, config, folder / name), student.module
             else:
                 source = case.pop("images", str(folder / "images"))
                 images = find_images(source if isinstance(source, str) else source[distributed.get_rank()])
-                settings = DistillSettings.of(Distill(**{**SECTION, **case}).model_dump(), seed=0)
-                kept = folder / features if features else None
-                done, trained = distill(teacher, student, images, settings, folder / name, kept), student.tower
-            if done:
+                config, file = DistillConfig(**{**SECTION, **case}), folder / features if features else None
+                figures = distill(teacher, student, images, config, folder / name, features=file)
+                trained = student.tower
+            if figures:
                 save_file(trained.state_dict(), folder / f"{name}.safetensors")
-                (folder / f"{name}.figures").write_text(json.dumps(done))
+                (folder / f"{name}.figures").write_text(json.dumps(figures))
         except DgmrError as error:
             (folder / f"{name}.error").write_text(str(error))
     stop_deepspeed()

@@ -187,7 +187,7 @@ def test_plan_for_another_model(tmp_path):
     [
         ("open_clip", "dgmr_tp.open_model('open_clip:ViT-B-32', 'none')", "encoders"),
         ("timm", "dgmr_tp.open_model('timm:vit_tiny_patch16_224', 'none')", "encoders"),
-        ("deepspeed", "import dgmr_tp.distillation.launch as l; l.launch([], 1, 1, None)", "distill"),
+        ("deepspeed", "import dgmr_tp.distillation.processes as l; l.launch([], 1, 1, None)", "distill"),
         (
             "onnxscript",
             "import torch; from dgmr_tp.export.bundle import export_bundle; from dgmr_tp.export.towers import parts_of\n"

@@ -18,8 +18,8 @@ from dgmr_tp.distillation.data import (
     Crops,
     StreamCrops,
     batches,
-    distinct_places,
-    places,
+    distinct_global_batch,
+    global_batch,
     stream_batches,
     training_transform,
 )
@@ -59,7 +59,7 @@ def test_the_object_is_where_the_caption_says():
     """Rendered twice with the same random numbers but another colour, only the object's pixels differ."""
     for index in range(60):
         scene = Scene.draw(3, index)
-        other = Scene(**{**scene.__dict__, "colour": "red" if scene.colour != "red" else "blue"})
+        other = Scene(**{**scene.__dict__, "color": "red" if scene.color != "red" else "blue"})
         differs = (scene.image().astype(int) != other.image().astype(int)).any(-1)
         y, x = np.argwhere(differs).mean(0) / 64
         assert abs(x - scenes.COLUMNS[scene.column]) < 0.15 and abs(y - scenes.ROWS[scene.row]) < 0.15, scene.caption
@@ -160,19 +160,19 @@ def test_a_damaged_shard_is_named_and_not_taken_for_a_shorter_one(tmp_path, dama
 
 
 def test_no_contrastive_batch_has_an_image_twice():
-    drawn = [distinct_places(50, 16, seed=3, step=step) for step in range(9)]
+    drawn = [distinct_global_batch(50, 16, seed=3, step=step) for step in range(9)]
     for batch in drawn:
         assert len({index for _, index in batch}) == 16 and len({epoch for epoch, _ in batch}) == 1
     for epoch in range(3):
         seen = [index for batch in drawn for e, index in batch if e == epoch]
         assert len(seen) == len(set(seen)) == 48
     assert drawn[0] != [(0, index) for _, index in drawn[3]]
-    assert any(len({index for _, index in places(50, 16, seed=3, step=step)}) < 16 for step in range(50))
+    assert any(len({index for _, index in global_batch(50, 16, seed=3, step=step)}) < 16 for step in range(50))
 
 
 @pytest.mark.parametrize("count", [7, 16, 50])
 def test_global_batches_are_epochs_of_shuffled_samples(count):
-    drawn = [place for step in range(20) for place in places(count, 16, seed=3, step=step)]
+    drawn = [place for step in range(20) for place in global_batch(count, 16, seed=3, step=step)]
     for epoch in range(320 // count):
         part = [index for e, index in drawn if e == epoch]
         assert sorted(part) == list(range(count))

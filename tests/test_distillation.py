@@ -38,24 +38,25 @@ from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation import checkpoints
-from dgmr_tp.distillation.checkpoints import SEAL, Checkpoint
-from dgmr_tp.distillation.config import DistillSettings
+from dgmr_tp.distillation.checkpoints import MANIFEST, Checkpoint
+from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import Crops, batches, training_transform
-from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
-from dgmr_tp.distillation.feature_cache import KeptFeatures
-from dgmr_tp.distillation.launch import launch as launch_processes
-from dgmr_tp.distillation.loop import FAILED, read_curve, save_in_words, training
-from dgmr_tp.distillation.losses import FeatureTap, Objective
-from dgmr_tp.distillation.validation import Best, HeldOut
+from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
+from dgmr_tp.distillation.feature_cache import FeatureCache
+from dgmr_tp.distillation.loop import describe_save, read_curve, training_session
+from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
+from dgmr_tp.distillation.processes import FAILURE_FILE
+from dgmr_tp.distillation.processes import launch as launch_processes
+from dgmr_tp.distillation.validation import BestWeights, HeldOutSet
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
-from dgmr_tp.pipeline.recipe import Distill
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.utils.files import Held, hold
 
 
-def settings(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillSettings:
-    return DistillSettings.of(Distill(**{**SECTION, **changes}).model_dump(), seed=0)
+def distill_config(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillConfig:
+    """The small section with ``changes``; the other arguments are keys of a case that are not keys of the section."""
+    return DistillConfig(**{**SECTION, **changes})
 
 
 def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -71,11 +72,11 @@ def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
 @pytest.mark.parametrize(
     "objective",
     [
-        Objective(),
-        Objective(class_token=0.0, patches=2.0),
-        Objective(after_norm=True),
-        Objective(class_token=0.0, embedding=0.5),
-        Objective(layers={1: 0.25, 3: 2.0}),
+        DistillationLoss(),
+        DistillationLoss(class_token=0.0, patches=2.0),
+        DistillationLoss(after_norm=True),
+        DistillationLoss(class_token=0.0, embedding=0.5),
+        DistillationLoss(layers={1: 0.25, 3: 2.0}),
     ],
     ids=["before the norm", "patches", "after the norm", "embedding", "layers"],
 )
@@ -93,18 +94,18 @@ def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
     for layer, weight in objective.layers.items():
         expected = expected + weight * (layers_a[layer - 1] - layers_b[layer - 1]).square().mean()
     assert torch.allclose(found, expected, rtol=1e-5)
-    other = replace(objective, patches=objective.patches + 0.1)
+    other = objective.model_copy(update={"patches": objective.patches + 0.1})
     assert not torch.allclose(
         found, other.total(other(*(FeatureTap(t.adapter, other)(images) for t in taps))), rtol=1e-3
     )
 
 
 def test_blocks_that_are_not_there_are_refused():
-    with pytest.raises(DgmrError, match=r"names block 4; .* has blocks 1 to 3"):
-        FeatureTap(adapt(timm_tower()), Objective(layers={4: 1.0}))
+    with pytest.raises(DgmrError, match=r"names block 4, but .* has blocks 1 to 3"):
+        FeatureTap(adapt(timm_tower()), DistillationLoss(layers={4: 1.0}))
     swin = redraw(timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), img_size=224))
-    with pytest.raises(DgmrError, match="asks for nothing that"):
-        FeatureTap(adapt(swin), Objective(patches=0.0))(torch.zeros(1, 3, 224, 224))
+    with pytest.raises(DgmrError, match="compares no feature that"):
+        FeatureTap(adapt(swin), DistillationLoss(patches=0.0))(torch.zeros(1, 3, 224, 224))
 
 
 def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
@@ -125,7 +126,7 @@ def test_recomputed_blocks_run_twice_and_give_the_same_gradients():
 def test_what_is_trained_and_what_is_decayed():
     tower = redraw(timm_tower())
     tap = FeatureTap(adapt(tower))
-    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, 32, 32, device="meta"))
+    freeze_unused_parameters(tap, torch.zeros(1, 3, 32, 32, device="meta"))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert {name for name, _ in tower.named_parameters()} - trained == {
         "norm.weight",
@@ -141,14 +142,14 @@ def test_what_is_trained_and_what_is_decayed():
     assert {"cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.bias", "blocks.0.ls1.gamma"} <= {
         name for name, p in tower.named_parameters() if id(p) in plain
     }
-    after = FeatureTap(adapt(redraw(timm_tower())), Objective(embedding=1.0))
-    freeze_what_outputs_do_not_need(after, torch.zeros(1, 3, 32, 32, device="meta"))
+    after = FeatureTap(adapt(redraw(timm_tower())), DistillationLoss(embedding=1.0))
+    freeze_unused_parameters(after, torch.zeros(1, 3, 32, 32, device="meta"))
     assert all(parameter.requires_grad for parameter in after.parameters())
 
 
 def test_the_schedule_of_the_papers():
     """Linear warm-up to base · batch / 256, a cosine to the end (torch's own as the reference), decay from 0.04 to 0.2."""
-    given = settings(
+    given = distill_config(
         steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2
     )
     assert [given.learning_rate(step) for step in range(10)] == pytest.approx(
@@ -161,16 +162,16 @@ def test_the_schedule_of_the_papers():
         optimizer.step()
         cosine.step()
     assert (given.decay(0), given.decay(50), given.decay(100)) == pytest.approx((0.04, 0.12, 0.2))
-    assert settings(weight_decay=0.3).decay(50) == 0.3
+    assert distill_config(weight_decay=0.3).decay(50) == 0.3
 
 
 @hypothesis.settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 50))
 def test_micro_batches_keep_the_global_batch(world, share, most):
-    given = settings(batch_size=world * share, micro_batch=most)
+    given = distill_config(batch_size=world * share, micro_batch=most)
     fitting = [n for n in range(1, min(most, share) + 1) if share % n == 0]
     if max(fitting) < min(most, share) / 2:
-        with pytest.raises(DgmrError, match="choose a batch_size with more divisors"):
+        with pytest.raises(DgmrError, match="Choose a batch_size with more divisors"):
             given.micro_batch_of(world)
         return
     config = deepspeed_config(given, world, Path("x"))
@@ -183,9 +184,9 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
 
     def joined(**content):
         path.write_text(json.dumps(content))
-        return deepspeed_config(settings(deepspeed=str(path), zero_stage=2), 2, tmp_path)
+        return deepspeed_config(distill_config(deepspeed=str(path), zero_stage=2), 2, tmp_path)
 
-    assert deepspeed_config(settings(offload="all", zero_stage=3), 2, tmp_path)["zero_optimization"][
+    assert deepspeed_config(distill_config(offload="all", zero_stage=3), 2, tmp_path)["zero_optimization"][
         "offload_param"
     ] == {"device": "cpu"}
     more = {"tensorboard": {"enabled": True}, "gradient_clipping": "auto", "train_batch_size": "auto"}
@@ -199,20 +200,20 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     assert joined(steps_per_print=2000, wall_clock_breakdown=True)["steps_per_print"] == 2000
     with pytest.raises(
         DgmrError,
-        match=r"offload_optimizer, but the recipe's distill section does not say offload: optimizer; say it there",
+        match=r"offload_optimizer, but the recipe's distill section has no offload: optimizer. Set it there",
     ):
         joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
     with pytest.raises(
-        DgmrError, match=r"round_robin_gradients: with it DeepSpeed cannot give the trained weights back; remove it"
+        DgmrError, match=r"with .*round_robin_gradients, DeepSpeed cannot return the trained weights. Remove it"
     ):
         joined(zero_optimization={"round_robin_gradients": True})
     assert joined(zero_optimization={"round_robin_gradients": False})
-    with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not for DeepSpeed to say"):
+    with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not set here, because the recipe sets the optimizer"):
         joined(optimizer={"type": "Adam"})
     path.write_text("{")
     with pytest.raises(DgmrError, match=r"distill\.deepspeed: cannot read .*ds\.json"):
-        deepspeed_config(settings(deepspeed=str(path)), 1, tmp_path)
+        deepspeed_config(distill_config(deepspeed=str(path)), 1, tmp_path)
 
 
 @pytest.fixture
@@ -242,14 +243,14 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
     assert sorted(path.name for path in folder.iterdir()) == ["step00000006", "step00000009"]
     found, damaged = checkpoints.newest(folder)
     assert (found.step, found.broken, damaged) == (9, {"a.png": "no image"}, [])
-    assert torch.equal(checkpoints.average_of(folder, found)["w"], torch.ones(2))
+    assert torch.equal(checkpoints.load_average(folder, found)["w"], torch.ones(2))
     for damage in (lambda f: f.write_text("x"), lambda f: f.unlink()):
         shutil.copytree(folder, tmp_path / "copy")
         damage(tmp_path / "copy" / "step00000009" / "model_states.pt")
         found, damaged = checkpoints.newest(tmp_path / "copy")
         assert found.step == 6 and damaged == ["step00000009"]
         shutil.rmtree(tmp_path / "copy")
-    (folder / "step00000009" / SEAL).unlink()  # killed before the end of the save
+    (folder / "step00000009" / MANIFEST).unlink()  # killed before the end of the save
     assert checkpoints.newest(folder)[0].step == 6
 
 
@@ -259,7 +260,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(process_group, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(DgmrError, match=r"cannot write the checkpoint .*step00000006.*make room"):
+        with pytest.raises(DgmrError, match=r"cannot write the checkpoint .*step00000006.*Free disk space"):
             checkpoints.save(Writer(), tmp_path, Checkpoint(6, 1, 1), [("w", torch.ones(10_000))], keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
@@ -285,9 +286,9 @@ def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
         torch.distributed.DistBackendError("NCCL error"),
         RuntimeError("gloo"),
     ):
-        with pytest.raises(type(error)), checkpoints.writing(tmp_path):
+        with pytest.raises(type(error)), checkpoints.report_write_errors(tmp_path):
             raise error
-    with pytest.raises(DgmrError, match="cannot write the checkpoint"), checkpoints.writing(tmp_path):
+    with pytest.raises(DgmrError, match="cannot write the checkpoint"), checkpoints.report_write_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -299,25 +300,25 @@ def test_a_process_that_is_gone_is_one_sentence(process_group, tmp_path):
     ):
         with (
             pytest.raises(DgmrError, match=r"another process of this training is gone \(.*(NCCL|gloo)"),
-            training(tmp_path, settings()),
+            training_session(tmp_path, distill_config()),
         ):
             raise error
 
 
 def test_a_process_that_fails_ends_those_that_wait_for_it(process_group, tmp_path, monkeypatch):
-    with pytest.raises(DgmrError, match="the disk"), training(tmp_path, settings()):
+    with pytest.raises(DgmrError, match="the disk"), training_session(tmp_path, distill_config()):
         raise DgmrError("the disk")
-    assert (tmp_path / FAILED).exists()
+    assert (tmp_path / FAILURE_FILE).exists()
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda code: ended.set())
-    monkeypatch.setattr("dgmr_tp.distillation.loop.LAST_WORDS", 0.1)
-    with training(tmp_path, settings()):
+    monkeypatch.setattr("dgmr_tp.distillation.processes.EXIT_DELAY_S", 0.1)
+    with training_session(tmp_path, distill_config()):
         assert not ended.wait(1.5), "what an earlier start left behind ends nothing"
-        (tmp_path / FAILED).touch()
+        (tmp_path / FAILURE_FILE).touch()
         assert ended.wait(10)
-    with pytest.raises(Preempted), training(tmp_path, settings()):
+    with pytest.raises(Preempted), training_session(tmp_path, distill_config()):
         raise Preempted("told")
-    assert not (tmp_path / FAILED).exists()
+    assert not (tmp_path / FAILURE_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -325,7 +326,7 @@ def test_a_process_that_fails_ends_those_that_wait_for_it(process_group, tmp_pat
 )
 def test_every_way_to_run_out_of_memory_names_what_needs_less(process_group, tmp_path, says):
     expected = RuntimeError if says == "else" else DgmrError
-    with pytest.raises(expected) as caught, training(tmp_path, settings()):
+    with pytest.raises(expected) as caught, training_session(tmp_path, distill_config()):
         raise RuntimeError(says)
     assert says == "else" or all(key in str(caught.value) for key in ("recompute", "micro_batch", "zero_stage"))
 
@@ -422,7 +423,8 @@ def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def apart(
     a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None
 ) -> float:
-    """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding of a gradient
+    """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding
+    of a gradient
     near zero into a step of full size."""
     a, b, begin = map(without_key_biases, (a, b, begin or start()))
     norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
@@ -432,7 +434,7 @@ def apart(
 @cache
 def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> dict[str, torch.Tensor]:
     """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
-    given = settings(gradient_clipping=clipping, fixed_crops=fixed)
+    given = distill_config(gradient_clipping=clipping, fixed_crops=fixed)
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.tower.train()
     crops = Crops(
@@ -480,7 +482,7 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held", "watched"))])
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
-    given = settings(**MATRIX[case])
+    given = distill_config(**MATRIX[case])
     found = load_file(matrix / f"{case}.safetensors")
     limits = (given.gradient_clipping, 0.0 if given.gradient_clipping else 0.01)
     expected, wrong = (plain_torch(matrix, limit, given.fixed_crops, bool(given.ema)) for limit in limits)
@@ -511,7 +513,7 @@ def test_the_best_student_on_images_held_out_is_the_result(matrix, case):
     curve = dict(read_curve(matrix / case, "score"))
     assert list(curve) == [0, 3, 6, 9, 12] and max(curve.values()) > curve[12] + 1e-3
     opened, images = open_model("demo"), Images.find(matrix / "images")
-    held_out, others = images.divided(9, seed=0)
+    held_out, others = images.split(9, seed=0)
     names = [{record.name for record in part.records} for part in (held_out, others)]
     assert (
         len(names[0]) == 9
@@ -536,9 +538,9 @@ def test_a_moving_average_is_the_result_also_where_the_student_is_watched(matrix
 
 @pytest.mark.parametrize("damage", [None, "weights", "no file"])
 def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
-    best = Best(tmp_path)
+    best = BestWeights(tmp_path)
     for score, step in ((0.25, 3), (0.75, 6), (0.5, 9)):
-        best.keep(score, step, [("w", torch.full((5,), float(step)))])
+        best.update(score, step, [("w", torch.full((5,), float(step)))])
     [file] = tmp_path.glob("*.safetensors")
     if damage == "weights":
         content = bytearray(file.read_bytes())
@@ -546,13 +548,13 @@ def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
         file.write_bytes(content)
     elif damage:
         file.unlink()
-    again = Best(tmp_path)
+    again = BestWeights(tmp_path)
     if damage:
         assert again.step == -1
-        again.keep(0.5, 9, [("w", torch.full((5,), 9.0))])
-        assert torch.equal(Best(tmp_path).weights()["w"], torch.full((5,), 9.0))
+        again.update(0.5, 9, [("w", torch.full((5,), 9.0))])
+        assert torch.equal(BestWeights(tmp_path).load()["w"], torch.full((5,), 9.0))
     else:
-        assert (again.score, again.step) == (0.75, 6) and torch.equal(again.weights()["w"], torch.full((5,), 6.0))
+        assert (again.score, again.step) == (0.75, 6) and torch.equal(again.load()["w"], torch.full((5,), 6.0))
 
 
 def left_out(embeddings, classes):
@@ -575,22 +577,24 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
     images = Images.find(tmp_path)
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 128  # noqa: E731
     teacher, student = (lambda batch: batch.flatten(1)), (lambda batch: batch.mean((2, 3)))
-    held_out = HeldOut(images, preprocess, student, 8, 16)
+    held_out = HeldOutSet(images, preprocess, student, 8, 16)
     there = [i for i in range(len(images)) if images.read(i) is not None]
     classes = [images.records[i].class_name() for i in there]
     pictures = torch.stack([preprocess(images.read(i)) for i in there])
-    for tower, told in ((student, held_out.scores(student)["knn"]), (student, held_out.original["knn"])):
+    for tower, told in ((student, held_out.scores(student)["knn"]), (student, held_out.teacher_scores["knn"])):
         found = nn.functional.normalize(tower(pictures), dim=-1).double().numpy()
         assert told == pytest.approx(sum(left_out(found, classes)) / 90) and 0.4 < told < 0.99
-    wide = HeldOut(images, preprocess, teacher, 8, 16)
-    assert wide.original["knn"] != held_out.original["knn"]
-    few = HeldOut(replace(images, records=images.records[::4]), preprocess, student, 8, 16)
-    assert few.original == {}, "23 images of three classes"
-    with pytest.raises(DgmrError, match="none of the 1 images held out can be read"):
-        HeldOut(replace(images, records=[r for r in images.records if "broken" in r.name]), preprocess, student, 8, 16)
+    wide = HeldOutSet(images, preprocess, teacher, 8, 16)
+    assert wide.teacher_scores["knn"] != held_out.teacher_scores["knn"]
+    few = HeldOutSet(replace(images, records=images.records[::4]), preprocess, student, 8, 16)
+    assert few.teacher_scores == {}, "23 images of three classes"
+    with pytest.raises(DgmrError, match="none of the 1 held-out images can be read"):
+        HeldOutSet(
+            replace(images, records=[r for r in images.records if "broken" in r.name]), preprocess, student, 8, 16
+        )
     (tmp_path / "loose.png").write_bytes((tmp_path / "0" / "0.png").read_bytes())
-    without = HeldOut(Images.find(tmp_path), preprocess, student, 8, 16)
-    assert without.original == {} and without.scores(student) == {"score": pytest.approx(1)}
+    without = HeldOutSet(Images.find(tmp_path), preprocess, student, 8, 16)
+    assert without.teacher_scores == {} and without.scores(student) == {"score": pytest.approx(1)}
 
 
 def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
@@ -607,7 +611,7 @@ def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
     ("changes", "says"),
     [
         ({"keep_features": True}, "serves several sizes, or fixed_crops: true; this recipe has neither"),
-        ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not go with shard_teacher"),
+        ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not work with shard_teacher"),
     ],
 )
 def test_features_are_kept_only_for_what_reads_them(changes, says):
@@ -627,17 +631,20 @@ def test_features_are_kept_only_for_what_reads_them(changes, says):
 
 def test_the_time_of_a_checkpoint_is_said(tmp_path):
     (tmp_path / "part").write_bytes(bytes(3_000_000))
-    assert save_in_words(tmp_path, 2.04, leaving=29) == "a checkpoint is 3 MB and takes 2.0 s"
-    assert "a step and that are 31 s, but the deepspeed launcher waits 30 s" in save_in_words(tmp_path, 2, leaving=31)
+    assert describe_save(tmp_path, 2.04, stop_seconds=29) == "a checkpoint is 3 MB and takes 2.0 s"
+    assert (
+        "A step and a checkpoint take 31 s, but the deepspeed launcher kills the processes 30 s after SIGTERM"
+        in describe_save(tmp_path, 2, stop_seconds=31)
+    )
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision):
     draw = lambda count: {"class_token": torch.randn(count, 5).to(precision), "patches": torch.randn(count, 4, 3)}  # noqa: E731
-    kept, first, second = KeptFeatures(tmp_path / "kept", draw(1), 100), draw(3), draw(2)
+    kept, first, second = FeatureCache(tmp_path / "kept", draw(1), 100), draw(3), draw(2)
     kept.write([7, 0, 90], first)
     kept.write([3, 8], second)
-    found = KeptFeatures(tmp_path / "kept", draw(1), 100).read([90, 7, 8])  # as another process does
+    found = FeatureCache(tmp_path / "kept", draw(1), 100).read([90, 7, 8])  # as another process does
     assert found.keys() == first.keys()
     for name, values in found.items():
         assert (
@@ -646,15 +653,15 @@ def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision)
         )
     assert kept.read([7, 1]) is None and kept.read([200]) is None, "what was never written"
     with (tmp_path / "kept").open("r+b") as file:
-        file.seek(8 * kept.row - 1)
+        file.seek(8 * kept.row_bytes - 1)
         last = file.read(1)[0]
-        file.seek(8 * kept.row - 1)
+        file.seek(8 * kept.row_bytes - 1)
         file.write(bytes([last ^ 1]))
     assert kept.read([7]) is None and kept.read([0, 8]) is not None, "a damaged row"
     kept.write([-1, 11], second)
     assert kept.read([11]) is not None and kept.read([-1]) is None, "a crop without number"
-    with pytest.raises(DgmrError, match=r"take .* GB, but only .* GB are free at .*; make room"):
-        KeptFeatures(tmp_path / "more", draw(1), 10**15)
+    with pytest.raises(DgmrError, match=r"take .* GB, but only .* GB are free at .*. Free disk space"):
+        FeatureCache(tmp_path / "more", draw(1), 10**15)
 
 
 @pytest.mark.slow
@@ -678,7 +685,7 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
     cases = {name: MATRIX[name] for name in (*STAGES, "average", "average zero0", "average zero3", "bf16")}
     launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
     for name in cases:
-        seal = json.loads((matrix / f"{name} one" / "checkpoints" / "step00000008" / SEAL).read_text())
+        seal = json.loads((matrix / f"{name} one" / "checkpoints" / "step00000008" / MANIFEST).read_text())
         assert seal["processes"] == 1 and not list((matrix / f"{name} one" / "checkpoints").glob("*universal*"))
     launch(matrix, 2, {f"{name} back": {**case, "after": f"{name} one", "step": 8} for name, case in cases.items()})
     for name in cases:
@@ -729,14 +736,14 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
     assert (
         "the loss is" in says("not finite")
-        and "lower distill.base_lr" in says("not finite")
+        and "Lower distill.base_lr" in says("not finite")
         and ".tar:" in says("not finite")
     )
     assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")
-    held_out = {record.name for record in Images.find(matrix / "broken").divided(9, seed=0)[0].records}
+    held_out = {record.name for record in Images.find(matrix / "broken").split(9, seed=0)[0].records}
     listed = held_out & json.loads((matrix / "broken held out.figures").read_text())["broken_images"].keys()
     assert 0 < len(listed) < 9 and all(0 < score <= 1 for _, score in read_curve(matrix / "broken held out", "score"))
-    assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images; hold out fewer" in says(
+    assert "distill.held_out = 40, but" in says("too many held out") and "is 60 images. Hold out fewer" in says(
         "too many held out"
     )
     assert "the processes do not see the same files in" in says("unlike")
@@ -746,7 +753,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert (
         0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5
     )  # other crops
-    listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / SEAL).read_text())["broken"]
+    listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / MANIFEST).read_text())["broken"]
     met = {name for name in listed if name.endswith(".png")}
     assert len(met) == 20  # 12 · 8 images are more than an epoch of 60
 
@@ -758,7 +765,8 @@ def a_rank(process: psutil.Process) -> psutil.Process:
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
-    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a start; by turns to
+    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a
+    start; by turns to
     the command and to one of the processes that it launched, which then ends the job with code 2."""
     path = write_recipe(
         tmp_path / "small.yaml",
@@ -770,7 +778,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     assert done.returncode == 0, done.stdout + done.stderr
     directory, chance = tmp_path / "killed", random.Random(0)
     folder = directory / "distill/.mlp_ratio-1.partial/checkpoints"
-    reached = lambda: max((int(seal.parent.name[4:]) for seal in folder.glob(f"*/{SEAL}")), default=0)  # noqa: E731
+    reached = lambda: max((int(seal.parent.name[4:]) for seal in folder.glob(f"*/{MANIFEST}")), default=0)  # noqa: E731
     again = command("run", path, "-o", directory, "--until", "distill")
     for turn in range(10):
         before, wait = reached(), 0.5 * chance.random()
@@ -781,7 +789,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
         wait_for_the_end_of_workers(directory)
     assert not (directory / "distill/mlp_ratio-1").exists(), "it was over before the last kill"
     done = run_command("run", path, "-o", directory, "--until", "distill")
-    assert done.returncode == 0 and "goes on at step" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "resumes at step" in done.stdout, done.stdout + done.stderr
     ours, reference = (
         load_file(tmp_path / name / "distill/mlp_ratio-1/model/open_clip_model.safetensors")
         for name in ("killed", "whole")
@@ -797,10 +805,10 @@ def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(sm
     full = subprocess.run(
         ["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300
     )
-    assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "make room" in full.stderr, (
+    assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "Free disk space" in full.stderr, (
         full.stdout + full.stderr
     )
-    assert not list(directory.glob(f"distill/.*/checkpoints/*/{SEAL}"))
+    assert not list(directory.glob(f"distill/.*/checkpoints/*/{MANIFEST}"))
     done = run_command("run", path, "-o", directory, "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
     ours, reference = (
@@ -825,11 +833,11 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
         assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
     said = (tmp_path / "log").read_text()
     assert "preempted" in said and "Traceback" not in said
-    checkpoint = max(curve.parent.parent.glob(f"checkpoints/*/{SEAL}"))
+    checkpoint = max(curve.parent.parent.glob(f"checkpoints/*/{MANIFEST}"))
     step = json.loads(checkpoint.read_text())["step"]
     assert 3 <= step < 24
     done = run_command("run", path, "-o", directory, "--until", "distill")
-    assert done.returncode == 0 and f"goes on at step {step} of 24" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"resumes at step {step} of 24" in done.stdout, done.stdout + done.stderr
     ours, reference = (
         load_file(root / "distill/mlp_ratio-1/model/open_clip_model.safetensors") for root in (directory, whole)
     )
@@ -853,7 +861,7 @@ def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_pat
             each.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
     assert "preempted" in (tmp_path / "log").read_text()
-    steps = [json.loads(seal.read_text())["step"] for seal in curve.parent.parent.glob(f"checkpoints/*/{SEAL}")]
+    steps = [json.loads(seal.read_text())["step"] for seal in curve.parent.parent.glob(f"checkpoints/*/{MANIFEST}")]
     assert 3 <= max(steps) < 24, "a checkpoint beside the first step's"
     wait_for_the_end_of_workers(directory)
 
@@ -889,5 +897,5 @@ def test_what_does_not_decide_the_result_may_change_between_two_starts():
         {"checkpoint_every": 5},
         {"hostfile": "hosts"},
     ):
-        assert recipe(distill={**SMALL["distill"], **change}).distill.deciding == base.deciding
-    assert recipe(distill={**SMALL["distill"], "base_lr": 2e-3}).distill.deciding != base.deciding
+        assert recipe(distill={**SMALL["distill"], **change}).distill.outcome_settings == base.outcome_settings
+    assert recipe(distill={**SMALL["distill"], "base_lr": 2e-3}).distill.outcome_settings != base.outcome_settings

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
 from conftest import call_command, recipe, redraw, timm_tower, write_recipe
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from test_distillation import settings
+from test_distillation import distill_config
 
 from dgmr_tp.distillation.losses import FeatureTap
-from dgmr_tp.distillation.memory import Devices, Planner
+from dgmr_tp.distillation.memory import Devices, MemoryEstimator
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.estimate import estimate_distillation
 from dgmr_tp.utils.modules import meta_copy
 
 
-def planner(given) -> Planner:
+def estimator(config) -> MemoryEstimator:
     towers = [meta_copy(redraw(timm_tower())) for _ in range(2)]
-    return Planner(*map(adapt, towers), given, 32)
+    return MemoryEstimator(*map(adapt, towers), config, 32)
 
 
 def really_kept(recompute: bool, batch: int) -> int:
@@ -44,8 +43,8 @@ def really_kept(recompute: bool, batch: int) -> int:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(recompute):
-    given = settings(recompute=recompute)
-    image = planner(given).needs(given, 1).image
+    given = distill_config(recompute=recompute)
+    image = estimator(given).estimate(given, 1).image
     once = really_kept(False, 2) / 2
     if recompute:
         kept = really_kept(True, 2) / 2
@@ -56,25 +55,25 @@ def test_activations_are_what_autograd_keeps(recompute):
 
 def test_the_states_are_those_of_deepspeed_s_own_estimate():
     """For mixed precision, which is what DeepSpeed estimates; it leaves out the teacher, and multiplies by 1.5 for what is not counted."""
-    base = settings(bf16=True, zero_stage=2)
+    base = distill_config(bf16=True, zero_stage=2)
     opened = open_model("open_clip:ViT-B-16", weights="none")
-    plan = Planner(opened.adapter, opened.adapter, base, 224)
-    teacher, bucket, live = 2 * plan.teacher, 2 * plan.trained, 2 * plan.student
+    memory = MemoryEstimator(opened.adapter, opened.adapter, base, 224)
+    teacher, bucket, live = 2 * memory.teacher, 2 * memory.trained, 2 * memory.student
     for world in (2, 8):
         _, theirs = estimate_zero2_model_states_mem_needs(
-            plan.student, world, 1, cpu_offload=False, additional_buffer_factor=1
+            memory.student, world, 1, cpu_offload=False, additional_buffer_factor=1
         )
-        ours = plan.needs(base, world).states - teacher - bucket
+        ours = memory.estimate(base, world).states - teacher - bucket
         assert ours == pytest.approx(theirs, rel=0.15), world
-        _, theirs, _ = estimate_zero3_model_states_mem_needs(plan.student, 0, world, 1, False, False, False, 1)
-        ours = plan.needs(replace(base, zero_stage=3), world).states - teacher - bucket - live
+        _, theirs, _ = estimate_zero3_model_states_mem_needs(memory.student, 0, world, 1, False, False, False, 1)
+        ours = memory.estimate(base.model_copy(update={"zero_stage": 3}), world).states - teacher - bucket - live
         assert ours == pytest.approx(theirs, rel=0.15), world
 
 
 def test_what_saves_memory_saves_memory():
-    base = settings(zero_stage=1)
-    plan = planner(base)
-    states = lambda world=8, **changes: plan.needs(replace(base, **changes), world).states  # noqa: E731
+    base = distill_config(zero_stage=1)
+    memory = estimator(base)
+    states = lambda world=8, **changes: memory.estimate(base.model_copy(update=changes), world).states  # noqa: E731
     assert states(zero_stage=3) < states(zero_stage=1) < states(zero_stage=0) < states(zero_stage=0, ema=0.9)
     assert states(zero_stage=3, offload="all") < states(zero_stage=3, offload="optimizer") < states(zero_stage=3)
     assert states(world=16) < states(world=8)
@@ -82,12 +81,14 @@ def test_what_saves_memory_saves_memory():
 
 def test_the_beginning_has_to_fit_too():
     """Before ZeRO-3 shards them, the original and then the student, in float32, lie whole on every device."""
-    base = settings(bf16=True, zero_stage=3, shard_teacher=True)
-    plan = planner(base)
-    plan.student = plan.trained = plan.teacher = 4_000_000_000
-    assert plan.needs(base, 64).states < 10e9 and plan.needs(base, 64).start > 16e9
+    base = distill_config(bf16=True, zero_stage=3, shard_teacher=True)
+    memory = estimator(base)
+    memory.student = memory.trained = memory.teacher = 4_000_000_000
+    assert memory.estimate(base, 64).states < 10e9 and memory.estimate(base, 64).startup > 16e9
     assert (
-        plan.needs(base, 64).most_images(Devices(64, 16e9)) == 0 < plan.needs(base, 64).most_images(Devices(64, 24e9))
+        memory.estimate(base, 64).max_images(Devices(64, 16e9))
+        == 0
+        < memory.estimate(base, 64).max_images(Devices(64, 24e9))
     )
 
 
@@ -99,12 +100,12 @@ def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     assert "\n192 images\n" in estimate_distillation(given, "2x1GB")[0] + "\n"
     assert (
         estimate_distillation(given, "2x0.028GB")[1]
-        == "mlp_ratio-1 does not fit into 2x0.028GB; it would fit with distill.micro_batch: 2"
+        == "mlp_ratio-1 does not fit into 2x0.028GB. It would fit with distill.micro_batch: 2."
     )
-    assert "take larger devices" in estimate_distillation(given, "2x0.001GB")[1]
-    done = call_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
-    assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
-    with pytest.raises(DgmrError, match="--devices 8: write how many and how large, such as 8x48GB"):
+    assert "Take larger devices" in estimate_distillation(given, "2x0.001GB")[1]
+    done = call_command("estimate", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
+    assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "It would fit with" in done.stderr
+    with pytest.raises(DgmrError, match=r"--devices 8 is not a number and a size of devices\. Write it as in 8x48GB"):
         estimate_distillation(given, "8")
     with pytest.raises(DgmrError, match="has no section distill"):
         estimate_distillation(recipe(distill=None), "2x1GB")
@@ -131,14 +132,14 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
 
 
 def test_the_least_change_comes_first():
-    base = settings(zero_stage=1)
-    plan = planner(base)
+    base = distill_config(zero_stage=1)
+    memory = estimator(base)
     share = base.batch_size // 2
-    needs = plan.needs(base, 2)
+    needs = memory.estimate(base, 2)
     room = lambda needs, images: (needs.states + (images + 0.5) * needs.image) / 0.9  # noqa: E731
-    assert plan.fits(base, Devices(2, room(needs, share)))
-    assert plan.remedy(base, Devices(2, room(needs, 2))) == {"micro_batch": 2}
-    less = plan.needs(replace(base, recompute=True), 2)
-    found = plan.remedy(base, Devices(2, room(less, 1)))
+    assert memory.fits(base, Devices(2, room(needs, share)))
+    assert memory.smallest_change(base, Devices(2, room(needs, 2))) == {"micro_batch": 2}
+    less = memory.estimate(base.model_copy(update={"recompute": True}), 2)
+    found = memory.smallest_change(base, Devices(2, room(less, 1)))
     assert found["recompute"] is True and found["micro_batch"] == 1
-    assert plan.remedy(base, Devices(2, 1000)) is None
+    assert memory.smallest_change(base, Devices(2, 1000)) is None

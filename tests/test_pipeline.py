@@ -298,7 +298,7 @@ def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
     said = (tmp_path / "log").read_text()
-    assert "preempted; run again to go on" in said and "Traceback" not in said
+    assert "preempted. Run again to resume" in said and "Traceback" not in said
     assert not (directory / "evaluate" / "original").exists()
 
 

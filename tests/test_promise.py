@@ -37,7 +37,7 @@ def images(tmp_path_factory):
 
 
 def held_out(images, model, count):
-    pictures, labels = Images.find(images).labelled(160 + count, 0, model.preprocess)
+    pictures, labels = Images.find(images).sample_labeled(160 + count, 0, model.preprocess)
     return pictures[:-count], pictures[-count:], labels
 
 
@@ -158,7 +158,7 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
     }
     run = Run(recipe(**changes), tmp_path / "run")
     run.run(say=lambda line: None)
-    pictures, _ = Images.find(images).labelled(240, 0, model.preprocess)
+    pictures, _ = Images.find(images).sample_labeled(240, 0, model.preprocess)
     dense = run.original().tower.eval()
     sizes = {}
     for limit in (0.999, 0.9999):

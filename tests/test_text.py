@@ -22,10 +22,10 @@ from test_distillation import apart, launch
 
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
-from dgmr_tp.data.captions import Captioned
+from dgmr_tp.data.captions import CaptionedImages
 from dgmr_tp.data.scenes import Scene, distinct
-from dgmr_tp.distillation.data import distinct_places
-from dgmr_tp.distillation.engine import freeze_what_outputs_do_not_need
+from dgmr_tp.distillation.data import distinct_global_batch
+from dgmr_tp.distillation.engine import freeze_unused_parameters
 from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
@@ -34,7 +34,7 @@ from dgmr_tp.pipeline.run import Run
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
     scenes.write_retrieval(tmp_path / "shards", 12, seed=3)
-    pairs = Captioned.find(tmp_path / "shards")
+    pairs = CaptionedImages.find(tmp_path / "shards")
     expected = [
         scene.caption for scene, _ in zip(distinct(Scene.draw(3, i) for i in range(100)), range(12), strict=False)
     ]
@@ -46,17 +46,17 @@ def test_captions_of_shards_and_of_files_beside_images(tmp_path):
         pairs.images.read(i).save(folder / f"{i}.png")
     (folder / "0.txt").write_text("a first caption\n\n a second one \n")
     (folder / "2.txt").write_text("another\n")
-    beside = Captioned.find(folder)
+    beside = CaptionedImages.find(folder)
     assert beside.captions == [["a first caption", "a second one"], ["another"]]
     assert [record.file.name for record in beside.images.records] == ["0.png", "2.png"]
     assert beside.without == 1
     (folder / "1.txt").write_bytes(b"caf\xe9")
     with pytest.raises(DgmrError, match=r"the captions of .*1\.png are not UTF-8"):
-        Captioned.find(folder)
+        CaptionedImages.find(folder)
     for file in folder.glob("*.txt"):
         file.unlink()
-    with pytest.raises(DgmrError, match="holds 3 images and no caption"):
-        Captioned.find(folder)
+    with pytest.raises(DgmrError, match="contains 3 images and no caption"):
+        CaptionedImages.find(folder)
 
 
 def test_captions_of_karpathys_json(tmp_path):
@@ -78,17 +78,17 @@ def test_captions_of_karpathys_json(tmp_path):
     ]
     path = tmp_path / "dataset_coco.json"
     path.write_text(json.dumps({"images": images, "dataset": "coco"}))
-    pairs = Captioned.find(path, tmp_path / "images")
+    pairs = CaptionedImages.find(path, tmp_path / "images")
     assert pairs.captions == [["One.", "Two."], ["Four."]] and pairs.without == 1
     assert [record.file.name for record in pairs.images.records] == ["a.jpg", "c.jpg"]
     with pytest.raises(DgmrError, match=r"tune_text\.images"):
-        Captioned.find(path)
+        CaptionedImages.find(path)
     (pictures / "c.jpg").unlink()
     with pytest.raises(DgmrError, match=r"1 of 2 images of .*dataset_coco\.json are missing; the first: .*c\.jpg"):
-        Captioned.find(path, tmp_path / "images")
+        CaptionedImages.find(path, tmp_path / "images")
     path.write_text('{"images": [{}]}')
     with pytest.raises(DgmrError, match="cannot read Karpathy's captions in"):
-        Captioned.find(path, tmp_path / "images")
+        CaptionedImages.find(path, tmp_path / "images")
 
 
 def test_a_temperature_at_its_bound_is_trained_and_stays_within():
@@ -106,7 +106,7 @@ def test_a_temperature_at_its_bound_is_trained_and_stays_within():
         with torch.no_grad():
             clip.logit_scale += 1
         assert float(tower(texts)["scale"].detach()) == pytest.approx(math.exp(start), rel=1e-5)
-        tower.give_back()
+        tower.restore()
         assert float(clip.logit_scale.detach()) == pytest.approx(start, rel=1e-5)
 
 
@@ -125,7 +125,7 @@ def test_a_text_tower_of_hugging_face_is_trained(tmp_path):
         "roberta", output_dim=24, proj_type="linear", config=transformers.RobertaConfig(**sizes), pretrained=False
     )
     tower = TextTower(clip)
-    freeze_what_outputs_do_not_need(tower, torch.tensor([[0, 5, 6, 2]]))
+    freeze_unused_parameters(tower, torch.tensor([[0, 5, 6, 2]]))
     trained = {name for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert any("word_embeddings" in name for name in trained) and any("query" in name for name in trained)
 
@@ -139,14 +139,14 @@ def test_only_the_text_tower_is_trained_and_the_clip_comes_back_whole(family, tm
     expected = clip.encode_text(texts, normalize=True)
     tower = TextTower(clip)
     assert not any("visual" in name for name, _ in tower.named_parameters())
-    freeze_what_outputs_do_not_need(tower, texts[:1])
+    freeze_unused_parameters(tower, texts[:1])
     trained = {name.removeprefix("clip.") for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert "logit_scale" in trained and any("token_embedding" in name for name in trained)
     assert not any(name.startswith("text_decoder") or name == "logit_bias" for name in trained)
     found = tower(texts)
     assert torch.equal(found["text"], expected) and torch.allclose(found["text"].norm(dim=-1), torch.ones(2))
     assert torch.allclose(found["scale"], before["logit_scale"].clamp(max=4.6052).exp(), rtol=1e-4)
-    tower.give_back()
+    tower.restore()
     after = clip.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -210,7 +210,7 @@ def test_captions_in_a_file_of_any_name_are_known_by_what_it_says(tmp_path, data
 def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
     """One process, open_clip's own modules, AdamW, and InfoNCE over the global batch as two cross entropies."""
     opened = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model
-    clip, pairs = opened.module, Captioned.find(folder / "pairs")
+    clip, pairs = opened.module, CaptionedImages.find(folder / "pairs")
     with torch.no_grad():
         images = torch.cat(
             [
@@ -230,7 +230,7 @@ def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
             group["lr"] = (
                 TEXT["base_lr"] * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / TEXT["steps"]))).item()
             )
-        chosen = [index for _, index in distinct_places(len(pairs), 8, 0, step)]
+        chosen = [index for _, index in distinct_global_batch(len(pairs), 8, 0, step)]
         texts = clip.encode_text(opened.tokenizer([pairs.captions[i][0] for i in chosen]))
         texts = F.normalize(texts, dim=-1) if normalised else texts
         logits = clip.logit_scale.clamp(max=torch.tensor(100.0).log()).exp() * images[chosen] @ texts.T
@@ -289,7 +289,7 @@ def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
     shutil.copytree(folder / "pairs", folder / "broken")
     [shard] = (folder / "broken").rglob("*.tar")
     content = bytearray(shard.read_bytes())
-    record = Captioned.find(folder / "broken").images.records[7]
+    record = CaptionedImages.find(folder / "broken").images.records[7]
     content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
     cases = {

@@ -98,7 +98,7 @@ def prune_to_target(
     name, limit = _target(min_cosine, max_drop)
     if held_out < MIN_HELD_OUT_IMAGES:
         raise DgmrError(f"held_out = {held_out} is too small. Hold out at least {MIN_HELD_OUT_IMAGES} images.")
-    pixels, labels = Images.find(images).labelled(num_calibration_images + held_out, seed, model.preprocess)
+    pixels, labels = Images.find(images).sample_labeled(num_calibration_images + held_out, seed, model.preprocess)
     _check_images(images, len(pixels), num_calibration_images, held_out, rankings)
     if max_drop is not None and None in labels:
         raise DgmrError(

@@ -1,4 +1,4 @@
-"""Images with captions: webdataset pairs, a folder with a text file beside each image, or Karpathy's JSON."""
+"""Images with captions, from webdataset pairs, a folder with a text file next to each image, or a Karpathy JSON."""
 
 from __future__ import annotations
 
@@ -9,67 +9,76 @@ from pathlib import Path
 from dgmr_tp.data.images import Images, Record
 from dgmr_tp.errors import DgmrError
 
-TRAINING = ("train", "restval")
-"""The splits of Karpathy's files on which everybody trains."""
+TRAINING_SPLITS = ("train", "restval")
+"""Splits of a Karpathy JSON that are customarily trained on."""
 
 
 @dataclass
-class Captioned:
-    """Images and, for each, one caption or several."""
+class CaptionedImages:
+    """Images, each with one caption or several."""
 
     images: Images
     captions: list[list[str]]
+    """Captions of each image, in the order of ``images``."""
     without: int
-    """Images that were left out because they have no caption."""
+    """Number of images that were left out because they have no caption."""
 
     @classmethod
-    def find(cls, source: str | Path, images: str | Path | None = None) -> Captioned:
-        """List the pairs of ``source``; images without a caption are left out.
+    def find(cls, source: str | Path, images: str | Path | None = None) -> CaptionedImages:
+        """List the pairs of ``source``. Images without a caption are left out.
 
         Args:
-            source: a tar, a folder of tars or of images, with a ``.txt`` beside each image that holds a caption a line; or
-                Karpathy's ``dataset_flickr30k.json`` or ``dataset_coco.json``, of which the training split is taken.
-            images: for a JSON: the folder of its images.
+            source: a tar, a folder of tars or a folder of images, with a ``.txt`` next to each image that contains one
+                caption a line; or Karpathy's ``dataset_flickr30k.json`` or ``dataset_coco.json``, of which the training
+                split is used.
+            images: for a JSON, the folder of its images.
 
         Raises:
             DgmrError: a file is missing or damaged, or there are no captions.
         """
         if Path(source).suffix == ".json":
-            return cls._karpathy(Path(source), images)
+            return cls._from_karpathy(Path(source), images)
         if images is not None:
             raise DgmrError(
-                f"captions in {source} stand beside their images; the folder {images} goes with a .json of captions"
+                f"the captions in {source} are next to their images, but a folder of images ({images}) is given too. "
+                "Leave that folder out, or give a .json of captions."
             )
-        found = Images.find(source)
-        pairs = [(record, lines) for record in found.records if (lines := record.captions())]
+        listed = Images.find(source)
+        pairs = [(record, lines) for record in listed.records if (lines := record.captions())]
         if not pairs:
             raise DgmrError(
-                f"{source} holds {len(found)} images and no caption; put a .txt beside each image, or give Karpathy's JSON"
+                f"{source} contains {len(listed)} images and no caption. Put a .txt next to each image, or give a "
+                "Karpathy JSON."
             )
-        without = len(found) - len(pairs)
-        found.records = [record for record, _ in pairs]
-        return cls(found, [lines for _, lines in pairs], without)
+        without = len(listed) - len(pairs)
+        listed.records = [record for record, _ in pairs]
+        return cls(listed, [lines for _, lines in pairs], without)
 
     @classmethod
-    def _karpathy(cls, path: Path, folder: str | Path | None) -> Captioned:
+    def _from_karpathy(cls, path: Path, folder: str | Path | None) -> CaptionedImages:
         if folder is None:
-            raise DgmrError(f"{path} names images; say in which folder they are (tune_text.images)")
+            raise DgmrError(f"{path} contains only names of images. Set tune_text.images to the folder of the images.")
         try:
-            training = [entry for entry in json.loads(path.read_text("utf-8"))["images"] if entry["split"] in TRAINING]
-            entries = [entry for entry in training if entry["sentences"]]
-            files = [Path(folder) / entry.get("filepath", "") / entry["filename"] for entry in entries]
-            captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in entries]
+            entries = json.loads(path.read_text("utf-8"))["images"]
+            training = [entry for entry in entries if entry["split"] in TRAINING_SPLITS]
+            captioned = [entry for entry in training if entry["sentences"]]
+            files = [Path(folder) / entry.get("filepath", "") / entry["filename"] for entry in captioned]
+            captions = [[sentence["raw"].strip() for sentence in entry["sentences"]] for entry in captioned]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DgmrError(f"cannot read Karpathy's captions in {path}: {type(error).__name__}: {error}") from error
+            raise DgmrError(
+                f"cannot read Karpathy's captions in {path}: {type(error).__name__}: {error}. Use his original file."
+            ) from error
         if missing := [file for file in files if not file.exists()]:
-            raise DgmrError(f"{len(missing)} of {len(files)} images of {path} are missing; the first: {missing[0]}")
+            raise DgmrError(
+                f"{len(missing)} of {len(files)} images of {path} are missing; the first: {missing[0]}. "
+                "Set tune_text.images to the folder that contains them."
+            )
         if not files:
-            raise DgmrError(f"{path} has no image of the split {' or '.join(TRAINING)}")
-        return cls(
-            Images(Path(folder), [Record(str(file), file, 0, file.stat().st_size) for file in files], 0),
-            captions,
-            len(training) - len(entries),
-        )
+            raise DgmrError(
+                f"{path} has no image of the split {' or '.join(TRAINING_SPLITS)}. Use a file with a training split."
+            )
+        records = [Record(str(file), file, 0, file.stat().st_size) for file in files]
+        return cls(Images(Path(folder), records, 0), captions, len(training) - len(captioned))
 
     def __len__(self) -> int:
         return len(self.captions)

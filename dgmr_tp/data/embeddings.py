@@ -1,4 +1,4 @@
-"""Embeddings of many images; the processes of a launcher share the work. Models come in as functions."""
+"""Embeddings of many images, computed by all processes of a launch together. The model is given as a function."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dgmr_tp.utils.progress import report_progress
 
 
 @torch.no_grad()
-def embedded_share(
+def embed_share(
     embed: Callable[[Tensor], Tensor],
     preprocess: Callable[[Any], Tensor],
     images: Images,
@@ -27,54 +27,73 @@ def embedded_share(
     workers: int = 0,
     title: str = "images",
 ) -> tuple[Tensor, Tensor]:
-    """Embeddings, float32 ``[n, width]`` on ``device``, and places in ``images``, ``[n]``, of this process's share.
+    """Embed this process's share of the images: every ``world_size``-th one.
 
-    A share is every ``world``-th image; those that do not decode are left out, and named in ``images.broken`` of every process.
+    Args:
+        embed: maps preprocessed images ``[batch, 3, height, width]`` on ``device`` to embeddings ``[batch, width]``.
+        preprocess: maps a PIL image to a tensor.
+        images: those that do not decode are left out, and are named in ``images.broken`` of every process.
+        device: where the embeddings are computed and stay.
+        batch_size: images in a batch.
+        workers: data loading processes.
+        title: of the progress meter.
+
+    Returns:
+        Embeddings, float32 ``[n, width]``, and the indices of their images, int64 ``[n]``.
 
     Raises:
-        DgmrError: there are fewer images than processes, or none of the share can be read.
+        DgmrError: there are fewer images than processes, or no image of the share can be read.
     """
     rank, world = get_rank(), get_world_size()
     if len(images) < world:
-        raise DgmrError(f"{images.source} has {len(images)} images for {world} processes; start fewer")
+        raise DgmrError(
+            f"{images.source} has {len(images)} images for {world} processes. Start at most one process an image."
+        )
     share = _Share(images, preprocess, range(rank, len(images), world))
-    found, places = [], []
+    embeddings, indices = [], []
     broken: dict[str, str] = {}
-    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=_readable, worker_init_fn=_stay)
-    for step, (batch, where, why) in enumerate(loader, start=1):
-        broken |= why
-        if len(where):
-            found.append(embed(batch.to(device)).float().to(device))
-            places.append(where)
+    loader = DataLoader(share, batch_size, num_workers=workers, collate_fn=_collate, worker_init_fn=_ignore_sigterm)
+    for step, (batch, batch_indices, batch_broken) in enumerate(loader, start=1):
+        broken |= batch_broken
+        if len(batch_indices):
+            embeddings.append(embed(batch.to(device)).float().to(device))
+            indices.append(batch_indices)
         report_progress(title, min(len(share), step * batch_size), len(share))
     images.broken |= all_gather_dict(broken)
-    if not found:
-        raise DgmrError(f"none of the {len(share)} images of {images.source} that this process looked at can be read")
-    return torch.cat(found), torch.cat(places)
+    if not embeddings:
+        raise DgmrError(
+            f"none of the {len(share)} images of {images.source} in the share of process {rank} can be read. "
+            "Check the files."
+        )
+    return torch.cat(embeddings), torch.cat(indices)
+
+
+_Item = tuple[Tensor | None, int, dict[str, str]]
+"""A preprocessed image (None if it does not decode), its index, and its name and error if it does not decode."""
 
 
 class _Share(Dataset):
-    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], chosen: range) -> None:
-        self.images, self.preprocess, self.chosen = images, preprocess, chosen
+    def __init__(self, images: Images, preprocess: Callable[[Any], Tensor], indices: range) -> None:
+        self.images, self.preprocess, self.indices = images, preprocess, indices
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.indices)
 
-    def __getitem__(self, at: int) -> tuple[Tensor | None, int, dict[str, str]]:
-        place = self.chosen[at]
-        if (image := self.images.read(place)) is not None:
-            return self.preprocess(image), place, {}
-        name = self.images.records[place].name
-        return None, place, {name: self.images.broken[name]}
+    def __getitem__(self, position: int) -> _Item:
+        index = self.indices[position]
+        if (image := self.images.read(index)) is not None:
+            return self.preprocess(image), index, {}
+        name = self.images.records[index].name
+        return None, index, {name: self.images.broken[name]}
 
 
-def _stay(worker: int) -> None:
-    """A SIGTERM to all processes of a job is for the one that reads from this one to answer."""
+def _ignore_sigterm(worker: int) -> None:
+    """Leave SIGTERM, which may be sent to all processes of a job, to the process that uses this data loading worker."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _readable(samples: list[tuple[Tensor | None, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
-    there = [(image, place) for image, place, _ in samples if image is not None]
-    batch = torch.stack([image for image, _ in there]) if there else torch.empty(0)
-    broken = {name: error for _, _, why in samples for name, error in why.items()}
-    return batch, torch.tensor([place for _, place in there]), broken
+def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    readable = [(image, index) for image, index, _ in items if image is not None]
+    batch = torch.stack([image for image, _ in readable]) if readable else torch.empty(0)
+    broken = {name: error for _, _, errors in items for name, error in errors.items()}
+    return batch, torch.tensor([index for _, index in readable]), broken

@@ -1,8 +1,8 @@
-"""Captioned scenes made by a formula: the images of the quickstart, of the tests and of the demo CLIP.
+"""Generated scenes with captions: the images of the quickstart, of the tests and of the demo CLIP.
 
-One scene is one object (shape, colour, size, texture, position) on a background, among clutter. Scene ``index`` of seed
-``seed`` is the same picture on every machine, so nothing has to be downloaded or stored. This module knows nothing of
-models; it needs numpy, and pillow to write files.
+A scene is one object (shape, color, size, texture, position) on a background with clutter. Scene ``index`` of seed
+``seed`` is the same image on every machine, so that nothing has to be downloaded or stored. This module does not know
+models. It needs numpy, and pillow to write files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-COLOURS = {
+COLORS = {
     "red": (0.86, 0.12, 0.14),
     "orange": (0.96, 0.52, 0.08),
     "yellow": (0.94, 0.88, 0.16),
@@ -27,23 +27,24 @@ COLOURS = {
     "pink": (0.96, 0.52, 0.74),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "crescent")
-SIZES = {"small": 8.0, "medium": 11.0, "large": 15.5}  # radius in pixels of a 64-pixel image
+SIZES = {"small": 8.0, "medium": 11.0, "large": 15.5}
+"""Radius, pixels of an image of 64 × 64."""
 TEXTURES = ("solid", "striped", "dotted", "checked")
 ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}
 COLUMNS = {"left": 0.25, "centre": 0.5, "right": 0.75}
 BACKGROUNDS = ("plain", "grainy", "shaded")
 
-CLASSNAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
+CLASSNAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 TEMPLATES = ("a {c}", "a photo of a {c}", "a picture of a {c}")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The attributes that a caption can name; everything else about the picture is drawn from ``seed`` and ``index``."""
+    """Attributes that a caption can name. Everything else in the image is drawn from ``seed`` and ``index``."""
 
     seed: int
     index: int
-    colour: str
+    color: str
     shape: str
     size: str
     texture: str
@@ -53,13 +54,13 @@ class Scene:
 
     @classmethod
     def draw(cls, seed: int, index: int) -> Scene:
-        """Scene ``index`` of the endless series ``seed``."""
+        """Draw scene ``index`` of the endless series ``seed``."""
         rng = np.random.default_rng((seed, index, 0))
         pick = lambda options: options[rng.integers(len(options))]  # noqa: E731
         return cls(
             seed,
             index,
-            pick(tuple(COLOURS)),
+            pick(tuple(COLORS)),
             pick(SHAPES),
             pick(tuple(SIZES)),
             pick(TEXTURES),
@@ -70,16 +71,17 @@ class Scene:
 
     @property
     def label(self) -> int:
-        """Index into CLASSNAMES."""
-        return CLASSNAMES.index(f"{self.colour} {self.shape}")
+        """Class of the scene: an index into :data:`CLASSNAMES`."""
+        return CLASSNAMES.index(f"{self.color} {self.shape}")
 
     @property
     def caption(self) -> str:
+        """Caption that names all attributes."""
         place = {("middle", "centre"): "in the centre"}.get((self.row, self.column), f"at the {self.row} {self.column}")
-        return f"a {self.size} {self.texture} {self.colour} {self.shape} {place} on a {self.background} background"
+        return f"a {self.size} {self.texture} {self.color} {self.shape} {place} on a {self.background} background"
 
     def image(self, pixels: int = 64) -> np.ndarray:
-        """The picture, uint8 ``[pixels, pixels, 3]``."""
+        """Render the scene, uint8 ``[pixels, pixels, 3]``."""
         rng = np.random.default_rng((self.seed, self.index, 1))
         scale = pixels / 64
         y, x = np.mgrid[0:pixels, 0:pixels].astype(np.float32) + 0.5
@@ -88,16 +90,16 @@ class Scene:
             _draw_clutter(canvas, x, y, scale, rng)
 
         radius = SIZES[self.size] * scale * rng.uniform(0.92, 1.08)
-        centre_x = pixels * COLUMNS[self.column] + scale * rng.uniform(-4, 4)
-        centre_y = pixels * ROWS[self.row] + scale * rng.uniform(-4, 4)
+        center_x = pixels * COLUMNS[self.column] + scale * rng.uniform(-4, 4)
+        center_y = pixels * ROWS[self.row] + scale * rng.uniform(-4, 4)
         turn = rng.uniform(-0.2, 0.2)
-        u, v = (x - centre_x) / radius, (y - centre_y) / radius
+        u, v = (x - center_x) / radius, (y - center_y) / radius
         u, v = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
 
         inside = np.clip(0.5 - _distance(self.shape, u, v) * radius, 0, 1)[..., None]
-        colour = np.clip(np.array(COLOURS[self.colour]) * rng.uniform(0.75, 1.05) + rng.normal(0, 0.035, 3), 0, 1)
+        color = np.clip(np.array(COLORS[self.color]) * rng.uniform(0.75, 1.05) + rng.normal(0, 0.035, 3), 0, 1)
         ink = _texture(self.texture, u * radius / scale, v * radius / scale, rng)[..., None]
-        body = colour * (1 - 0.62 * ink)
+        body = color * (1 - 0.62 * ink)
         canvas = canvas * (1 - inside) + body * inside
         canvas += rng.normal(0, rng.uniform(0.02, 0.07), canvas.shape)
         return (np.clip(canvas, 0, 1) * 255).round().astype(np.uint8)
@@ -116,18 +118,18 @@ def _background(kind: str, x: np.ndarray, y: np.ndarray, rng: np.random.Generato
 
 
 def _draw_clutter(canvas: np.ndarray, x: np.ndarray, y: np.ndarray, scale: float, rng: np.random.Generator) -> None:
-    """One short bar or blob in any colour of the palette: colour alone does not tell where the object is."""
+    """Draw a short bar or blob in any color of the palette, so that color alone does not show where the object is."""
     angle, length, width = rng.uniform(0, np.pi), rng.uniform(0, 4.5) * scale, rng.uniform(0.8, 1.9) * scale
     dx, dy = x - rng.uniform(0, canvas.shape[1]), y - rng.uniform(0, canvas.shape[0])
     along = np.clip(dx * np.cos(angle) + dy * np.sin(angle), -length, length)
     distance = np.hypot(dx - along * np.cos(angle), dy - along * np.sin(angle)) - width
     mask = np.clip(0.5 - distance, 0, 1)[..., None]
-    colour = np.array(list(COLOURS.values())[rng.integers(len(COLOURS))]) * rng.uniform(0.6, 1.0)
-    canvas += mask * (colour - canvas)
+    color = np.array(list(COLORS.values())[rng.integers(len(COLORS))]) * rng.uniform(0.6, 1.0)
+    canvas += mask * (color - canvas)
 
 
 def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Signed distance to the shape of radius about 1 (negative inside); exact near the outline, which is all it is for."""
+    """Return the signed distance to a shape of radius about 1, negative inside. It is exact only near the outline."""
     if shape == "circle":
         return np.hypot(u, v) - 0.95
     if shape == "square":
@@ -149,11 +151,11 @@ def _distance(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         angle = np.arctan2(u, -v)
         wave = abs((angle * 5 / (2 * np.pi)) % 1 - 0.5) * 2  # 1 on a tip, 0 in a notch
         return (np.hypot(u, v) - (0.42 + 0.66 * wave)) * 0.6
-    raise ValueError(f"unknown shape {shape!r}; shapes: {', '.join(SHAPES)}")
+    raise ValueError(f"unknown shape {shape!r}. Use one of {', '.join(SHAPES)}.")
 
 
 def _texture(kind: str, u: np.ndarray, v: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """How much darker the body is at each point, 0 to 1; ``u`` and ``v`` in 64ths of the image."""
+    """Return how much darker the object is at each point, 0 to 1. ``u`` and ``v`` are in 64ths of the image."""
     if kind == "solid":
         return np.zeros_like(u)
     du, dv = rng.uniform(0, 6, 2)
@@ -171,16 +173,16 @@ def _wave(t: np.ndarray, period: float, phase: float) -> np.ndarray:
 
 
 def distinct(scenes: Iterable[Scene]) -> Iterator[Scene]:
-    """Drop every scene whose caption came before."""
-    seen: set[str] = set()
+    """Yield the scenes whose caption did not occur before."""
+    captions: set[str] = set()
     for scene in scenes:
-        if scene.caption not in seen:
-            seen.add(scene.caption)
+        if scene.caption not in captions:
+            captions.add(scene.caption)
             yield scene
 
 
 def write_classification(directory: Path, count: int, seed: int) -> None:
-    """``count`` labelled scenes in the webdataset layout that clip_benchmark reads: every class of CLASSNAMES may occur."""
+    """Write ``count`` labeled scenes in clip_benchmark's webdataset layout. Not every class has to occur."""
     directory.mkdir(parents=True)
     (directory / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n")
     (directory / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
@@ -189,7 +191,7 @@ def write_classification(directory: Path, count: int, seed: int) -> None:
 
 
 def write_retrieval(directory: Path, count: int, seed: int) -> None:
-    """``count`` scenes with captions, all of them different, in clip_benchmark's layout for retrieval."""
+    """Write ``count`` scenes with different captions in clip_benchmark's webdataset layout for retrieval."""
     directory.mkdir(parents=True)
     (directory / "dataset_type.txt").write_text("retrieval\n")
     scenes = distinct(Scene.draw(seed, i) for i in range(10 * count))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written by DeepSpeed, sealed with checksums, read at any number of processes."""
+"""Atomic DeepSpeed checkpoints, verified by SHA-256 and loadable at a different world size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,87 +21,101 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_dict, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import sha256, write_whole
 
-SEAL = "whole.json"
-"""Written last, when every process has written its part: what the checkpoint is and the SHA-256 of its files."""
+MANIFEST = "manifest.json"
+"""Written last, after every process has written its files: the :class:`Checkpoint` with the SHA-256 of each file."""
 AVERAGE = "average.safetensors"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the seal of a checkpoint says."""
+    """Manifest of a checkpoint."""
 
     step: int
-    """Steps behind it: with the seed, all that the order of the images needs."""
+    """Finished steps. With the seed, it determines which images come next."""
     processes: int
+    """World size that wrote it."""
     zero_stage: int
     files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of every file, by its path in the checkpoint's folder."""
     broken: dict[str, str] = field(default_factory=dict)
-    """Images that did not decode so far, and why."""
+    """Images that did not decode so far, and the errors."""
     shard: int = 0
-    """Of a stream: the shards before this position were read to their end."""
+    """For a stream: all shards before this position were read to their end."""
 
     @property
     def tag(self) -> str:
+        """Name of the checkpoint's folder."""
         return f"step{self.step:08d}"
 
 
 def save(
     engine: Any, directory: Path, checkpoint: Checkpoint, average: Iterable[tuple[str, Tensor]], keep: int
 ) -> None:
-    """Write and seal a checkpoint; all but the newest ``keep`` are dropped. Every process has to call it.
+    """Write a checkpoint and its manifest, then delete all but the newest ``keep``. Every process must call it.
+
+    Args:
+        engine: DeepSpeed's engine.
+        directory: folder of all checkpoints.
+        checkpoint: the manifest, without ``files``.
+        average: the moving average by parameter name; empty without one.
+        keep: number of checkpoints that stay.
 
     Raises:
-        DgmrError: it cannot be written; the ones before it stay.
+        DgmrError: it cannot be written. The earlier checkpoints stay.
     """
     folder = directory / checkpoint.tag
-    with writing(folder):
-        # DeepSpeed's own barriers are inside: a process that fails leaves, and the launcher ends the others.
+    with report_write_errors(folder):
+        # The barriers are DeepSpeed's and ours: a process that fails exits, and the launcher ends the others.
         engine.save_checkpoint(str(directory), tag=checkpoint.tag, save_latest=False)
-        if whole := {name: value.cpu() for name, value in average if is_main_process()}:
-            save_file(whole, folder / AVERAGE)
+        if tensors := {name: value.cpu() for name, value in average if is_main_process()}:
+            save_file(tensors, folder / AVERAGE)
         distributed.barrier()
     files = _checksums(folder)
-    with writing(folder):
+    with report_write_errors(folder):
         if is_main_process():
-            write_whole(folder / SEAL, json.dumps(asdict(checkpoint) | {"files": files}))
+            write_whole(folder / MANIFEST, json.dumps(asdict(checkpoint) | {"files": files}))
         distributed.barrier()
     if is_main_process():
-        sealed = sorted(path.parent for path in directory.glob(f"step*/{SEAL}"))
-        for old in [path for path in directory.glob("step*") if path not in sealed[-keep:]]:
+        complete = sorted(path.parent for path in directory.glob(f"step*/{MANIFEST}"))
+        for old in [path for path in directory.glob("step*") if path not in complete[-keep:]]:
             shutil.rmtree(old)
 
 
 def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are what its seal says, and the names of newer ones that are not. Every process has to call it."""
+    """Return the newest checkpoint whose files match its manifest, and the tags of newer, damaged ones.
+
+    Every process must call it.
+    """
     damaged: list[str] = []
-    seals = broadcast_from_main(
-        lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{SEAL}")), reverse=True)
+    manifests = broadcast_from_main(
+        lambda: sorted(((path.parent.name, _read(path)) for path in directory.glob(f"step*/{MANIFEST}")), reverse=True)
     )
-    for name, found in seals:
-        if found and _checksums(directory / name, found.files) == found.files:
-            return found, damaged
-        damaged.append(name)
+    for tag, checkpoint in manifests:
+        if checkpoint and _checksums(directory / tag, checkpoint.files) == checkpoint.files:
+            return checkpoint, damaged
+        damaged.append(tag)
     return None, damaged
 
 
-def _read(seal: Path) -> Checkpoint | None:
+def _read(manifest: Path) -> Checkpoint | None:
     try:
-        return Checkpoint(**json.loads(seal.read_text()))
+        return Checkpoint(**json.loads(manifest.read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def average_of(directory: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The moving average that was saved with it; empty where there was none."""
+def load_average(directory: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the moving average of a checkpoint, by parameter name; empty if it has none."""
     path = directory / checkpoint.tag / AVERAGE
     return load_file(path) if path.exists() else {}
 
 
 @contextmanager
-def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
-    """The tag to load, and whether it is a universal checkpoint: ZeRO's shards of another number of processes are converted by
-    DeepSpeed's own converter for the time of the context. Every process has to call it.
+def prepare_for_loading(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
+    """Give the tag to load, and whether it is a universal checkpoint. Every process must call it.
+
+    ZeRO shards of another world size are converted by DeepSpeed's own converter into a universal checkpoint, which is
+    deleted at the end of the context.
 
     Raises:
         DgmrError: the conversion failed.
@@ -109,25 +123,24 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
     if checkpoint.processes == get_world_size() or checkpoint.zero_stage == 0:
         yield checkpoint.tag, False
         return
-    name: str = broadcast_from_main(
-        lambda: f"universal-{checkpoint.tag}-{os.getpid()}"
-    )  # an earlier attempt may still be writing its own
-    converted = directory / name
+    # The process id: an earlier attempt may still be writing its own folder.
+    tag: str = broadcast_from_main(lambda: f"universal-{checkpoint.tag}-{os.getpid()}")
+    converted = directory / tag
 
     def convert() -> str | None:
         folders = ["--input_folder", str(directory / checkpoint.tag), "--output_folder", str(converted)]
         program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-        done = subprocess.run(program, capture_output=True, text=True)
-        return (
-            (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1] if done.returncode else None
-        )
+        result = subprocess.run(program, capture_output=True, text=True)
+        if not result.returncode:
+            return None
+        return (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]
 
     if problem := broadcast_from_main(convert):
         raise DgmrError(
             f"the checkpoint {directory / checkpoint.tag} of {checkpoint.processes} processes cannot be converted for "
-            f"{get_world_size()}: {problem}; go on with {checkpoint.processes} processes"
+            f"{get_world_size()} processes: {problem}. Resume with {checkpoint.processes} processes."
         )
-    yield name, True
+    yield tag, True
     distributed.barrier()
     if is_main_process():
         shutil.rmtree(converted, ignore_errors=True)
@@ -135,33 +148,35 @@ def for_processes(directory: Path, checkpoint: Checkpoint) -> Iterator[tuple[str
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def report_write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing ``path`` into a DgmrError. Errors about memory or another process pass."""
     try:
         yield
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch's writer raises RuntimeError where the disk is full
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError when the disk is full
         if isinstance(error, OutOfMemoryError) or is_about_another_process(error):
             raise
         problem = str(error).splitlines()[0]
         raise DgmrError(
-            f"cannot write the checkpoint {folder}: {problem}; make room; the one before it is kept, run again to go on"
+            f"cannot write the checkpoint {path}: {problem}. Free disk space and run again to resume from the earlier "
+            "checkpoint."
         ) from error
 
 
 def is_about_another_process(error: Exception) -> bool:
-    """Whether a collective failed because of one that is gone. Not every version of torch has an exception of its own for it."""
+    """Return whether a collective failed because another process is gone.
+
+    Some versions of torch have no exception class for it, so the text is searched too.
+    """
     return isinstance(error, distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 def _checksums(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """SHA-256 of the files below ``folder`` but the seal, or of ``names``; the processes share the work."""
-    rank, world = get_rank(), get_world_size()
+    """Return the SHA-256 of the files below ``folder`` (default: all but the manifest). Processes share the work."""
     if names is None:
         names = broadcast_from_main(
             lambda: [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         )
-    mine = [name for name in sorted(names)[rank::world] if name != SEAL]
-    return all_gather_dict({name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in mine})
+    own_names = [name for name in sorted(names)[get_rank() :: get_world_size()] if name != MANIFEST]
+    return all_gather_dict(
+        {name: sha256(folder / name) if (folder / name).is_file() else "missing" for name in own_names}
+    )

@@ -1,143 +1,228 @@
-"""The hyper-parameters of a training."""
+"""Configuration of the two trainings: the keys of a recipe's ``distill`` and ``tune_text`` sections.
+
+The recipe imports these classes. They know the schedule and the batch arithmetic, and nothing of models or data.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 
-from dgmr_tp.distillation.losses import Objective
+from dgmr_tp.distillation.losses import DistillationLoss
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.config import Config
+
+NON_OUTCOME_KEYS = {
+    "processes",
+    "hostfile",
+    "workers",
+    "micro_batch",
+    "recompute",
+    "compile",
+    "shard_teacher",
+    "keep_features",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "max_broken",
+}
+"""Keys that do not decide the outcome of a training: they may change when it is resumed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What every training is told; see :class:`dgmr_tp.pipeline.recipe.Training` for the defaults."""
+class LoopOptions(Config):
+    """Options of the training loop that only ``distill`` sets. ``tune_text`` trains with the defaults."""
+
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Maximum number of images a process works on at a time. Gradients are accumulated. Default: its whole share."""
+    evaluate_every: int = Field(default=100, ge=1)
+    """Steps between two evaluations on the held-out images."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights. With it, the average is the result."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept in CPU memory: the optimizer states, or the parameters too (``all``, which needs zero_stage: 3)."""
+    compile: bool = False
+    """Use ``torch.compile`` for student and teacher. It needs a C++ compiler."""
+
+
+class TrainingConfig(Config):
+    """Keys that both trainings have. AdamW (0.9, 0.95) with a linear warm-up and a cosine schedule."""
 
     section: ClassVar[str]
-    """The recipe's section that says it."""
-    what: ClassVar[str]
-    """What is done, in messages."""
-    needs_less_memory: ClassVar[str]
-    """What to do when there is too little."""
+    """The recipe section, for error messages."""
+    title: ClassVar[str]
+    """The training's name in messages and progress meters."""
+    memory_advice: ClassVar[str]
+    """A sentence for the out-of-memory error: what to change."""
 
-    steps: int
-    batch_size: int
-    """Global: over all processes and all accumulated batches."""
-    micro_batch: int | None = None
-    """The most images that one process works on at a time; the gradients of several are accumulated. None: all at once."""
-    base_lr: float
-    """The learning rate is ``base_lr · batch_size / 256``."""
-    min_lr: float
-    warmup_steps: int
-    weight_decay: float
-    final_weight_decay: float | None
-    """Where the decay goes on a cosine; None: it stays."""
-    gradient_clipping: float
-    """Largest norm of the gradient; 0: any."""
-    ema: float | None = None
-    """Decay of an exponential moving average of the weights, which then is the result."""
-    zero_stage: int
-    offload: str = "none"
-    """What lies in the CPU's memory: ``none``, ``optimizer`` (its states), ``all`` (the parameters too; ZeRO-3)."""
-    bf16: bool
-    compile: bool = False
-    deepspeed: str | None
-    checkpoint_every: int
-    keep_checkpoints: int
-    log_every: int
-    evaluate_every: int = 100
-    """Steps between two looks at what is held out."""
-    workers: int
-    max_broken: float
-    """Share of the images that may fail to decode before the run stops."""
-    seed: int
+    processes: int = Field(default=1, ge=1)
+    """Processes on this machine. With fewer GPUs than that, one process a GPU."""
+    hostfile: str | None = None
+    """DeepSpeed host file, to train on more than one machine: lines such as ``node1 slots=8``."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(ge=1)
+    """Images a step, over all processes and accumulated micro-batches."""
+    base_lr: float = Field(ge=0)
+    """The peak learning rate is ``base_lr · batch_size / 256``."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Final learning rate of the cosine schedule. Not scaled by the batch size."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps in which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices. Norms, biases and embeddings are not decayed."""
+    final_weight_decay: float | None = Field(default=None, ge=0)
+    """Final weight decay of a cosine schedule. Default: the weight decay is constant."""
+    gradient_clipping: float = Field(default=0.0, ge=0)
+    """Maximum norm of the gradient. 0: no clipping."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over the processes: 1 the optimizer states, 2 also the gradients, 3 also the parameters."""
+    bf16: bool = False
+    """Compute in bfloat16. Master weights, losses and averages are always float32."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file that is merged with what this section sets."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between two checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Number of newest checkpoints that stay on disk."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between two points of the curves."""
+    workers: int = Field(default=0, ge=0)
+    """Data loading processes for each training process."""
+    max_broken: float = Field(default=0.01, ge=0, le=1)
+    """Maximum share of images that may fail to decode before the run stops."""
+
+    @property
+    def options(self) -> LoopOptions:
+        """The loop options: this section's own, or the defaults where the section does not have them."""
+        return LoopOptions()
+
+    @property
+    def outcome_settings(self) -> dict[str, Any]:
+        """The settings that decide the outcome. The others may change when a training is resumed."""
+        return self.model_dump(exclude=NON_OUTCOME_KEYS)
 
     @property
     def precision(self) -> torch.dtype:
-        """What is computed in; master weights, losses and averages are float32 always."""
+        """The compute dtype."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
-    @classmethod
-    def of(cls, section: dict[str, Any], seed: int) -> Self:
-        """From the content of a recipe's section, which also says where it runs and what it reads."""
-        known = {field.name for field in fields(cls)}
-        values = {key: value for key, value in section.items() if key in known}
-        if "loss" in values:
-            values["loss"] = Objective(**values["loss"])
-        return cls(**values, seed=seed)
-
     def micro_batch_of(self, world: int) -> int:
-        """Images that one of ``world`` processes works on at a time: the largest divisor of its share up to ``micro_batch``.
+        """Return the number of images that each of ``world`` processes works on at a time.
 
-        So the global batch stays what it is, whatever the number of processes.
+        It is the largest divisor of the process's share of the batch that is at most ``micro_batch``, so that the
+        global batch stays the same at any number of processes.
 
         Raises:
-            DgmrError: the batch cannot be divided over the processes, or a share only into pieces below half of ``micro_batch``.
+            DgmrError: the batch cannot be divided over the processes, or the largest such divisor is below half of
+                ``micro_batch``.
         """
         share, rest = divmod(self.batch_size, world)
         if rest:
-            raise DgmrError(f"{self.section}.batch_size = {self.batch_size} cannot be divided over {world} processes")
-        most = min(share, self.micro_batch or share)
-        micro = next(n for n in range(most, 0, -1) if share % n == 0)
-        if micro < most / 2:
             raise DgmrError(
-                f"{self.section}.batch_size = {self.batch_size} is {share} images for each of {world} processes, which divide into "
-                f"pieces of {micro}, not near micro_batch = {self.micro_batch}; choose a batch_size with more divisors"
+                f"{self.section}.batch_size = {self.batch_size} cannot be divided over {world} processes. "
+                "Choose a multiple of that number."
+            )
+        limit = min(share, self.options.micro_batch or share)
+        micro = next(size for size in range(limit, 0, -1) if share % size == 0)
+        if micro < limit / 2:
+            raise DgmrError(
+                f"{self.section}.batch_size = {self.batch_size} gives each of {world} processes {share} images, which "
+                f"divide into pieces of {micro}, far below micro_batch = {self.options.micro_batch}. "
+                "Choose a batch_size with more divisors."
             )
         return micro
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up from 0 to ``base_lr · batch_size / 256``, then a cosine to ``min_lr``; ``step`` counts from 0."""
+        """Return the learning rate at ``step``, counted from 0.
+
+        A linear warm-up to ``base_lr · batch_size / 256``, then a cosine to ``min_lr``.
+        """
         peak = self.base_lr * self.batch_size / 256
         if step < self.warmup_steps:
             return peak * (step + 1) / self.warmup_steps
-        return (
-            self._cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps) if peak else 0.0
-        )
+        if not peak:
+            return 0.0
+        return _cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps)
 
     def decay(self, step: int) -> float:
-        """The weight decay at ``step``, counted from 0: a cosine from ``weight_decay`` to ``final_weight_decay``."""
+        """Return the weight decay at ``step``, counted from 0: a cosine to ``final_weight_decay``, or constant."""
         if self.final_weight_decay is None:
             return self.weight_decay
-        return self._cosine(self.weight_decay, self.final_weight_decay, step, self.steps)
-
-    @staticmethod
-    def _cosine(first: float, last: float, step: int, steps: int) -> float:
-        return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+        return _cosine(self.weight_decay, self.final_weight_decay, step, self.steps)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DistillSettings(Settings):
-    """What the recipe's ``distill`` section says; see :class:`dgmr_tp.pipeline.recipe.Distill` for the defaults."""
+class DistillConfig(LoopOptions, TrainingConfig):
+    """Distillation: train the pruned tower to reproduce the dense tower's features."""
 
     section = "distill"
-    what = "distillation"
-    needs_less_memory = (
-        "set distill.recompute: true or a smaller distill.micro_batch and run again to go on, or a higher distill.zero_stage with "
-        "offload (--redo distill)"
+    title = "distillation"
+    memory_advice = (
+        "Set distill.recompute: true or a smaller distill.micro_batch and run again to resume, or set a higher "
+        "distill.zero_stage with offload (--redo distill)."
     )
 
-    loss: Objective
-    augment: str
-    min_crop: float
-    flip: bool
-    fixed_crops: bool
-    """Whether an image is cropped alike in every epoch."""
-    held_out: int
-    """Images that are not trained on, on which the student is compared with the teacher; the best student is the result."""
-    shard_teacher: bool
-    recompute: bool
+    held_out: int = Field(default=0, ge=0)
+    """Held-out images, which are not trained on. The result is the student that is closest to the teacher on them."""
+    loss: DistillationLoss = Field(default_factory=DistillationLoss)
+    augment: Literal["clip", "dinov2"] = "clip"
+    """``clip``: random crops, flipped. ``dinov2``: also DINOv2's color jitter, blur and solarization."""
+    min_crop: float = Field(default=0.2, gt=0, le=1)
+    """Minimum area of a random crop, as a share of the image."""
+    flip: bool = True
+    """Mirror half of the crops."""
+    fixed_crops: bool = False
+    """Crop an image the same way in every epoch."""
+    keep_features: bool = False
+    """Cache the teacher's features of every crop on disk, for the recipe's other sizes and for later epochs of fixed
+    crops."""
+    shard_teacher: bool = False
+    """Shard the teacher's parameters over the processes."""
+    recompute: bool = False
+    """Keep only the input of each block and run the block again in the backward pass (activation checkpointing)."""
+
+    @property
+    def options(self) -> LoopOptions:
+        return self
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> DistillConfig:
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload: optimizer does not work with zero_stage: 0. Set zero_stage to 1, 2 or 3")
+        if self.bf16 and self.zero_stage == 0:
+            raise ValueError("bf16 with zero_stage: 0 has no float32 master weights. Set zero_stage to 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload: all does not work with zero_stage: {self.zero_stage}. Set zero_stage: 3")
+        if self.keep_features and self.shard_teacher:
+            raise ValueError(
+                "keep_features does not work with shard_teacher, because processes that share a teacher must all run "
+                "it. Remove one of them"
+            )
+        if self.compile and (self.zero_stage == 3 or self.shard_teacher):
+            raise ValueError(
+                "compile does not work with sharded parameters (zero_stage: 3, shard_teacher: true). Remove one of them"
+            )
+        return self
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextSettings(Settings):
-    """What the recipe's ``tune_text`` section says; see :class:`dgmr_tp.pipeline.recipe.TuneText` for the defaults."""
+class TuneTextConfig(TrainingConfig):
+    """Tuning of a CLIP's text tower. There are no micro-batches, because the loss contrasts all captions of a batch."""
 
     section = "tune_text"
-    what = "text tuning"
-    needs_less_memory = "start more processes, or set tune_text.bf16: true, and run again (--redo tune_text)"
+    title = "text tuning"
+    memory_advice = "Start more processes, or set tune_text.bf16: true, and run again (--redo tune_text)."
 
-    first_caption: bool
+    captions: str
+    """Images with a ``.txt`` next to each, in a folder or in tars; or a Karpathy JSON; or ``scenes:pairs``."""
+    images: str | None = None
+    """For a Karpathy JSON: the folder of its images."""
+    first_caption: bool = False
+    """Always use the first of several captions, as in the paper, instead of drawing one for every epoch."""
+    zero_stage: Literal[1, 2] = 1
+    """What DeepSpeed shards over the processes: 1 the optimizer states, 2 also the gradients."""
+
+
+def _cosine(first: float, last: float, step: int, steps: int) -> float:
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))

@@ -1,19 +1,17 @@
-"""The images of a distillation run in an order that does not depend on who asks.
+"""Training samples in an order that does not depend on the number of processes.
 
-The global order is a function of (seed, epoch); global batch ``k`` is a slice of it, a rank takes every ``world``-th sample
-of the slice; the crop of a sample is seeded by (seed, epoch, sample). So a run is resumed from one integer, the step, also at
-another number of processes or with other micro-batches. Shards of a URL cannot be addressed: there a run goes on at a shard.
+The global order is a function of (seed, epoch), and global batch ``k`` is a slice of it. A rank takes every
+``world``-th sample of the slice, and the crop of a sample is seeded by (seed, epoch, index). A run therefore resumes
+from one integer, the step, also at another number of processes or with other micro-batches. Samples of a stream have no
+index: there, a run resumes at the beginning of a shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import lru_cache, partial
-from multiprocessing.synchronize import Event
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,17 +21,18 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from dgmr_tp.data.images import EXTENSIONS, Images
 from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation.processes import ignore_sigterm_until
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank
 
-Place = tuple[int, int]  # epoch, index
+SampleKey = tuple[int, int]
+"""Epoch and index of a sample."""
+NO_ROW = -1
+"""Row number of a crop that must not be cached."""
 
 
-UNNUMBERED = -1
-
-
-def check_seen_alike(images: Images | Stream) -> None:
-    """Raises DgmrError if the processes list different files: on a network disk, one machine may be behind. Every process calls it."""
+def check_same_files(images: Images | Stream) -> None:
+    """Raise DgmrError if the processes see different files, as on a slow network disk. Every process must call it."""
     if isinstance(images, Stream):
         names = images.shards
     else:
@@ -41,115 +40,126 @@ def check_seen_alike(images: Images | Stream) -> None:
             f"{record.name.removeprefix(str(images.source))} {record.offset} {record.length}"
             for record in images.records
         ]
-    listed = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    if len(set(all_gather_dict({get_rank(): listed}).values())) > 1:
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    if len(set(all_gather_dict({get_rank(): digest}).values())) > 1:
         raise DgmrError(
-            f"the processes do not see the same files in {images.source}; have them alike on all machines, and run again"
+            f"the processes do not see the same files in {images.source}. "
+            "Make them the same on all machines and run again."
         )
 
 
 class Sample(NamedTuple):
-    """One crop, or several collated."""
+    """A crop, or a batch of crops."""
 
     images: Tensor
+    """Pixels ``[batch, 3, height, width]``; for text tuning, image embeddings ``[batch, embedding]``."""
     names: list[str]
     broken: dict[str, str]
-    """Name and error of images that did not decode on the way to it."""
+    """Images that did not decode while this sample was read, and the errors."""
     shard: tuple[int, int] = (0, 0)
-    """Of a stream: which reader, and the position of its shard in the endless order."""
+    """For a stream: the number of the reader, and its position in the endless order of shards."""
     texts: Tensor | None = None
-    """Of images with captions, whose embeddings then stand in place of them: token ids."""
+    """For text tuning: token ids."""
     rows: list[int] = []  # noqa: RUF012
-    """Numbers of the crops; equal numbers are equal crops, but for ``UNNUMBERED``. Of a stream: none."""
+    """Row numbers of the crops in the feature cache. Equal numbers mean equal crops, except :data:`NO_ROW`. Empty for a
+    stream."""
 
 
 class Crops(Dataset):
-    """Random crops of ``images``, addressed by (epoch, index); a broken image is replaced by the next one that is not.
+    """Random crops, addressed by (epoch, index). A broken image is replaced by the next one that decodes.
 
-    ``fixed`` crops are the same in every epoch.
+    Args:
+        images: source of the crops.
+        transform: maps a PIL image to a crop, with torch's random numbers.
+        seed: of the crops.
+        fixed: give the same crop in every epoch.
     """
 
     def __init__(self, images: Images, transform: Callable[[Any], Tensor], seed: int, fixed: bool = False) -> None:
         self.images, self.transform, self.seed, self.fixed = images, transform, seed, fixed
 
-    def __getitem__(self, place: Place) -> Sample:
-        epoch, index = (0 if self.fixed else place[0]), place[1]
+    def __getitem__(self, key: SampleKey) -> Sample:
+        epoch, index = (0 if self.fixed else key[0]), key[1]
         broken: dict[str, str] = {}
         for step in range(len(self.images)):
-            at = (index + step) % len(self.images)
-            image, name = self.images.read(at), self.images.records[at].name
+            position = (index + step) % len(self.images)
+            image, name = self.images.read(position), self.images.records[position].name
             if image is not None:
-                crop = _crop(self.transform, image, (self.seed, epoch, index))
-                # A disk that fails for a moment must not leave another image's features under this number.
-                return Sample(crop, [name], broken, rows=[UNNUMBERED if step else epoch * len(self.images) + index])
+                crop = _seeded_crop(self.transform, image, (self.seed, epoch, index))
+                # If a disk fails for a moment, the features of the replacement must not be cached for this index.
+                row = NO_ROW if step else epoch * len(self.images) + index
+                return Sample(crop, [name], broken, rows=[row])
             broken[name] = self.images.broken[name]
-        raise DgmrError(f"none of the {len(self.images)} images in {self.images.source} can be read")
+        raise DgmrError(
+            f"none of the {len(self.images)} images in {self.images.source} can be read. Check the files and run again."
+        )
 
 
 class StreamCrops(IterableDataset):
-    """Random crops of a stream: reader ``r`` of ``n`` (over all processes and their workers) takes every ``n``-th shard.
+    """Random crops of a stream. Reader ``r`` of ``n``, over all processes and workers, takes every ``n``-th shard.
 
-    ``first`` is the position in the endless order of shards at which a resumed run goes on.
+    Args:
+        stream: source of the crops.
+        transform: maps a PIL image to a crop, with torch's random numbers.
+        seed: of the order of shards, of the images in them, and of the crops.
+        first: position in the endless order of shards at which to start.
+        rank: of this process; world: number of processes.
     """
 
     def __init__(
         self, stream: Stream, transform: Callable[[Any], Tensor], seed: int, first: int, rank: int, world: int
     ) -> None:
-        self.stream, self.transform, self.seed, self.first, self.rank, self.world = (
-            stream,
-            transform,
-            seed,
-            first,
-            rank,
-            world,
-        )
+        self.stream, self.transform, self.seed = stream, transform, seed
+        self.first, self.rank, self.world = first, rank, world
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
-        readers, reader = self.world * workers, self.rank * workers + mine
-        known: set[str] = set()
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        readers, reader = self.world * workers, self.rank * workers + worker
+        reported: set[str] = set()
         position = self.first + (reader - self.first) % readers
-        found = self.first  # the last position with an image
+        last_with_image = self.first
         while True:
-            if position - found > len(self.stream.shards) * readers:
+            if position - last_with_image > len(self.stream.shards) * readers:
                 raise DgmrError(
-                    f"{self.stream.source} holds no image that can be read; endings: {', '.join(EXTENSIONS)}"
+                    f"{self.stream.source} contains no image that can be read. Its files must end in one of "
+                    f"{', '.join(EXTENSIONS)}."
                 )
-            for number, (name, image) in enumerate(self.stream.read(self.stream.shard(position, self.seed), position)):
-                broken = {name: error for name, error in self.stream.broken.items() if name not in known}
-                known |= broken.keys()
-                found = position
-                yield Sample(
-                    _crop(self.transform, image, (self.seed, position, number)), [name], broken, (reader, position)
-                )
+            shard = self.stream.shard(position, self.seed)
+            for number, (name, image) in enumerate(self.stream.read(shard, position)):
+                broken = {name: error for name, error in self.stream.broken.items() if name not in reported}
+                reported |= broken.keys()
+                last_with_image = position
+                crop = _seeded_crop(self.transform, image, (self.seed, position, number))
+                yield Sample(crop, [name], broken, (reader, position))
             position += readers
 
 
-def _crop(transform: Callable[[Any], Tensor], image: Any, seed: tuple[int, int, int]) -> Tensor:
-    before = torch.get_rng_state()
-    # Not torch.manual_seed: where CUDA is not in use yet, it stores every call with its traceback.
+def _seeded_crop(transform: Callable[[Any], Tensor], image: Any, seed: tuple[int, int, int]) -> Tensor:
+    """Apply ``transform`` with torch's random generator at ``seed``, and restore the generator."""
+    state = torch.get_rng_state()
+    # torch.manual_seed would store every call with its traceback while CUDA is not in use yet.
     torch.default_generator.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     try:
         return transform(image)
     finally:
-        torch.set_rng_state(before)
+        torch.set_rng_state(state)
 
 
-def places(count: int, batch: int, seed: int, step: int) -> list[Place]:
-    """The samples of global batch ``step`` of a set of ``count`` images: ``batch`` of them, epoch after epoch."""
-    result: list[Place] = []
+def global_batch(count: int, batch: int, seed: int, step: int) -> list[SampleKey]:
+    """Return the ``batch`` samples of global batch ``step``: a slice of the epochs, each a permutation of ``count``."""
+    keys: list[SampleKey] = []
     position = step * batch
-    while len(result) < batch:
+    while len(keys) < batch:
         epoch, offset = divmod(position, count)
-        taken = _order(count, seed, epoch)[offset : offset + batch - len(result)]
-        result += [(epoch, int(index)) for index in taken]
-        position += len(taken)
-    return result
+        indices = _order(count, seed, epoch)[offset : offset + batch - len(keys)]
+        keys += [(epoch, int(index)) for index in indices]
+        position += len(indices)
+    return keys
 
 
-def distinct_places(count: int, batch: int, seed: int, step: int) -> list[Place]:
-    """As :func:`places`, but no sample is twice in a batch: what an epoch leaves of one is not used."""
+def distinct_global_batch(count: int, batch: int, seed: int, step: int) -> list[SampleKey]:
+    """As :func:`global_batch`, but without repetitions inside a batch: the rest of an epoch is not used."""
     epoch, position = divmod(step, count // batch)
     return [(epoch, int(index)) for index in _order(count, seed, epoch)[position * batch : (position + 1) * batch]]
 
@@ -162,46 +172,41 @@ def _order(count: int, seed: int, epoch: int) -> np.ndarray:
 def batches(
     crops: Crops, *, batch: int, micro: int, seed: int, first_step: int, steps: int, rank: int, world: int, workers: int
 ) -> Generator[Sample]:
-    """This rank's part of the global batches ``first_step … steps − 1``, in pieces of ``micro`` crops."""
-    mine = (
-        part[first : first + micro]
-        for step in range(first_step, steps)
-        for part in [places(len(crops.images), batch, seed, step)[rank::world]]
-        for first in range(0, len(part), micro)
-    )
-    return _loaded(crops, workers, batch_sampler=mine)
+    """Yield this rank's share of the global batches ``first_step … steps − 1``, in pieces of ``micro`` crops."""
+
+    def pieces() -> Iterator[list[SampleKey]]:
+        for step in range(first_step, steps):
+            share = global_batch(len(crops.images), batch, seed, step)[rank::world]
+            for first in range(0, len(share), micro):
+                yield share[first : first + micro]
+
+    return _load(crops, workers, batch_sampler=pieces())
 
 
 def stream_batches(crops: StreamCrops, *, micro: int, workers: int) -> Generator[Sample]:
-    """Endless pieces of ``micro`` crops."""
-    return _loaded(crops, workers, batch_size=micro)
+    """Yield pieces of ``micro`` crops without end."""
+    return _load(crops, workers, batch_size=micro)
 
 
-def _loaded(crops: Dataset, workers: int, **how: Any) -> Generator[Sample]:
-    over = multiprocessing.Event()
-    stay = partial(_stay_until, over)
+def _load(crops: Dataset, workers: int, **batching: Any) -> Generator[Sample]:
+    finished = multiprocessing.Event()
     loader = DataLoader(
         crops,
         num_workers=workers,
-        collate_fn=_collated,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=stay,
-        **how,
+        worker_init_fn=partial(ignore_sigterm_until, finished),
+        **batching,
     )
     try:
         yield from loader
-    except DgmrError as error:  # a worker's comes with its traceback before it
+    except DgmrError as error:  # a worker's error has its traceback before the message
         raise DgmrError(str(error).strip().splitlines()[-1].removeprefix("dgmr_tp.errors.DgmrError: ")) from None
     finally:
-        over.set()
+        finished.set()
 
 
-def _stay_until(over: Event, worker: int) -> None:
-    """A SIGTERM to all processes of a job must not take the readers away before the last step is over."""
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.is_set() else None)
-
-
-def _collated(samples: list[Sample]) -> Sample:
+def _collate(samples: list[Sample]) -> Sample:
     return Sample(
         torch.stack([sample.images for sample in samples]),
         [name for sample in samples for name in sample.names],
@@ -214,9 +219,15 @@ def _collated(samples: list[Sample]) -> Sample:
 def training_transform(
     preprocess: dict[str, Any], size: int, min_crop: float, flip: bool, augment: str = "clip"
 ) -> Callable[[Any], Tensor]:
-    """Random resized crop (area ``min_crop`` to 1, bicubic), mirrored half of the time, normalised as the encoder wants it.
+    """Return a random resized crop (bicubic), normalized as the encoder expects it.
 
-    ``augment="dinov2"`` adds DINOv2's changes of colour, blur and solarisation (arXiv 2506.08591, its DINOv2 path).
+    Args:
+        preprocess: the encoder's configuration, with ``mean`` and ``std``.
+        size: height and width of the crop, pixels.
+        min_crop: minimum area of the crop, as a share of the image.
+        flip: mirror half of the crops.
+        augment: ``clip``: nothing more. ``dinov2``: also DINOv2's color jitter, grayscale, blur and solarization
+            (arXiv 2506.08591, DINOv2 path).
     """
     from torchvision.transforms import v2
 
@@ -229,9 +240,8 @@ def training_transform(
         steps += [
             v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
             v2.RandomGrayscale(0.2),
-            v2.RandomApply(
-                [v2.GaussianBlur(9, (0.1, 2.0))], 0.9
-            ),  # as its code runs: its p = 0.1 is the chance of no blur
+            # 0.9 is what DINOv2's code does: its p = 0.1 is the probability of no blur.
+            v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], 0.9),
             v2.RandomSolarize(128, 0.2),
         ]
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(preprocess["mean"], preprocess["std"])]

@@ -1,9 +1,8 @@
-"""Distillation: the pruned encoder learns to give the original's features on unlabelled images."""
+"""Distillation: train a pruned encoder on unlabeled images to reproduce the features of the dense one, its teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,186 +13,208 @@ from torch import Tensor
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.checkpoints import Checkpoint
-from dgmr_tp.distillation.config import DistillSettings
+from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import (
     Crops,
     Sample,
     StreamCrops,
     batches,
-    check_seen_alike,
+    check_same_files,
     stream_batches,
     training_transform,
 )
-from dgmr_tp.distillation.engine import deepspeed_config, device_here, gather_where_used
-from dgmr_tp.distillation.feature_cache import KeptFeatures
-from dgmr_tp.distillation.loop import Task, train, training
+from dgmr_tp.distillation.engine import current_device, deepspeed_config, register_external_parameters
+from dgmr_tp.distillation.feature_cache import FeatureCache
+from dgmr_tp.distillation.loop import Losses, Task, train, training_session
 from dgmr_tp.distillation.losses import Features, FeatureTap
-from dgmr_tp.distillation.validation import HeldOut
+from dgmr_tp.distillation.validation import HeldOutSet
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import flops
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.lazy_imports import require
 
+FeatureFunction = Callable[..., Features]
+"""Maps a batch of images to features, as a :class:`FeatureTap` or an engine around it does."""
+
 
 def distill(
     teacher: OpenedModel,
     student: OpenedModel,
     images: Images | Stream,
-    settings: DistillSettings,
+    config: DistillConfig,
     directory: Path,
+    *,
+    seed: int = 0,
     features: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Train ``student`` to give ``teacher``'s features, resuming from ``directory`` if a checkpoint lies there.
+    """Train ``student`` to reproduce ``teacher``'s features, resuming from a checkpoint in ``directory`` if there is
+    one.
 
-    Run it in every process that the ``deepspeed`` launcher started. Only what the features depend on is trained. How it trains, and
-    what it raises: :func:`dgmr_tp.distillation.loop.train`.
+    Call it in every process that the ``deepspeed`` launcher started. Only parameters that the features depend on are
+    trained. See :func:`dgmr_tp.distillation.loop.train` for the optimizer and the errors.
 
     Args:
-        teacher, student: opened on the CPU; the student is trained in place.
-        images: unlabelled; from a :class:`Stream` a run that was interrupted goes on at the beginning of a shard.
-        settings: see :class:`DistillSettings`.
-        directory: checkpoints and the curves (``log/``, CSV) go here.
-        features: keep the teacher's features of every crop in this file, and use what it holds. The same file serves trainings that
-            differ in the student, the steps or the batches, and in nothing else. Not for a :class:`Stream`.
+        teacher: the dense encoder, opened on the CPU.
+        student: the pruned encoder, opened on the CPU and trained in place.
+        images: unlabeled. With a :class:`Stream`, an interrupted run resumes at the beginning of a shard.
+        config: the keys of a recipe's ``distill`` section.
+        directory: for checkpoints and curves (``log/``, CSV).
+        seed: of the order of the images, their crops, and the held-out images.
+        features: file that caches the teacher's features of every crop. Trainings can share it if they differ only in
+            the student, the steps or the batch size. Not for a :class:`Stream`.
 
     Returns:
-        On rank 0 the figures of the run, None elsewhere. The student of rank 0 then holds the trained weights.
+        In rank 0 the figures of the run, for JSON; the student then has the trained weights. None in other ranks.
     """
-    with training(directory, settings) as stop:
-        check_seen_alike(images)
-        device, precision = device_here(), settings.precision
-        forward = [flops(model.tower, model.image_size) for model in (student, teacher)]
-        tap = FeatureTap(student.adapter, settings.loss, recompute=settings.recompute)
+    with training_session(directory, config) as stop:
+        check_same_files(images)
+        device, precision = current_device(), config.precision
+        student_flops, teacher_flops = (flops(model.tower, model.image_size) for model in (student, teacher))
+        tap = FeatureTap(student.adapter, config.loss, recompute=config.recompute)
         probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
-        answers, release = _teacher(FeatureTap(teacher.adapter, settings.loss), probe, settings, directory)
-        asked = True  # whether the teacher computed for the last batch
+        teacher_tap, release_teacher = _prepare_teacher(
+            FeatureTap(teacher.adapter, config.loss), probe, config, directory
+        )
+        teacher_ran = True  # for the last batch; false if its features were cached
 
-        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
+        def losses(engine: FeatureFunction, sample: Sample) -> Losses:
             batch = sample.images.to(device, precision, non_blocking=True)
-            return settings.loss(engine(batch), wanted(batch, sample.rows))
+            return config.loss(engine(batch), teacher_features(batch, sample.rows))
 
         @torch.no_grad()
-        def wanted(batch: Tensor, rows: list[int]) -> Features:
-            nonlocal asked
-            if kept is None:
-                return answers(batch)
-            known = kept.read(rows)
-            asked = known is None
-            if known is not None:
-                return {name: value.to(device, non_blocking=True) for name, value in known.items()}
-            found = answers(batch)
-            kept.write(rows, found)
-            return found
+        def teacher_features(batch: Tensor, rows: list[int]) -> Features:
+            nonlocal teacher_ran
+            if cache is None:
+                return teacher_tap(batch)
+            cached = cache.read(rows)
+            teacher_ran = cached is None
+            if cached is not None:
+                return {name: value.to(device, non_blocking=True) for name, value in cached.items()}
+            computed = teacher_tap(batch)
+            cache.write(rows, computed)
+            return computed
 
-        def embed(tap: Callable[..., dict[str, Tensor]], images: Tensor) -> Tensor:
+        def embed(tap: FeatureFunction, images: Tensor) -> Tensor:
             return tap(images.to(device, precision), embedding=True)["embedding"]
 
-        scores, original = None, {}
-        if settings.held_out:
-            judges, images = _held_out(images, settings)
-            micro = settings.micro_batch_of(get_world_size())
-            held_out = HeldOut(judges, teacher.preprocess, partial(embed, answers), teacher.image_size, micro)
-            scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
-            original = held_out.original
-
-        kept = _kept(features, answers, probe, images, settings) if features else None
-
-        def place(done: Checkpoint) -> str:
-            return (
-                ""
-                if isinstance(images, Images)
-                else f", at the beginning of shard {images.shard(done.shard, settings.seed)}"
+        scores, teacher_scores = None, {}
+        if config.held_out:
+            held_out_images, images = _split_held_out(images, config, seed)
+            micro = config.micro_batch_of(get_world_size())
+            held_out = HeldOutSet(
+                held_out_images, teacher.preprocess, partial(embed, teacher_tap), teacher.image_size, micro
             )
+            scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
+            teacher_scores = held_out.teacher_scores
+
+        cache = _open_cache(features, teacher_tap, probe, images, config) if features else None
+
+        def describe_position(checkpoint: Checkpoint) -> str:
+            if isinstance(images, Images):
+                return ""
+            return f", at the beginning of shard {images.shard(checkpoint.shard, seed)}"
 
         count = len(images) if isinstance(images, Images) else None
         task = Task(
             module=tap,
             probe=probe,
-            samples=lambda done: _loader(images, teacher, settings, done),
+            samples=lambda checkpoint: _load_samples(images, teacher, config, seed, checkpoint),
             losses=losses,
-            total=settings.loss.total,
+            total=config.loss.total,
             count=count,
-            place=place,
-            flops=lambda: (4 if settings.recompute else 3) * forward[0] + asked * forward[1],
+            describe_position=describe_position,
+            # Forward, twice that backward, and forward again with recompute.
+            flops=lambda: (4 if config.recompute else 3) * student_flops + teacher_ran * teacher_flops,
             scores=scores,
         )
-        step, broken = train(task, settings, directory, stop)
-        broken |= all_gather_dict(judges.broken) if settings.held_out else {}
-        release()
-        if kept:
-            kept.close()
+        step, broken = train(task, config, directory, stop)
+        broken |= all_gather_dict(held_out_images.broken) if config.held_out else {}
+        release_teacher()
+        if cache:
+            cache.close()
     if get_rank():
         return None
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     figures = {"processes": get_world_size(), "images": count, "broken_images": broken, "best_step": step}
-    return {**asdict(settings), **figures, "original": original}
+    settings = config.model_dump(exclude={"hostfile", "keep_features"})
+    return {**settings, "seed": seed, **figures, "original": teacher_scores}
 
 
-def _held_out(images: Images | Stream, settings: DistillSettings) -> tuple[Images, Images]:
-    if isinstance(images, Stream) or 2 * settings.held_out > len(images):
+def _split_held_out(images: Images | Stream, config: DistillConfig, seed: int) -> tuple[Images, Images]:
+    if isinstance(images, Stream) or 2 * config.held_out > len(images):
         what = "a stream, which cannot be divided" if isinstance(images, Stream) else f"{len(images)} images"
-        raise DgmrError(f"distill.held_out = {settings.held_out}, but {images.source} is {what}; hold out fewer, or 0")
-    return images.divided(settings.held_out, settings.seed)
+        raise DgmrError(
+            f"distill.held_out = {config.held_out}, but {images.source} is {what}. Hold out fewer images, or 0."
+        )
+    return images.split(config.held_out, seed)
 
 
-def _kept(
-    file: Path, answers: Callable[[Tensor], Features], probe: Tensor, images: Images | Stream, settings: DistillSettings
-) -> KeptFeatures:
+def _open_cache(
+    file: Path, teacher: FeatureFunction, probe: Tensor, images: Images | Stream, config: DistillConfig
+) -> FeatureCache:
     if isinstance(images, Stream):
-        raise DgmrError("distill.keep_features: shards behind a URL cannot be numbered; set it to false")
-    if settings.shard_teacher:
-        raise DgmrError("distill.keep_features does not go with shard_teacher, whose processes must compute together")
-    shape = (settings.micro_batch_of(get_world_size()), *probe.shape[1:])
+        raise DgmrError(
+            "distill.keep_features: images of a URL have no index, so their features cannot be cached. Set it to false."
+        )
+    if config.shard_teacher:
+        raise DgmrError(
+            "distill.keep_features does not work with shard_teacher, because processes that share a teacher must all "
+            "run it. Remove one of them."
+        )
+    shape = (config.micro_batch_of(get_world_size()), *probe.shape[1:])
     with torch.no_grad():
-        example = answers(torch.zeros(shape, device=device_here(), dtype=settings.precision))
-    crops = settings.steps * settings.batch_size
-    kept = KeptFeatures(file, example, min(crops, len(images)) if settings.fixed_crops else crops)
+        example = teacher(torch.zeros(shape, device=current_device(), dtype=config.precision))
+    crops = config.steps * config.batch_size
+    cache = FeatureCache(file, example, min(crops, len(images)) if config.fixed_crops else crops)
     if is_main_process():
         print(
-            f"  distillation: the original's features are kept in {file}, up to {kept.bytes / 1e6:,.0f} MB", flush=True
+            f"  distillation: the teacher's features are cached in {file}, up to {cache.bytes / 1e6:,.0f} MB",
+            flush=True,
         )
-    return kept
+    return cache
 
 
-def _loader(
-    images: Images | Stream, teacher: OpenedModel, settings: DistillSettings, done: Checkpoint
+def _load_samples(
+    images: Images | Stream, teacher: OpenedModel, config: DistillConfig, seed: int, checkpoint: Checkpoint
 ) -> Generator[Sample]:
     rank, world = get_rank(), get_world_size()
-    micro = settings.micro_batch_of(world)
+    micro = config.micro_batch_of(world)
     transform = training_transform(
-        teacher.preprocess_config, teacher.image_size, settings.min_crop, settings.flip, settings.augment
+        teacher.preprocess_config, teacher.image_size, config.min_crop, config.flip, config.augment
     )
     if isinstance(images, Stream):
-        if settings.fixed_crops:
-            raise DgmrError("distill.fixed_crops: shards behind a URL cannot be numbered; set it to false")
-        crops = StreamCrops(images, transform, settings.seed, done.shard, rank, world)
-        return stream_batches(crops, micro=micro, workers=settings.workers)
+        if config.fixed_crops:
+            raise DgmrError(
+                "distill.fixed_crops: images of a URL have no index, so their crops cannot be fixed. Set it to false."
+            )
+        crops = StreamCrops(images, transform, seed, checkpoint.shard, rank, world)
+        return stream_batches(crops, micro=micro, workers=config.workers)
     return batches(
-        Crops(images, transform, settings.seed, settings.fixed_crops),
-        batch=settings.batch_size,
+        Crops(images, transform, seed, config.fixed_crops),
+        batch=config.batch_size,
         micro=micro,
-        seed=settings.seed,
-        first_step=done.step,
-        steps=settings.steps,
+        seed=seed,
+        first_step=checkpoint.step,
+        steps=config.steps,
         rank=rank,
         world=world,
-        workers=settings.workers,
+        workers=config.workers,
     )
 
 
-def _teacher(
-    tap: FeatureTap, probe: Tensor, settings: DistillSettings, directory: Path
-) -> tuple[Callable[[Tensor], dict[str, Tensor]], Callable[[], None]]:
-    """The teacher's features of a batch, and what lets go of it; its parameters are sharded over the processes if the settings say so."""
-    tap = tap.to(device_here(), settings.precision).eval().requires_grad_(False)
-    if not settings.shard_teacher:
-        return (torch.compile(tap) if settings.compile else tap), lambda: None
-    gather_where_used(tap, probe)
-    config = deepspeed_config(settings, get_world_size(), directory)
-    zero = {key: value for key, value in config["zero_optimization"].items() if key.startswith("stage3_")}
-    same = {key: config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
+def _prepare_teacher(
+    tap: FeatureTap, probe: Tensor, config: DistillConfig, directory: Path
+) -> tuple[FeatureFunction, Callable[[], None]]:
+    """Return the teacher, sharded or compiled if the config asks for it, and a function that frees it."""
+    tap = tap.to(current_device(), config.precision).eval().requires_grad_(False)
+    if not config.shard_teacher:
+        return (torch.compile(tap) if config.compile else tap), lambda: None
+    register_external_parameters(tap, probe)
+    engine_config = deepspeed_config(config, get_world_size(), directory)
+    zero = {key: value for key, value in engine_config["zero_optimization"].items() if key.startswith("stage3_")}
+    shared = {key: engine_config[key] for key in ("train_micro_batch_size_per_gpu", "bf16", "steps_per_print")}
     engine, *_ = require("deepspeed", "distill").initialize(
-        model=tap, config={**same, "zero_optimization": {**zero, "stage": 3}}
+        model=tap, config={**shared, "zero_optimization": {**zero, "stage": 3}}
     )
     return engine, engine.destroy

@@ -1,16 +1,14 @@
-"""Training under DeepSpeed: one loop, run by every process of the launcher, for whatever task.
+"""The training loop under DeepSpeed, which every launched process runs. It trains any :class:`Task`.
 
-What is trained, on what and towards what comes in as a :class:`Task`; recipes and run directories are not known here.
+It returns the trained weights in the task's module and writes checkpoints and curves to a directory. It does not know
+recipes, run directories, teachers or captions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,101 +21,103 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
-from dgmr_tp.distillation.config import Settings
+from dgmr_tp.distillation.config import TrainingConfig
 from dgmr_tp.distillation.data import Sample
 from dgmr_tp.distillation.engine import (
-    BUCKET,
-    Average,
+    MAX_REDUCE_BUCKET,
+    WeightAverage,
+    current_device,
     deepspeed_config,
-    device_here,
-    freeze_what_outputs_do_not_need,
-    gather_where_used,
+    freeze_unused_parameters,
+    full_parameters,
     parameter_groups,
+    register_external_parameters,
     start_deepspeed,
-    whole_parameters,
 )
-from dgmr_tp.distillation.throughput import Speed, in_words, peak_flops
-from dgmr_tp.distillation.validation import Best
+from dgmr_tp.distillation.processes import (
+    FAILURE_FILE,
+    LAUNCHER_KILL_DELAY_S,
+    STOP_FILE,
+    fail_together,
+    stop_requested,
+)
+from dgmr_tp.distillation.throughput import Throughput, format_throughput, measure_peak_flops
+from dgmr_tp.distillation.validation import BestWeights
 from dgmr_tp.errors import DgmrError, Preempted, first_line
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import hold
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import Meter
 
-STOP = "stop"
-"""A file in the directory of a training that asks it to save and leave."""
-FAILED = "failed"
-"""A file there that a process leaves which has failed."""
-LAST_WORDS = 10
-"""Seconds that the others then have to notice it by themselves, and to say so."""
-CHECKPOINTS = "checkpoints"
-"""Folder in the directory of a training with all that a run goes on from, and that nobody needs in the end."""
-LAUNCHERS_PATIENCE = 30
-"""Seconds from SIGTERM to SIGKILL."""
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-"""How torch, CUDA's libraries and NCCL say it."""
-FEW = 1000
-"""Images of a stream after which the share of broken ones is judged."""
-CURVES = "train"
-"""The curves' common name for DeepSpeed's monitor."""
+CHECKPOINT_FOLDER = "checkpoints"
+"""Folder in the directory of a training with everything that a resumed run needs. It is deleted at the end."""
+OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+"""Phrases in the out-of-memory errors of torch, CUDA's libraries and NCCL."""
+MIN_STREAM_IMAGES = 1000
+"""Minimum number of images of a stream to which the share of broken ones is compared."""
+CURVE_PREFIX = "train"
+"""Common name of the curves in DeepSpeed's monitor."""
 Losses = dict[str, Tensor]
+"""Loss terms by name, unweighted."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and towards what."""
+    """A training task: what is trained, on which samples, and with which loss."""
 
     module: nn.Module
-    """On the CPU; from a sample's input to a dictionary of tensors."""
+    """On the CPU. It maps the input of a sample to a dictionary of tensors."""
     probe: Tensor
-    """An input of one sample: what no output depends on is not trained."""
+    """Input of one sample. Parameters that no output depends on are frozen."""
     samples: Callable[[Checkpoint], Generator[Sample]]
-    """This process's samples from a checkpoint on, a micro-batch each."""
+    """Returns this process's samples after a checkpoint, one micro-batch each."""
     losses: Callable[[Callable[..., Any], Sample], Losses]
-    """The parts of the loss, by name and unweighted, of a sample and the module as DeepSpeed wraps it."""
+    """Returns the loss terms of a sample. The first argument is the module as DeepSpeed wraps it."""
     total: Callable[[Losses], Tensor]
-    """Their weighted sum."""
+    """Returns the weighted sum of the loss terms."""
     count: int | None
-    """Samples in an epoch; None for a stream, which does not know."""
-    place: Callable[[Checkpoint], str] = lambda _: ""
-    """Where a run goes on, in words, beside the step."""
+    """Samples in an epoch; None for a stream."""
+    describe_position: Callable[[Checkpoint], str] = lambda _: ""
+    """Returns where the data resume, for the message that also names the step."""
     flops: Callable[[], float] | None = None
-    """Operations that a sample of the last step cost, backward pass included."""
+    """Returns the floating point operations of a sample of the last step, backward pass included."""
     scores: Callable[[Callable[..., Any]], dict[str, float]] | None = None
-    """How good the module is on what it is not trained on, ``score`` (higher is better) and other curves. Called in every process."""
+    """Returns figures on held-out samples: ``score`` (higher is better) and others. Called in every process."""
 
 
-class Outcome(NamedTuple):
-    """What became of a training."""
+class TrainingResult(NamedTuple):
+    """Result of a training, besides the weights."""
 
     step: int
-    """Behind which the weights stand: the best one, where there is a score."""
+    """Step after which the weights were taken: the best one if the task has a score, otherwise the last one."""
     broken: dict[str, str]
-    """Images that did not decode, and why."""
+    """Images that did not decode, and the errors."""
 
 
 @contextmanager
-def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]]:
-    """DeepSpeed is started and ``directory`` held; gives what tells whether to stop.
+def training_session(directory: Path, config: TrainingConfig) -> Iterator[Callable[[], bool]]:
+    """Start DeepSpeed, lock ``directory``, and end all processes if one fails.
+
+    Gives a function that returns whether this process was asked to stop.
 
     Raises:
-        DgmrError: another run is in ``directory``; or there was not enough memory for what the context does.
+        DgmrError: another run holds ``directory``, another process of this training failed, or memory ran out.
     """
     lock = None
     try:
         start_deepspeed()
         if is_main_process():
-            lock = hold(directory, f"{settings.what} is running")
-            (directory / FAILED).unlink(missing_ok=True)
-        distributed.barrier()  # until the first process has prepared the directory
-        with _told_to_stop(directory / STOP) as stop, _failing_together(directory / FAILED):
+            lock = hold(directory, f"{config.title} is running")
+            (directory / FAILURE_FILE).unlink(missing_ok=True)
+        distributed.barrier()  # until rank 0 has prepared the directory
+        with stop_requested(directory / STOP_FILE) as stop, fail_together(directory / FAILURE_FILE):
             yield stop
     except RuntimeError as error:
-        if any(words in str(error) for words in OUT_OF_MEMORY):
-            raise DgmrError(f"out of memory: {first_line(error)}; {settings.needs_less_memory}") from error
+        if any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES):
+            raise DgmrError(f"out of memory: {first_line(error)}. {config.memory_advice}") from error
         if checkpoints.is_about_another_process(error):
             raise DgmrError(
-                f"another process of this training is gone ({first_line(error)}); see its message, and run again"
+                f"another process of this training is gone ({first_line(error)}). See its message, and run again."
             ) from error
         raise
     finally:
@@ -125,315 +125,289 @@ def training(directory: Path, settings: Settings) -> Iterator[Callable[[], bool]
             lock.close()
 
 
-def train(task: Task, settings: Settings, directory: Path, stop: Callable[[], bool]) -> Outcome:
-    """Train ``task.module``, resuming from ``directory`` if a checkpoint lies there; every process has to call it.
+def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[], bool]) -> TrainingResult:
+    """Train ``task.module``, resuming from the newest checkpoint in ``directory``. Every process must call it.
 
-    AdamW (0.9, 0.95), warm-up, cosine; norms, biases and embeddings are not decayed. On a CPU with the same number of processes a
-    run that was interrupted ends with the bits of one that was not; with another number it sees the same global batches.
+    AdamW (0.9, 0.95), linear warm-up, cosine; norms, biases and embeddings are not decayed. On a CPU, an interrupted
+    run that resumes with the same number of processes ends at the same bits as an uninterrupted one. With another
+    number of processes it sees the same global batches.
 
     Args:
-        task: see :class:`Task`. On rank 0 the module holds the trained weights in the end, elsewhere it is of no use any more.
-        settings: see :class:`Settings`.
-        directory: checkpoints and the curves (``log/``, CSV) go here.
-        stop: asks to save and leave.
+        task: at the end, its module in rank 0 has the trained weights. In other ranks it must not be used any more.
+        config: schedule, precision and sharding.
+        directory: for checkpoints and curves (``log/``, CSV).
+        stop: returns whether this process was asked to stop; see :func:`training_session`.
 
     Returns:
-        See :class:`Outcome`.
+        The step of the weights, and the broken images.
 
     Raises:
-        DgmrError: the batch cannot be divided over the processes, the loss is not finite, too many images are broken, or a checkpoint
-            cannot be written.
-        Preempted: it was told to stop; a checkpoint was written.
+        DgmrError: the batch cannot be divided over the processes, the loss is not finite, too many images are broken,
+            or a checkpoint cannot be written.
+        Preempted: the training was asked to stop, and has written a checkpoint.
     """
     deepspeed = require("deepspeed", "distill")
-    rank, world, device = get_rank(), get_world_size(), device_here()
-    config = deepspeed_config(settings, world, directory)
-    module = (
-        task.module.eval()
-    )  # no dropout, no stochastic depth: the teacher's features are to be hit, and the same for any batch
-    freeze_what_outputs_do_not_need(module, task.probe)
-    untouched = {
-        name: t.detach().clone()
-        for name, t in [*module.named_parameters(), *module.named_buffers()]
-        if not t.requires_grad
+    rank, world, device = get_rank(), get_world_size(), current_device()
+    engine_config = deepspeed_config(config, world, directory)
+    # Without dropout and stochastic depth: the teacher's features are deterministic, and so are the student's for any
+    # micro-batch.
+    module = task.module.eval()
+    freeze_unused_parameters(module, task.probe)
+    frozen = {
+        name: tensor.detach().clone()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if not tensor.requires_grad
     }
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    config["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))  # DeepSpeed allocates all of it
+    # DeepSpeed allocates the whole bucket.
+    engine_config["zero_optimization"].setdefault("reduce_bucket_size", min(MAX_REDUCE_BUCKET, trained))
     module.to(device, torch.float32)
-    if settings.zero_stage == 3:
-        gather_where_used(module, task.probe)
-    optimizer = torch.optim.AdamW(parameter_groups(module, settings.weight_decay), lr=1.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.learning_rate)
+    if config.zero_stage == 3:
+        register_external_parameters(module, task.probe)
+    optimizer = torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=1.0, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate)
 
-    folder = directory / CHECKPOINTS
-    found, damaged = checkpoints.newest(folder)
+    folder = directory / CHECKPOINT_FOLDER
+    checkpoint, damaged = checkpoints.newest(folder)
     if rank == 0:
-        _clean(folder, found, damaged, settings.what)
-    with checkpoints.for_processes(folder, found) if found else nullcontext((None, False)) as (tag, universal):
-        config.setdefault("checkpoint", {})["load_universal"] = universal
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=schedule, config=config)
+        _delete_unusable(folder, checkpoint, damaged, config.title)
+    loading = checkpoints.prepare_for_loading(folder, checkpoint) if checkpoint else nullcontext((None, False))
+    with loading as (tag, universal):
+        engine_config.setdefault("checkpoint", {})["load_universal"] = universal
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config
+        )
         engine.eval()
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
-        for state in (
-            optimizer.state.values() if universal else ()
-        ):  # ZeRO-3 reads one counter for all groups, which would all advance it
-            state["step"] = state["step"].clone()
-    done = found or Checkpoint(0, world, settings.zero_stage)
-    if rank == 0 and done.step:
-        print(f"  {settings.what}: goes on at step {done.step} of {settings.steps}{task.place(done)}", flush=True)
-    average = (
-        Average(engine.module, settings.ema, checkpoints.average_of(folder, found) if found else {})
-        if settings.ema
-        else None
-    )
-    if settings.compile:
+        if universal:  # ZeRO-3 loads one step counter for all groups, which each of them would advance
+            for state in optimizer.state.values():
+                state["step"] = state["step"].clone()
+    start = checkpoint or Checkpoint(0, world, config.zero_stage)
+    if rank == 0 and start.step:
+        position = task.describe_position(start)
+        print(f"  {config.title}: resumes at step {start.step} of {config.steps}{position}", flush=True)
+    options = config.options
+    average = None
+    if options.ema:
+        saved_average = checkpoints.load_average(folder, checkpoint) if checkpoint else {}
+        average = WeightAverage(engine.module, options.ema, saved_average)
+    if options.compile:
         engine.compile()
 
-    best = Best(directory / CHECKPOINTS)
-    broken = _steps(task, engine, optimizer, settings, average, best, done, directory, stop)
-    result = average.whole() if average else whole_parameters(engine.module)
+    best = BestWeights(folder)
+    broken = _run_steps(task, engine, optimizer, config, average, best, start, directory, stop)
+    result = average.full() if average else full_parameters(engine.module)
     weights = {name: value.cpu().clone() for name, value in result if rank == 0}
-    step = settings.steps
+    step = config.steps
     if not average and best.step >= 0:
-        step, weights = best.step, best.weights() if rank == 0 else {}
+        step, weights = best.step, best.load() if rank == 0 else {}
     engine.destroy()
     if rank == 0:
-        whole = {**untouched, **weights}
+        tensors = {**frozen, **weights}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
-            tensor.data = whole[name]
-    return Outcome(step, broken)
+            tensor.data = tensors[name]
+    return TrainingResult(step, broken)
 
 
-def _steps(
+def _run_steps(
     task: Task,
     engine: Any,
     optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    average: Average | None,
-    best: Best,
-    done: Checkpoint,
+    config: TrainingConfig,
+    average: WeightAverage | None,
+    best: BestWeights,
+    start: Checkpoint,
     directory: Path,
     stop: Callable[[], bool],
 ) -> dict[str, str]:
-    """The steps that are left after ``done``."""
-    rank, world, device, folder = (
-        get_rank(),
-        get_world_size(),
-        device_here(),
-        directory / CHECKPOINTS,
-    )
-    accumulated = engine.gradient_accumulation_steps()
-    loader = task.samples(done)
-    speed = Speed(settings.batch_size, world * peak_flops(device, settings.precision) if task.flops else 0.0)
-    broken, shards = dict(done.broken), {}
+    """Run the steps after ``start`` and return the broken images."""
+    rank, world, device = get_rank(), get_world_size(), current_device()
+    folder = directory / CHECKPOINT_FOLDER
+    accumulation_steps = engine.gradient_accumulation_steps()
+    loader = task.samples(start)
+    peak = world * measure_peak_flops(device, config.precision) if task.flops else 0.0
+    throughput = Throughput(config.batch_size, peak)
+    broken, shards = dict(start.broken), {}
 
-    def judged(step: int) -> dict[str, float]:
-        if task.scores is None or (step % settings.evaluate_every and step < settings.steps):
+    def evaluate(step: int) -> dict[str, float]:
+        if task.scores is None or (step % config.options.evaluate_every and step < config.steps):
             return {}
         scores = task.scores(engine)
         if average is None:
-            best.keep(scores["score"], step, whole_parameters(engine.module))
-            distributed.barrier()  # the first process writes; elsewhere the others would wait in a group with less patience
+            best.update(scores["score"], step, full_parameters(engine.module))
+            distributed.barrier()  # while rank 0 writes; the next collective may have a shorter timeout
         return scores
 
-    def draw(step: int, curves: dict[str, float]) -> None:
-        if curves:
+    def write_curves(step: int, values: dict[str, float]) -> None:
+        if values:
             engine.monitor.write_events(
-                [(f"{CURVES}/{name.replace(' ', '_')}", value, step) for name, value in curves.items()]
+                [(f"{CURVE_PREFIX}/{name.replace(' ', '_')}", value, step) for name, value in values.items()]
             )
 
-    if done.step == 0:
-        draw(0, judged(0))
+    if start.step == 0:
+        write_curves(0, evaluate(0))
     with (
         contextlib.closing(loader),
-        Meter(settings.what, settings.steps, done=done.step) if rank == 0 else nullcontext() as meter,
+        Meter(config.title, config.steps, done=start.step) if rank == 0 else nullcontext() as meter,
     ):
-        for step in range(done.step + 1, settings.steps + 1):
-            started = time.monotonic()
+        for step in range(start.step + 1, config.steps + 1):
+            step_start = time.monotonic()
             losses: Losses = {}
-            met: dict[str, str] = {}
+            new_broken: dict[str, str] = {}
             names: list[str] = []
-            for piece in range(accumulated):
+            for piece in range(accumulation_steps):
                 sample = next(loader)
-                met |= {name: error for name, error in sample.broken.items() if name not in broken}
+                new_broken |= {name: error for name, error in sample.broken.items() if name not in broken}
                 names += sample.names
                 shards[sample.shard[0]] = sample.shard[1]
-                parts = task.losses(engine, sample)
-                engine.backward(task.total(parts))
-                for name, part in parts.items():
-                    losses[name] = losses.get(name, 0) + part.detach().float() / accumulated
-                if piece < accumulated - 1:
+                terms = task.losses(engine, sample)
+                engine.backward(task.total(terms))
+                for name, term in terms.items():
+                    losses[name] = losses.get(name, 0) + term.detach().float() / accumulation_steps
+                if piece < accumulation_steps - 1:
                     engine.step()
-            means, stopped, any_broken = _agree(losses, stop(), bool(met), device)
+            means, stopping, any_broken = _synchronize(losses, stop(), bool(new_broken), device)
             total = float(task.total(means))
             if not math.isfinite(total):
-                raise DgmrError(_not_finite(f"loss is {total}", step, names, folder, settings))
-            # Both groups: ZeRO-3 reads a universal checkpoint with the first group's values in all of them.
-            for group, decay in zip(optimizer.param_groups, (settings.decay(step - 1), 0.0), strict=True):
+                raise DgmrError(_not_finite_message(f"loss is {total}", step, names, folder, config))
+            # Set in both groups: ZeRO-3 loads the first group's values into all groups of a universal checkpoint.
+            for group, decay in zip(optimizer.param_groups, (config.decay(step - 1), 0.0), strict=True):
                 group["weight_decay"] = decay
-            norm = _step(engine, settings)
+            norm = _optimizer_step(engine, config)
             if not 0 <= norm < math.inf:
-                raise DgmrError(_not_finite("gradient is not finite", step, names, folder, settings))
+                raise DgmrError(_not_finite_message("gradient is not finite", step, names, folder, config))
             if average:
                 average.update()
             if any_broken:
-                broken |= all_gather_dict(met)
-                check_broken(broken, task.count or max(FEW, settings.batch_size * step), settings)
-            reached = speed.step(task.flops() if task.flops else None)
+                broken |= all_gather_dict(new_broken)
+                check_broken_images(broken, task.count or max(MIN_STREAM_IMAGES, config.batch_size * step), config)
+            rates = throughput.step(task.flops() if task.flops else None)
             if meter:
                 each = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
-                meter.step(step, f"loss {total:.4f} {in_words(reached)}", f"{each}, gradient {norm:.3g}")
-            curves = judged(step)
-            if step % settings.log_every == 0 or step == settings.steps:
+                meter.step(step, f"loss {total:.4f} {format_throughput(rates)}", f"{each}, gradient {norm:.3g}")
+            curves = evaluate(step)
+            if step % config.log_every == 0 or step == config.steps:
                 curves |= {
                     "loss": total,
-                    "learning_rate": settings.learning_rate(step - 1),
+                    "learning_rate": config.learning_rate(step - 1),
                     "gradient_norm": norm,
                     **{f"loss_{name}": float(value) for name, value in means.items()},
-                    **reached,
+                    **rates,
                 }
-            draw(step, curves)
-            first = step == done.step + 1  # says at the start whether the disk takes a checkpoint, and how long that is
-            if step % settings.checkpoint_every == 0 or step == settings.steps or stopped or first:
-                known = all_gather_dict(shards)  # a reader that has not delivered yet may be at the first of them
-                shard = min(known.values()) if len(known) == world * max(1, settings.workers) else done.shard
-                here = Checkpoint(step, world, settings.zero_stage, broken=broken, shard=shard)
-                began = time.monotonic()
-                checkpoints.save(engine, folder, here, average.whole() if average else (), settings.keep_checkpoints)
+            write_curves(step, curves)
+            # A checkpoint after the first step shows at once whether the disk has room, and how long saving takes.
+            first = step == start.step + 1
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping or first:
+                positions = all_gather_dict(shards)
+                # A reader that has not delivered an image yet may still be at the first shard.
+                complete = len(positions) == world * max(1, config.workers)
+                shard = min(positions.values()) if complete else start.shard
+                here = Checkpoint(step, world, config.zero_stage, broken=broken, shard=shard)
+                save_start = time.monotonic()
+                checkpoints.save(engine, folder, here, average.full() if average else (), config.keep_checkpoints)
                 if first and rank == 0:
-                    ended = time.monotonic()
-                    said = save_in_words(folder / here.tag, ended - began, leaving=ended - started)
-                    print(f"  {settings.what}: {said}", flush=True)
-            if stopped and step < settings.steps:
+                    save_end = time.monotonic()
+                    text = describe_save(folder / here.tag, save_end - save_start, save_end - step_start)
+                    print(f"  {config.title}: {text}", flush=True)
+            if stopping and step < config.steps:
                 if rank == 0:
-                    (directory / STOP).unlink(missing_ok=True)
-                raise Preempted(f"preempted at step {step} of {settings.steps}; run again to go on from there")
+                    (directory / STOP_FILE).unlink(missing_ok=True)
+                raise Preempted(f"preempted at step {step} of {config.steps}. Run again to resume from there.")
     return broken
 
 
-def save_in_words(folder: Path, seconds: float, leaving: float) -> str:
-    """How large a checkpoint is, how long it took, and a warning where a step and a save, ``leaving`` seconds, are too long to be
-    preempted by SIGTERM to the launcher."""
+def describe_save(folder: Path, save_seconds: float, stop_seconds: float) -> str:
+    """Return the size of a checkpoint and the time it took, with a warning if SIGTERM leaves too little time for it.
+
+    Args:
+        folder: of the checkpoint.
+        save_seconds: duration of the save.
+        stop_seconds: duration of a step and the save, which must fit between SIGTERM and SIGKILL of the launcher.
+    """
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    said = f"a checkpoint is {size / 1e6:,.0f} MB and takes {seconds:.1f} s"
-    if leaving < LAUNCHERS_PATIENCE:
-        return said
+    text = f"a checkpoint is {size / 1e6:,.0f} MB and takes {save_seconds:.1f} s"
+    if stop_seconds < LAUNCHER_KILL_DELAY_S:
+        return text
     return (
-        f"{said}; a step and that are {leaving:.0f} s, but the deepspeed launcher waits {LAUNCHERS_PATIENCE} s after SIGTERM: let the "
-        "scheduler signal the processes earlier (docs/distillation.md)"
+        f"{text}. A step and a checkpoint take {stop_seconds:.0f} s, but the deepspeed launcher kills the processes "
+        f"{LAUNCHER_KILL_DELAY_S} s after SIGTERM. Let the scheduler signal the processes earlier "
+        "(docs/distillation.md)."
     )
 
 
-def _step(engine: Any, settings: Settings) -> float:
-    """The optimiser's step; gives the norm of the gradient. Where that is not finite, or negative, nothing may be kept of the engine.
+def _optimizer_step(engine: Any, config: TrainingConfig) -> float:
+    """Take an optimizer step and return the norm of the gradient.
 
-    In bf16 ZeRO skips such a step; in float32 it takes it.
+    If the norm is not finite or is negative, the engine's state must not be used any more: in bf16 ZeRO skips such a
+    step, in float32 it takes it.
     """
     norm = torch.tensor(0.0)
-    if settings.zero_stage == 0:
+    if config.zero_stage == 0:
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         if not torch.isfinite(norm := torch.nn.utils.get_total_norm(gradients)):
             return math.nan
     engine.step()
     if not engine.was_step_applied():
         return math.nan
-    return float(norm if settings.zero_stage == 0 else engine.get_global_grad_norm())
+    return float(norm if config.zero_stage == 0 else engine.get_global_grad_norm())
 
 
-def _agree(losses: Losses, stop: bool, broken: bool, device: torch.device) -> tuple[Losses, bool, bool]:
-    """Mean losses over the processes, whether any was told to stop, and whether any met a new broken image: one exchange a step."""
-    flags = [torch.tensor(float(flag), device=device) for flag in (stop, broken)]
-    both = torch.stack([*losses.values(), *flags])
-    distributed.all_reduce(both)
-    *means, stopped, met = both.double().cpu() / get_world_size()
-    return dict(zip(losses, means, strict=True)), bool(stopped), bool(met)
+def _synchronize(losses: Losses, stop: bool, broken: bool, device: torch.device) -> tuple[Losses, bool, bool]:
+    """Return the mean losses of all processes, whether any must stop, and whether any met a new broken image.
 
-
-@contextmanager
-def _told_to_stop(file: Path) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM came here, or to the process that waits for these, which then made ``file``.
-
-    All processes look together at the end of a step.
+    One all-reduce a step.
     """
-    told = threading.Event()
-    first = is_main_process()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield lambda: told.is_set() or (first and file.exists())
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    flags = [torch.tensor(float(flag), device=device) for flag in (stop, broken)]
+    values = torch.stack([*losses.values(), *flags])
+    distributed.all_reduce(values)
+    *means, any_stop, any_broken = values.double().cpu() / get_world_size()
+    return dict(zip(losses, means, strict=True)), bool(any_stop), bool(any_broken)
 
 
-@contextmanager
-def _failing_together(file: Path) -> Iterator[None]:
-    """A process that fails makes ``file``, which ends the others: on a GPU they would wait for it until NCCL loses patience."""
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(1):
-            if file.exists():
-                if not over.wait(LAST_WORDS):
-                    os._exit(1)
-                return
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        yield
-    except Preempted:
-        raise
-    except BaseException:
-        with contextlib.suppress(OSError):
-            file.touch()
-        raise
-    finally:
-        over.set()
-
-
-def _clean(folder: Path, found: Checkpoint | None, damaged: list[str], what: str) -> None:
-    """Say which checkpoints are damaged; drop them and those that were never finished."""
-    for name in damaged:
-        print(
-            f"  {what}: the checkpoint {name} is damaged; {f'the one of step {found.step} is used' if found else 'from the start'}",
-            flush=True,
-        )
+def _delete_unusable(folder: Path, checkpoint: Checkpoint | None, damaged: list[str], title: str) -> None:
+    """Report damaged checkpoints, and delete them and unfinished ones."""
+    source = f"the training resumes at step {checkpoint.step}" if checkpoint else "the training starts again"
+    for tag in damaged:
+        print(f"  {title}: the checkpoint {tag} is damaged; {source}", flush=True)
     for path in folder.glob("*step*"):
-        if path.name in damaged or not (path / checkpoints.SEAL).exists():
+        if path.name in damaged or not (path / checkpoints.MANIFEST).exists():
             shutil.rmtree(path, ignore_errors=True)
 
 
-def check_broken(broken: dict[str, str], count: int, settings: Settings) -> None:
-    """Raises DgmrError if more of ``count`` images are broken than the settings allow."""
-    if len(broken) > settings.max_broken * count:
+def check_broken_images(broken: dict[str, str], count: int, config: TrainingConfig) -> None:
+    """Raise DgmrError if more than ``max_broken`` of ``count`` images are broken."""
+    if len(broken) > config.max_broken * count:
         name, error = next(iter(broken.items()))
         raise DgmrError(
-            f"{len(broken)} of {count} images do not decode, more than {settings.section}.max_broken = {settings.max_broken:g}; first: "
-            f"{name}: {error}; raise the limit to go on, or repair or remove them and begin with --redo {settings.section}"
+            f"{len(broken)} of {count} images do not decode, more than {config.section}.max_broken = "
+            f"{config.max_broken:g}; first: {name}: {error}. Raise the limit to resume, or repair or remove the images "
+            f"and start again with --redo {config.section}."
         )
 
 
-def _not_finite(what: str, step: int, mine: list[str], folder: Path, settings: Settings) -> str:
-    """One sentence with the names of the step's samples. Every process has to call it."""
-    names = list(all_gather_dict(dict.fromkeys(mine, "")))
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _not_finite_message(what: str, step: int, own_names: list[str], folder: Path, config: TrainingConfig) -> str:
+    """Return an error message with the names of the step's samples. Every process must call it."""
+    names = list(all_gather_dict(dict.fromkeys(own_names, "")))
+    first_names = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
-        f"the {what} at step {step} (images {shown}); nothing of it is kept; lower {settings.section}.base_lr or look at these "
-        f"images; the last checkpoint is kept in {folder}"
+        f"the {what} at step {step} (images {first_names}). The step is not saved, and the last checkpoint is in "
+        f"{folder}. Lower {config.section}.base_lr or look at these images."
     )
 
 
-def curves_of(directory: Path) -> list[str]:
-    """The names of what DeepSpeed's monitor wrote."""
-    return sorted(path.stem.removeprefix(f"{CURVES}_") for path in directory.glob(f"log/{CURVES}_*.csv"))
+def curve_names(directory: Path) -> list[str]:
+    """Return the names of the curves that DeepSpeed's monitor has written."""
+    return sorted(path.stem.removeprefix(f"{CURVE_PREFIX}_") for path in directory.glob(f"log/{CURVE_PREFIX}_*.csv"))
 
 
 def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
-    """What DeepSpeed's monitor wrote, such as ``loss``: (step, value). After a resume a step may stand twice; the last counts."""
-    path = directory / "log" / f"{CURVES}_{name}.csv"
+    """Return a curve, such as ``loss``, as (step, value). If a step occurs twice (after a resume), the last one counts."""
+    path = directory / "log" / f"{CURVE_PREFIX}_{name}.csv"
     values: dict[int, float] = {}
     if path.exists():
         for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # the heading, or half a line that a full disk left
+            with contextlib.suppress(ValueError):  # the header, or half a line that a full disk left
                 step, value = line.split(",")
                 values[int(step)] = float(value)
     return sorted(values.items())

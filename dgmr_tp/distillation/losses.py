@@ -1,93 +1,151 @@
-"""What the student is asked for: the teacher's features, by mean squared errors with a weight each.
+"""Distillation losses: which features of student and teacher are compared, by which function, with which weight.
 
-Both papers ask for the class token and the patch tokens before the final norm, weights 1 : 1 (arXiv 2603.08100 eq. 8; arXiv 2506.08591,
-its EVA path). Its OpenCLIP path asks for patch tokens after the norm and the projected class token, which is the embedding; its Swin path
-for the logits too, which is the embedding of a tower with a classifier.
+Both papers compare the class token and the patch tokens before the final norm, weighted 1 : 1 (arXiv 2603.08100 eq. 8;
+arXiv 2506.08591, EVA path). The OpenCLIP path of arXiv 2506.08591 compares patch tokens after the norm and the
+projected class token, which is the embedding. Its Swin path also compares the logits, which are the embedding of a
+tower with a classifier.
+
+To add a loss, add an entry to :data:`LOSSES`. A recipe gives it a weight under ``distill.loss.terms``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
 
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import TowerAdapter
+from dgmr_tp.utils.config import Config, NameIn
 
 Features = dict[str, Tensor]
+"""Features of a batch by name: ``class_token`` ``[batch, width]``, ``patches`` ``[batch, patches, width]``,
+``embedding``
+``[batch, embedding]``, and ``layer N``, the state after block N."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """The parts of the loss and their weights; a weight of 0 leaves a part out."""
+class Loss:
+    """One term of the distillation loss."""
 
-    class_token: float = 1.0
-    """Of towers that have one."""
-    patches: float = 1.0
-    embedding: float = 0.0
-    """What the tower gives its caller: the projected features, or the logits of a classifier."""
-    layers: dict[int, float] = field(default_factory=dict)
-    """Weights of all tokens after single blocks, counted from 1."""
+    feature: str
+    """The feature that is compared: ``class_token``, ``patches`` or ``embedding``."""
+    function: Callable[[Tensor, Tensor], Tensor]
+    """Maps the student's and the teacher's feature, in float32, to a scalar."""
+
+
+LOSSES: dict[str, Loss] = {name: Loss(name, F.mse_loss) for name in ("class_token", "patches", "embedding")}
+"""Terms of the distillation loss by name. These three have recipe keys of their own, others go under ``terms``."""
+
+
+class DistillationLoss(Config):
+    """Distillation loss: a weighted sum of terms between student and teacher features. A weight of 0 drops a term."""
+
+    class_token: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the class token. A tower without a class token has no such term."""
+    patches: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error of the patch tokens."""
+    embedding: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared error of the tower's output: the embedding, or the logits of a classifier."""
+    layers: dict[int, float] = Field(default_factory=dict)
+    """Weights of the mean squared errors of all tokens after single blocks, by block number. Blocks count from 1."""
+    terms: dict[Annotated[str, NameIn(LOSSES)], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Weights of further losses, by their name in ``dgmr_tp.distillation.losses.LOSSES``."""
     after_norm: bool = False
-    """Class and patch tokens are taken after the final norm instead of before it."""
+    """Take class token and patch tokens after the final norm instead of before it."""
 
-    def __call__(self, student: Features, teacher: Features) -> Features:
-        """The mean squared error of every part, unweighted, in float32."""
-        return {name: F.mse_loss(features.float(), teacher[name].float()) for name, features in student.items()}
+    @model_validator(mode="after")
+    def _check_weights(self) -> DistillationLoss:
+        if double := sorted(self.terms.keys() & type(self).model_fields.keys()):
+            raise ValueError(f"terms names {double[0]}, which is a key of its own. Use loss.{double[0]}")
+        if not self.losses:
+            raise ValueError("every weight is 0. Give a weight to one of class_token, patches, embedding, layers")
+        return self
 
-    def total(self, parts: Features) -> Tensor:
-        """The weighted sum that is trained on."""
-        return sum((self.weight(name) * part for name, part in parts.items()), next(iter(parts.values())).new_zeros(()))
+    @property
+    def losses(self) -> dict[str, Loss]:
+        """The terms with a weight, by name. Blocks come first, in the order in which they run."""
+        layers = {f"layer {number}": Loss(f"layer {number}", F.mse_loss) for number in sorted(self.layers)}
+        return {name: loss for name, loss in {**layers, **LOSSES}.items() if self.weight(name)}
+
+    @property
+    def features(self) -> set[str]:
+        """Names of the features that the terms compare."""
+        return {loss.feature for loss in self.losses.values()}
+
+    def __call__(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """Compute every term, unweighted and in float32, by name. Terms whose feature the tower lacks are left out."""
+        return {
+            name: loss.function(student[loss.feature].float(), teacher[loss.feature].float())
+            for name, loss in self.losses.items()
+            if loss.feature in student
+        }
+
+    def total(self, terms: dict[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the terms, which is minimized."""
+        return sum((self.weight(name) * term for name, term in terms.items()), next(iter(terms.values())).new_zeros(()))
 
     def weight(self, name: str) -> float:
-        """Of a part by its name, such as ``patches`` or ``layer 3``."""
-        return self.layers[int(name.removeprefix("layer "))] if name.startswith("layer ") else getattr(self, name)
+        """Return the weight of a term by its name, such as ``patches`` or ``layer 3``."""
+        if name.startswith("layer "):
+            return self.layers[int(name.removeprefix("layer "))]
+        if name in type(self).model_fields:
+            return getattr(self, name)
+        return self.terms.get(name, 0.0)
 
 
 class FeatureTap(nn.Module):
-    """An encoder as a module from images to the features that an objective compares, by name.
+    """A tower as a module from images to the features that a loss compares, by name.
 
     Args:
-        encoder: its parameters are the module's.
-        objective: which features.
-        recompute: blocks keep only their input for the backward pass and run again there (activation checkpointing).
+        adapter: runs the tower; the tower's parameters become this module's.
+        loss: says which features are needed. Default: class token and patch tokens.
+        recompute: keep only the input of each block for the backward pass, and run the block again there (activation
+            checkpointing).
 
     Raises:
-        DgmrError: the objective names a block that the encoder does not have, or nothing at all.
+        DgmrError: the loss names a block that the tower does not have, or only features that the tower does not have.
     """
 
-    def __init__(self, adapter: TowerAdapter, objective: Objective | None = None, *, recompute: bool = False) -> None:
+    def __init__(self, adapter: TowerAdapter, loss: DistillationLoss | None = None, *, recompute: bool = False) -> None:
         super().__init__()
         self.tower = adapter.tower
         self.projection = adapter.projection
         self.adapter = adapter
-        self.objective = objective or Objective()
+        loss = loss or DistillationLoss()
+        self.needed, self.after_norm = loss.features, loss.after_norm
         self.recompute = recompute
         depth = len(adapter.blocks())
-        if wrong := [layer for layer in self.objective.layers if not 1 <= layer <= depth]:
-            raise DgmrError(f"distill.loss.layers names block {wrong[0]}; {adapter.name} has blocks 1 to {depth}")
+        if wrong := [layer for layer in loss.layers if not 1 <= layer <= depth]:
+            raise DgmrError(
+                f"distill.loss.layers names block {wrong[0]}, but {adapter.name} has blocks 1 to {depth}. "
+                "Name one of these."
+            )
 
     def forward(self, images: Tensor, *, embedding: bool = False) -> Features:
-        """Asked for the ``embedding``, that too, whatever the objective."""
-        wanted, adapter = self.objective, self.adapter
-        found: Features = {}
+        """Return the features of ``images``; with ``embedding``, the embedding too, whatever the loss compares."""
+        needed, adapter = self.needed, self.adapter
+        features: Features = {}
         state = adapter.stem(images)
         for number, block in enumerate(adapter.blocks(), start=1):
             recomputed = self.recompute and state.requires_grad
             state = checkpoint(block, state, use_reentrant=False) if recomputed else block(state)
-            if wanted.layers.get(number):
-                found[f"layer {number}"] = state
-        class_token, patches = adapter.features(adapter.norm(state) if wanted.after_norm else state)
-        if wanted.class_token and class_token is not None:
-            found["class_token"] = class_token
-        if wanted.patches:
-            found["patches"] = patches
-        if wanted.embedding or embedding:
-            found["embedding"] = adapter.embed(state)
-        if not found:
+            if f"layer {number}" in needed:
+                features[f"layer {number}"] = state
+        class_token, patches = adapter.features(adapter.norm(state) if self.after_norm else state)
+        if "class_token" in needed and class_token is not None:
+            features["class_token"] = class_token
+        if "patches" in needed:
+            features["patches"] = patches
+        if "embedding" in needed or embedding:
+            features["embedding"] = adapter.embed(state)
+        if not features:
             raise DgmrError(
-                f"distill.loss asks for nothing that {adapter.name} has; give patches or embedding a weight"
+                f"distill.loss compares no feature that {adapter.name} has. Give patches or embedding a weight."
             )
-        return found
+        return features

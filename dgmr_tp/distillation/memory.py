@@ -1,7 +1,7 @@
-"""What a distillation needs on each device, counted before anything is loaded.
+"""Estimate of the device memory that a distillation needs, computed on the meta device before anything is loaded.
 
-States by arithmetic; activations by running the student once on the meta device and adding up what autograd keeps. It is an
-estimate: what lies between the states and the activations (buckets, workspaces, fragmentation) is reserved, not counted.
+Weights, gradients and optimizer states are counted. Activations are measured: the student runs once on the meta device,
+and what autograd saves is added up. Workspaces and fragmentation are not counted but reserved.
 """
 
 from __future__ import annotations
@@ -9,186 +9,194 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from dgmr_tp.distillation.config import DistillSettings
-from dgmr_tp.distillation.engine import BUCKET, freeze_what_outputs_do_not_need
+from dgmr_tp.distillation.config import DistillConfig
+from dgmr_tp.distillation.engine import MAX_REDUCE_BUCKET, freeze_unused_parameters
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import TowerAdapter
 from dgmr_tp.utils.modules import meta_copy
 
-LIVE = 1_000_000_000
-"""Elements of sharded parameters that DeepSpeed holds whole until they are needed again."""
-RESERVED = 0.1
-"""Part of a device's memory for the driver, workspaces and fragmentation."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""Maximum number of elements of sharded parameters that DeepSpeed keeps gathered at a time."""
+RESERVED_FRACTION = 0.1
+"""Fraction of a device's memory for the driver, workspaces and fragmentation."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """``count`` devices of ``memory`` bytes."""
+    """Devices of the same size."""
 
     count: int
     memory: float
+    """Bytes of each."""
 
     @classmethod
     def parse(cls, text: str) -> Devices:
-        """From words such as ``8x48GB``. Raises DgmrError for others."""
-        found = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)GB", text)
-        if not found or int(found[1]) == 0:
-            raise DgmrError(f"--devices {text}: write how many and how large, such as 8x48GB")
-        return cls(int(found[1]), float(found[2]) * 1e9)
+        """Parse text such as ``8x48GB``.
+
+        Raises:
+            DgmrError: the text has another form.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+(?:\.\d+)?)GB", text)
+        if not match or int(match[1]) == 0:
+            raise DgmrError(f"--devices {text} is not a number and a size of devices. Write it as in 8x48GB.")
+        return cls(int(match[1]), float(match[2]) * 1e9)
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Bytes on each device."""
+class MemoryEstimate:
+    """Memory on each device, bytes."""
 
     states: float
-    """Weights, gradients, optimiser, and the gradients on their way."""
+    """Weights, gradients, optimizer states and reduction buffers."""
     image: float
-    """More for every image that a process works on at a time."""
-    start: float
-    """Before anything is sharded: the original, then the student in float32."""
+    """Activations of each image that a process works on at a time."""
+    startup: float
+    """Peak before anything is sharded: the teacher, then the student in float32."""
 
-    def most_images(self, devices: Devices) -> int:
-        """How many images fit at a time; 0 if not even the states do."""
-        there = (1 - RESERVED) * devices.memory
-        return max(0, int((there - self.states) / self.image)) if self.start <= there else 0
+    def max_images(self, devices: Devices) -> int:
+        """Return how many images fit at a time; 0 if the states alone do not fit."""
+        available = (1 - RESERVED_FRACTION) * devices.memory
+        return max(0, int((available - self.states) / self.image)) if self.startup <= available else 0
 
 
-class Planner:
-    """What different settings need for one student and its teacher.
+class MemoryEstimator:
+    """Estimates the memory of one student and its teacher under different settings.
 
     Args:
-        student, teacher: on the meta device, the student resized.
-        settings: of the recipe.
+        student: on the meta device, with the pruned widths.
+        teacher: on the meta device.
+        config: the loss and the precision of the distillation.
         image_size: height and width of the images.
     """
 
-    def __init__(
-        self, student: TowerAdapter, teacher: TowerAdapter, settings: DistillSettings, image_size: int
-    ) -> None:
-        probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=settings.precision)
-        self.width = settings.precision.itemsize
-        tap = FeatureTap(student, settings.loss)
-        freeze_what_outputs_do_not_need(tap, probe.float())
-        self.student = _total(tap.parameters())
-        self.trained = _total(parameter for parameter in tap.parameters() if parameter.requires_grad)
-        self.teacher = _total(teacher.tower.parameters())
-        kept = [
-            _kept(meta_copy(FeatureTap(student, settings.loss, recompute=again)).to(settings.precision).eval(), probe)
-            for again in (False, True)
-        ]
-        once, of_teacher = (_one_block(tower, probe) for tower in (student, teacher))
-        # A teacher's block keeps nothing, but what it holds while it runs is at most what a trained one keeps.
-        self.images = {False: kept[0] + of_teacher, True: kept[1] + once + of_teacher}
+    def __init__(self, student: TowerAdapter, teacher: TowerAdapter, config: DistillConfig, image_size: int) -> None:
+        probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=config.precision)
+        self.itemsize = config.precision.itemsize
+        tap = FeatureTap(student, config.loss)
+        freeze_unused_parameters(tap, probe.float())
+        self.student = _count(tap.parameters())
+        self.trained = _count(parameter for parameter in tap.parameters() if parameter.requires_grad)
+        self.teacher = _count(teacher.tower.parameters())
+        taps = (FeatureTap(student, config.loss, recompute=recompute) for recompute in (False, True))
+        plain, recomputed = (_saved_bytes(meta_copy(tap).to(config.precision).eval(), probe) for tap in taps)
+        student_block, teacher_block = (_largest_block_bytes(adapter, probe) for adapter in (student, teacher))
+        # The teacher saves nothing, but while a block runs it needs at most what a trained block saves.
+        self.image_bytes = {False: plain + teacher_block, True: recomputed + student_block + teacher_block}
 
-    def needs(self, settings: DistillSettings, world: int) -> Needs:
-        """Of ``world`` processes, a device each."""
-        stage, width, trained = settings.zero_stage, self.width, self.trained
-        parts = world if stage else 1
-        # Every stage but 0 has master weights of its own, in float32 too.
-        moments, master, copy, average = 8, 4 if stage else 0, 4 if stage else 0, 4 if settings.ema else 0
-        optimizer = (moments + master + copy) * trained / parts
-        weights, gradients, teacher = float(width * self.student), float(width * trained), float(width * self.teacher)
+    def estimate(self, config: DistillConfig, world: int) -> MemoryEstimate:
+        """Return the memory that ``world`` processes need, with a device each."""
+        stage, itemsize, trained = config.zero_stage, self.itemsize, self.trained
+        shards = world if stage else 1
+        # Every stage but 0 has float32 master weights of its own, also when it computes in float32.
+        moments, master, copy, average = 8, 4 if stage else 0, 4 if stage else 0, 4 if config.ema else 0
+        optimizer = (moments + master + copy) * trained / shards
+        weights, gradients = float(itemsize * self.student), float(itemsize * trained)
+        teacher = float(itemsize * self.teacher)
         if stage >= 2:
             gradients /= world
         if stage == 3:
-            weights = (weights / world if settings.offload != "all" else 0) + width * min(LIVE, self.student)
-        if settings.shard_teacher:
-            teacher = teacher / world + width * min(LIVE, self.teacher)
-        states = weights + gradients + (0 if settings.offload != "none" else optimizer) + teacher
-        states += width * min(BUCKET, trained) if stage else 0
-        states += average * trained / parts
-        return Needs(
-            states, self.images[settings.recompute], start=max(width * self.teacher, teacher + 4 * self.student)
-        )
+            live = itemsize * min(MAX_LIVE_PARAMETERS, self.student)
+            weights = (weights / world if config.offload != "all" else 0) + live
+        if config.shard_teacher:
+            teacher = teacher / world + itemsize * min(MAX_LIVE_PARAMETERS, self.teacher)
+        states = weights + gradients + (0 if config.offload != "none" else optimizer) + teacher
+        states += itemsize * min(MAX_REDUCE_BUCKET, trained) if stage else 0
+        states += average * trained / shards
+        startup = max(itemsize * self.teacher, teacher + 4 * self.student)
+        return MemoryEstimate(states, self.image_bytes[config.recompute], startup)
 
-    def table(self, settings: DistillSettings, devices: Devices) -> str:
-        """States, and images at a time, in every ZeRO stage with and without recomputation; then the settings as they are."""
+    def table(self, config: DistillConfig, devices: Devices) -> str:
+        """Return a text table of the ZeRO stages, with and without recomputation, and a line about ``config`` itself."""
         lines = [
-            f"student {self.student / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained, original {self.teacher / 1e6:,.1f} M, "
-            f"{'bf16' if settings.bf16 else 'float32'}",
+            f"student {self.student / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained, "
+            f"teacher {self.teacher / 1e6:,.1f} M, {'bf16' if config.bf16 else 'float32'}",
             "zero_stage                 states, GB   MB an image: images   recomputed: images",
         ]
         for stage, sharded in ((0, False), (1, False), (2, False), (3, False), (3, True)):
-            if stage == 0 and settings.bf16:  # refused by the recipe
+            if stage == 0 and config.bf16:  # not a valid config
                 continue
-            plain = replace(settings, zero_stage=stage, shard_teacher=sharded, offload="none")
-            both = [self.needs(replace(plain, recompute=again), devices.count) for again in (False, True)]
-            shown = "".join(f"{needs.image / 1e6:13.0f}: {needs.most_images(devices):6d}" for needs in both)
-            lines.append(
-                f"{f'{stage}, shard_teacher' if sharded else stage!s:<26} {both[0].states / 1e9:10.1f} {shown}"
-            )
-        needs, micro = self.needs(settings, devices.count), settings.micro_batch_of(devices.count)
-        total = (needs.states + micro * needs.image) / 1e9
-        there = f"{devices.count} devices, about {total:.1f} of {devices.memory / 1e9:g} GB"
-        return "\n".join([*lines, f"the recipe: {micro} images at a time on each of {there}"])
+            plain = config.model_copy(update={"zero_stage": stage, "shard_teacher": sharded, "offload": "none"})
+            changes = ({"recompute": recompute} for recompute in (False, True))
+            estimates = [self.estimate(plain.model_copy(update=change), devices.count) for change in changes]
+            images = "".join(f"{each.image / 1e6:13.0f}: {each.max_images(devices):6d}" for each in estimates)
+            name = f"{stage}, shard_teacher" if sharded else str(stage)
+            lines.append(f"{name:<26} {estimates[0].states / 1e9:10.1f} {images}")
+        estimate, micro = self.estimate(config, devices.count), config.micro_batch_of(devices.count)
+        total = (estimate.states + micro * estimate.image) / 1e9
+        use = f"{devices.count} devices, about {total:.1f} of {devices.memory / 1e9:g} GB"
+        return "\n".join([*lines, f"the recipe: {micro} images at a time on each of {use}"])
 
-    def fits(self, settings: DistillSettings, devices: Devices) -> bool:
-        """Whether the recipe's batch can be worked on as ``settings`` say."""
-        return settings.micro_batch_of(devices.count) <= self.needs(settings, devices.count).most_images(devices)
+    def fits(self, config: DistillConfig, devices: Devices) -> bool:
+        """Return whether the batch fits with the micro-batch of ``config``."""
+        return config.micro_batch_of(devices.count) <= self.estimate(config, devices.count).max_images(devices)
 
-    def remedy(self, settings: DistillSettings, devices: Devices) -> dict[str, Any] | None:
-        """The least that has to change: fewer images at a time, then recomputation, sharding, offload as well. None: nothing helps."""
-        share = settings.batch_size // devices.count
+    def smallest_change(self, config: DistillConfig, devices: Devices) -> dict[str, Any] | None:
+        """Return the keys to change so that the batch fits, or None if nothing helps.
+
+        Tried in this order, each added to the ones before: a smaller micro-batch, recomputation, sharding, offload.
+        """
+        share = config.batch_size // devices.count
         changes: dict[str, Any] = {}
         steps: list[dict[str, Any]] = [{}, {"recompute": True}]
-        steps += [{"zero_stage": stage} for stage in (1, 2, 3) if stage > settings.zero_stage]
+        steps += [{"zero_stage": stage} for stage in (1, 2, 3) if stage > config.zero_stage]
         steps += [{"shard_teacher": True}, {"offload": "optimizer"}, {"offload": "all"}]
         for step in steps:
             changes |= step
-            most = self.needs(replace(settings, **changes), devices.count).most_images(devices)
-            if most:
-                return {**changes, "micro_batch": next(n for n in range(min(share, most), 0, -1) if share % n == 0)}
+            limit = self.estimate(config.model_copy(update=changes), devices.count).max_images(devices)
+            if limit:
+                micro = next(size for size in range(min(share, limit), 0, -1) if share % size == 0)
+                return {**changes, "micro_batch": micro}
         return None
 
 
-def _total(parameters: Iterator[nn.Parameter]) -> int:
+def _count(parameters: Iterator[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _one_block(adapter: TowerAdapter, probe: Tensor) -> int:
-    """What autograd would keep of the block that keeps most."""
+def _largest_block_bytes(adapter: TowerAdapter, probe: Tensor) -> int:
+    """Return the maximum number of bytes that autograd saves for a single block."""
     tap = FeatureTap(adapter)
-    walk = meta_copy(tap).to(probe.dtype).eval().walk
+    copied = meta_copy(tap).to(probe.dtype).eval().adapter
     with torch.no_grad():
-        state = walk.stem(probe)
-    most = 0
-    for block in walk.blocks():
+        state = copied.stem(probe)
+    largest = 0
+    for block in copied.blocks():
         state = state.detach().requires_grad_(True)
-        most = max(most, _kept(block, state, block.module))
+        largest = max(largest, _saved_bytes(block, state, block.module))
         with torch.no_grad():
             state = block(state)
-    return most
+    return largest
 
 
-def _kept(run: Callable[[Tensor], Any], given: Tensor, module: nn.Module | None = None) -> int:
-    """Bytes that autograd keeps between forward and backward pass, parameters left out."""
-    own = {parameter.untyped_storage()._cdata for parameter in (module or run).parameters()}  # type: ignore[union-attr]
-    kept: dict[int, torch.UntypedStorage] = {}
+def _saved_bytes(run: Callable[[Tensor], Any], argument: Tensor, module: nn.Module | None = None) -> int:
+    """Return the bytes that autograd saves for the backward pass of ``run(argument)``, without parameters."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in (module or run).parameters()}  # type: ignore[union-attr]
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage
         return tensor
 
-    with torch.enable_grad(), _fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        answer = run(given)
-    del answer
-    return sum(storage.nbytes() for storage in kept.values())
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), _fused_attention(), hooks:
+        output = run(argument)
+    del output
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Attention keeps no matrix of tokens by tokens where it is computed for good; on the meta device it would."""
+    """Use a fused attention kernel on the meta device too, which saves no tokens × tokens matrix."""
 
     def fused(
         q: Tensor,

@@ -1,7 +1,7 @@
-"""The text tower's tuning: it learns again to match the pruned vision tower's embeddings (arXiv 2506.08591, its fine-tuning stage).
+"""Text tuning: train a CLIP's text tower to match its pruned vision tower again (arXiv 2506.08591, fine-tuning stage).
 
-The vision tower is frozen, so its embeddings are computed once. The loss is CLIP's, symmetric InfoNCE over the whole global batch,
-computed by open_clip.
+The vision tower is frozen, so that its embeddings are computed once. The loss is CLIP's symmetric InfoNCE over the
+global batch, as computed by open_clip.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import copy
 import math
 import os
 from collections.abc import Callable, Generator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 
-from dgmr_tp.data.captions import Captioned
-from dgmr_tp.data.embeddings import embedded_share
+from dgmr_tp.data.captions import CaptionedImages
+from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import Checkpoint
-from dgmr_tp.distillation.config import TextSettings
-from dgmr_tp.distillation.data import Sample, check_seen_alike, distinct_places
-from dgmr_tp.distillation.engine import device_here
-from dgmr_tp.distillation.loop import CHECKPOINTS, Task, check_broken, train, training
+from dgmr_tp.distillation.config import TuneTextConfig
+from dgmr_tp.distillation.data import Sample, check_same_files, distinct_global_batch
+from dgmr_tp.distillation.engine import current_device
+from dgmr_tp.distillation.loop import (
+    CHECKPOINT_FOLDER,
+    Losses,
+    Task,
+    check_broken_images,
+    train,
+    training_session,
+)
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pruning import ImageEncoder
@@ -33,201 +39,224 @@ from dgmr_tp.utils.distributed import broadcast_from_main, get_rank, get_world_s
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import listen_to_progress
 
-MOST_SCALE = math.log(100)
-"""Where CLIP's training stops the logarithm of the inverse temperature."""
+MAX_LOGIT_SCALE = math.log(100)
+"""Upper bound of the logarithm of the inverse temperature in CLIP's training."""
 
 
-def tune_text(model: OpenedModel, pairs: Captioned, settings: TextSettings, directory: Path) -> dict[str, Any] | None:
-    """Train the text tower and the temperature of ``model``, an open_clip CLIP, resuming from ``directory``.
+def tune_text(
+    model: OpenedModel, pairs: CaptionedImages, config: TuneTextConfig, directory: Path, *, seed: int = 0
+) -> dict[str, Any] | None:
+    """Train the text tower and the temperature of ``model``, resuming from a checkpoint in ``directory``.
 
-    Run it in every process that the ``deepspeed`` launcher started. How it trains, and what it raises:
-    :func:`dgmr_tp.distillation.loop.train`.
+    Call it in every process that the ``deepspeed`` launcher started. See :func:`dgmr_tp.distillation.loop.train` for
+    the optimizer.
 
     Args:
-        model: opened on the CPU; its text tower is trained in place.
-        pairs: an image is met at most once an epoch, with its first caption or with one drawn for the epoch; what is left of an epoch
-            when no whole batch is, is not used.
-        settings: see :class:`TextSettings`.
-        directory: the images' embeddings, checkpoints and the curves (``log/``, CSV) go here.
+        model: a CLIP of open_clip, opened on the CPU; its text tower is trained in place.
+        pairs: an image is used at most once an epoch, with its first caption or with one drawn for the epoch. Images
+            that do not fill a batch at the end of an epoch are not used in it.
+        config: the keys of a recipe's ``tune_text`` section.
+        directory: for the image embeddings, checkpoints and curves (``log/``, CSV).
+        seed: of the order of the pairs and of the captions.
 
     Returns:
-        On rank 0 the figures of the run, None elsewhere.
+        In rank 0 the figures of the run, for JSON. None in other ranks.
 
     Raises:
-        DgmrError: the model has no text tower; there are fewer images than a batch has; and those of ``train``.
+        DgmrError: the model has no text tower, there are fewer images than a batch needs, or an error of ``train``.
+        Preempted: the training was asked to stop.
     """
     if not has_text_tower(model):
-        raise DgmrError(f"{model.name} has no text tower to tune; it takes a CLIP of open_clip's")
-    with training(directory, settings) as stop:
+        raise DgmrError(f"{model.name} has no text tower to tune. Use a CLIP of open_clip.")
+    with training_session(directory, config) as stop:
         rank, world = get_rank(), get_world_size()
-        check_seen_alike(pairs.images)
-        known = Embeddings.of(model, pairs, directory / CHECKPOINTS, settings, stop)
-        broken = {pairs.images.records[i].name: _why(pairs.images, i) for i in known.broken}
-        check_broken(broken, len(pairs), settings)
-        if settings.batch_size > len(known.readable):
+        check_same_files(pairs.images)
+        embeddings = ImageEmbeddings.load_or_compute(model, pairs, directory / CHECKPOINT_FOLDER, config, stop)
+        broken = {pairs.images.records[i].name: _read_error(pairs.images, i) for i in embeddings.broken}
+        check_broken_images(broken, len(pairs), config)
+        if config.batch_size > len(embeddings.readable):
             raise DgmrError(
-                f"tune_text.batch_size = {settings.batch_size}, but {pairs.images.source} has {len(known.readable)} images with captions, "
-                "and none may be twice in a batch; set it to that many at most"
+                f"tune_text.batch_size = {config.batch_size}, but {pairs.images.source} has {len(embeddings.readable)} "
+                "images with captions, and an image may be in a batch only once. Set it to at most that number."
             )
-        tower, device = TextTower(model.module), device_here()
+        tower, device = TextTower(model.module), current_device()
         loss = require("open_clip", "encoders").loss.ClipLoss(
             gather_with_grad=True, cache_labels=True, rank=rank, world_size=world
         )
 
-        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> dict[str, Tensor]:
-            found = engine(sample.texts.to(device))
-            return {"contrastive": loss(sample.images.to(device), found["text"].float(), found["scale"].float())}
+        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> Losses:
+            outputs = engine(sample.texts.to(device))
+            return {"contrastive": loss(sample.images.to(device), outputs["text"].float(), outputs["scale"].float())}
 
         task = Task(
             module=tower,
             probe=model.tokenizer(["a photo"]),
-            samples=lambda done: _samples(known, pairs, model.tokenizer, settings, done),
+            samples=lambda start: _load_samples(embeddings, pairs, model.tokenizer, config, seed, start),
             losses=losses,
-            total=lambda parts: parts["contrastive"],
-            count=len(known.readable),
+            total=lambda terms: terms["contrastive"],
+            count=len(embeddings.readable),
         )
         try:
-            train(task, settings, directory, stop)
+            train(task, config, directory, stop)
         finally:
-            tower.give_back()
+            tower.restore()
     model.module.to("cpu", torch.float32).requires_grad_(True).eval()
     if rank:
         return None
+    settings = config.model_dump(exclude={"hostfile", "captions", "images"})
     counts = {"processes": world, "images": len(pairs), "without_caption": pairs.without}
-    return {**asdict(settings), **counts, "broken_images": broken}
+    return {**settings, "seed": seed, **counts, "broken_images": broken}
 
 
 def has_text_tower(model: OpenedModel) -> bool:
-    """Whether ``model`` can be tuned: an open_clip CLIP."""
+    """Return whether ``model`` can be tuned, that is, whether it is a CLIP of open_clip."""
     return hasattr(model.module, "encode_text") and hasattr(model.module, "logit_scale")
 
 
 class TextTower(nn.Module):
-    """A CLIP without its vision tower, from token ids to normalised embeddings and the inverse temperature."""
+    """A CLIP without its vision tower, as a module from token ids to normalized embeddings and inverse temperature.
+
+    It takes the vision tower out of ``clip`` until :meth:`restore` is called.
+    """
 
     def __init__(self, clip: nn.Module) -> None:
         super().__init__()
-        self.vision = [
-            clip.visual
-        ]  # in a list: its weights are not the module's, so they are neither trained nor saved
+        self.vision = [clip.visual]  # in a list, so that its parameters are not this module's: not trained, not saved
         clip._modules["visual"] = None
         self.scalars = [name for name, parameter in clip.named_parameters() if parameter.ndim == 0]
         self.clip = clip
-        self.most = max(MOST_SCALE, float(clip.logit_scale.detach()))
-        self._reshape_scalars((1,))  # DeepSpeed cannot send a number, only a vector of one
+        self.max_logit_scale = max(MAX_LOGIT_SCALE, float(clip.logit_scale.detach()))
+        self._reshape_scalars((1,))  # DeepSpeed cannot communicate 0-dimensional tensors
 
     def forward(self, texts: Tensor) -> dict[str, Tensor]:
+        """Return ``text`` ``[batch, embedding]``, normalized, and ``scale``, the inverse temperature."""
         log = self.clip.logit_scale
-        # Most CLIPs come with the scale at its bound, where a plain clamp would have no gradient.
-        bounded = log + (log.clamp(max=self.most) - log).detach()
+        # Straight-through: most CLIPs start with the scale at its bound, where a plain clamp has no gradient.
+        bounded = log + (log.clamp(max=self.max_logit_scale) - log).detach()
         return {"text": self.clip.encode_text(texts, normalize=True), "scale": bounded.exp()}
 
-    def give_back(self) -> None:
-        """The CLIP has its vision tower again."""
+    def restore(self) -> None:
+        """Put the vision tower back into the CLIP, and clamp its temperature."""
         [self.clip.visual] = self.vision
         self._reshape_scalars(())
         with torch.no_grad():
-            self.clip.logit_scale.clamp_(max=self.most)
+            self.clip.logit_scale.clamp_(max=self.max_logit_scale)
 
     def _reshape_scalars(self, shape: tuple[int, ...]) -> None:
         for name in self.scalars:
             setattr(self.clip, name, nn.Parameter(getattr(self.clip, name).detach().reshape(shape)))
 
 
-class Embeddings:
-    """The normalised embeddings of the images: of ``n`` processes, each keeps every ``n``-th row in a file of its own."""
+class ImageEmbeddings:
+    """Normalized embeddings of the images, in one file for each of ``n`` processes: file ``r`` has every ``n``-th row.
+
+    Args:
+        files: of all ranks, in order. The row of an image that does not decode is NaN.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         self.parts = [np.load(file, mmap_mode="r") for file in files]
-        readable = [np.isfinite(part[:, 0]) for part in self.parts]
+        finite = [np.isfinite(part[:, 0]) for part in self.parts]
         count = sum(map(len, self.parts))
-        found = np.array([readable[i % len(files)][i // len(files)] for i in range(count)])
-        self.readable, self.broken = np.flatnonzero(found), np.flatnonzero(~found).tolist()
+        readable = np.array([finite[i % len(files)][i // len(files)] for i in range(count)])
+        self.readable, self.broken = np.flatnonzero(readable), np.flatnonzero(~readable).tolist()
 
     @classmethod
-    def of(
-        cls, model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
-    ) -> Embeddings:
-        """Computed, or from an earlier start, then perhaps of another number of processes."""
-        files = broadcast_from_main(lambda: _whole_set(directory))
-        return cls(files or cls._compute(model, pairs, directory, settings, stop))
+    def load_or_compute(
+        cls,
+        model: OpenedModel,
+        pairs: CaptionedImages,
+        directory: Path,
+        config: TuneTextConfig,
+        stop: Callable[[], bool],
+    ) -> ImageEmbeddings:
+        """Load the embeddings of an earlier start, perhaps of another world size, or compute and store them."""
+        files = broadcast_from_main(lambda: _complete_files(directory))
+        return cls(files or cls._compute(model, pairs, directory, config, stop))
 
     @staticmethod
     def _compute(
-        model: OpenedModel, pairs: Captioned, directory: Path, settings: TextSettings, stop: Callable[[], bool]
+        model: OpenedModel,
+        pairs: CaptionedImages,
+        directory: Path,
+        config: TuneTextConfig,
+        stop: Callable[[], bool],
     ) -> list[Path]:
         directory.mkdir(parents=True, exist_ok=True)
-        rank, world, device = get_rank(), get_world_size(), device_here()
-        vision = copy.deepcopy(ImageEncoder(model.adapter)).to(device, settings.precision).eval()
+        rank, world, device = get_rank(), get_world_size(), current_device()
+        vision = copy.deepcopy(ImageEncoder(model.adapter)).to(device, config.precision).eval()
 
         def embed(images: Tensor) -> Tensor:
-            return nn.functional.normalize(vision(images.to(settings.precision)).float(), dim=-1)
+            return nn.functional.normalize(vision(images.to(config.precision)).float(), dim=-1)
 
         def leave_if_stopped(*_: object) -> None:
             if stop():
-                raise Preempted("preempted while the images were embedded; run again to begin that anew")
+                raise Preempted("preempted while the images were embedded. Run again to start that step again.")
 
         with listen_to_progress(leave_if_stopped):
-            found, where = embedded_share(
+            embeddings, indices = embed_share(
                 embed,
                 model.preprocess,
                 pairs.images,
                 device=device,
-                workers=settings.workers,
+                workers=config.workers,
                 title="embed the images",
             )
-        if not found.isfinite().all():
+        if not embeddings.isfinite().all():
             raise DgmrError(
-                f"some embeddings of {pairs.images.source} are not finite; check the weights and the preprocessing"
+                f"some embeddings of {pairs.images.source} are not finite. Check the weights and the preprocessing."
             )
-        rows = np.full((len(range(rank, len(pairs), world)), found.shape[1]), np.nan, np.float32)
-        rows[where.numpy() // world] = found.cpu().numpy()
-        mine = _parts(directory, world)[rank]
-        aside = mine.with_suffix(".partial")
-        with aside.open("wb") as stream:
+        rows = np.full((len(range(rank, len(pairs), world)), embeddings.shape[1]), np.nan, np.float32)
+        rows[indices.numpy() // world] = embeddings.cpu().numpy()
+        path = _rank_files(directory, world)[rank]
+        staging_path = path.with_suffix(".partial")
+        with staging_path.open("wb") as stream:
             np.save(stream, rows)
-        os.replace(aside, mine)
+        os.replace(staging_path, path)
         distributed.barrier()
-        return _parts(directory, world)
+        return _rank_files(directory, world)
 
-    def __getitem__(self, places: list[int]) -> Tensor:
-        """Rows ``[len(places), width]``."""
-        return torch.from_numpy(np.stack([self.parts[i % len(self.parts)][i // len(self.parts)] for i in places]))
+    def __getitem__(self, indices: list[int]) -> Tensor:
+        """Return the rows of these images, ``[len(indices), embedding]``."""
+        return torch.from_numpy(np.stack([self.parts[i % len(self.parts)][i // len(self.parts)] for i in indices]))
 
 
-def _parts(directory: Path, world: int) -> list[Path]:
+def _rank_files(directory: Path, world: int) -> list[Path]:
     return [directory / f"images-{rank}-of-{world}.npy" for rank in range(world)]
 
 
-def _whole_set(directory: Path) -> list[Path]:
-    """The files of a set that is complete, if there is one."""
-    sets = (_parts(directory, world) for world in range(1, 1 + len(list(directory.glob("images-*.npy")))))
+def _complete_files(directory: Path) -> list[Path]:
+    """Return the files of a complete set of embeddings, or an empty list."""
+    sets = (_rank_files(directory, world) for world in range(1, 1 + len(list(directory.glob("images-*.npy")))))
     return next((files for files in sets if all(file.exists() for file in files)), [])
 
 
-def _why(images: Images, index: int) -> str:
-    """Why an image cannot be read: the process that met it may have been another."""
+def _read_error(images: Images, index: int) -> str:
+    """Return why an image cannot be read. It is read again, because another process may have met the error."""
     images.read(index)
     return images.broken.get(images.records[index].name, "cannot be read")
 
 
-def _samples(
-    known: Embeddings,
-    pairs: Captioned,
+def _load_samples(
+    embeddings: ImageEmbeddings,
+    pairs: CaptionedImages,
     tokenizer: Callable[[list[str]], Tensor],
-    settings: TextSettings,
-    done: Checkpoint,
+    config: TuneTextConfig,
+    seed: int,
+    checkpoint: Checkpoint,
 ) -> Generator[Sample]:
-    """This process's part of every global batch from ``done`` on."""
+    """Yield this process's share of every global batch after ``checkpoint``."""
     rank, world = get_rank(), get_world_size()
-    for step in range(done.step, settings.steps):
-        mine = distinct_places(len(known.readable), settings.batch_size, settings.seed, step)[rank::world]
-        chosen = [int(known.readable[i]) for _, i in mine]
-        texts = [_caption(pairs.captions[at], settings, epoch, at) for at, (epoch, _) in zip(chosen, mine, strict=True)]
-        yield Sample(known[chosen], [pairs.images.records[at].name for at in chosen], {}, texts=tokenizer(texts))
+    for step in range(checkpoint.step, config.steps):
+        share = distinct_global_batch(len(embeddings.readable), config.batch_size, seed, step)[rank::world]
+        indices = [int(embeddings.readable[i]) for _, i in share]
+        texts = []
+        for index, (epoch, _) in zip(indices, share, strict=True):
+            captions = pairs.captions[index]
+            texts.append(captions[0] if config.first_caption else _draw_caption(captions, (seed, epoch, index)))
+        names = [pairs.images.records[index].name for index in indices]
+        yield Sample(embeddings[indices], names, {}, texts=tokenizer(texts))
 
 
-def _caption(captions: list[str], settings: TextSettings, epoch: int, place: int) -> str:
-    if settings.first_caption:
-        return captions[0]
-    return captions[int(np.random.default_rng((settings.seed, epoch, place)).integers(len(captions)))]
+def _draw_caption(captions: list[str], seed: tuple[int, int, int]) -> str:
+    return captions[int(np.random.default_rng(seed).integers(len(captions)))]

@@ -1,4 +1,4 @@
-"""The speed of a training next to what the machine can reach, and its memory."""
+"""Throughput of a training compared with the peak of the machine, and its memory use."""
 
 from __future__ import annotations
 
@@ -9,45 +9,51 @@ from itertools import pairwise
 
 import torch
 
-WINDOW = 20
-"""Steps over which a rate is taken."""
+WINDOW_STEPS = 20
+"""Steps over which the rate is averaged."""
 
 
-class Speed:
-    """Samples and operations a second over the last steps, and the memory of this process.
+class Throughput:
+    """Samples and floating point operations per second over the last steps, and the memory of this process.
 
     Args:
-        samples: in a step, over all processes.
-        peak: operations a second that the processes could reach together.
+        samples: samples in a step, over all processes.
+        peak: floating point operations per second that all processes together can reach.
     """
 
     def __init__(self, samples: int, peak: float) -> None:
         self.samples, self.peak = samples, peak
-        self.ends = deque([time.monotonic()], maxlen=WINDOW + 1)
+        self.step_ends = deque([time.monotonic()], maxlen=WINDOW_STEPS + 1)
 
     def step(self, flops: float | None) -> dict[str, float]:
-        """At the end of a step: ``samples_per_second``, ``memory_gb`` and, where ``flops``, a sample's operations, were counted,
-        ``tflops`` and ``share_of_peak``."""
-        self.ends.append(time.monotonic())
-        rate = self.samples * (len(self.ends) - 1) / max(1e-9, self.ends[-1] - self.ends[0])
-        found = {"samples_per_second": rate, "memory_gb": _memory() / 1e9}
+        """Record the end of a step and return the figures so far.
+
+        Args:
+            flops: floating point operations of a sample; None if they are not counted.
+
+        Returns:
+            ``samples_per_second`` and ``memory_gb``; with ``flops`` also ``tflops`` and ``share_of_peak``.
+        """
+        self.step_ends.append(time.monotonic())
+        rate = self.samples * (len(self.step_ends) - 1) / max(1e-9, self.step_ends[-1] - self.step_ends[0])
+        figures = {"samples_per_second": rate, "memory_gb": _peak_memory() / 1e9}
         if flops is None:
-            return found
-        return {**found, "tflops": rate * flops / 1e12, "share_of_peak": rate * flops / self.peak}
+            return figures
+        return {**figures, "tflops": rate * flops / 1e12, "share_of_peak": rate * flops / self.peak}
 
 
-def in_words(speed: dict[str, float]) -> str:
-    """Short enough for a line of 80 columns."""
-    counted = f" {speed['tflops']:.3g} TFLOP/s {100 * speed['share_of_peak']:.0f} %" if "tflops" in speed else ""
-    return f"{speed['samples_per_second']:.0f}/s{counted} {speed['memory_gb']:.1f} GB"
+def format_throughput(figures: dict[str, float]) -> str:
+    """Return the figures of :meth:`Throughput.step` as text that fits on a line of 80 columns."""
+    counted = f" {figures['tflops']:.3g} TFLOP/s {100 * figures['share_of_peak']:.0f} %" if "tflops" in figures else ""
+    return f"{figures['samples_per_second']:.0f}/s{counted} {figures['memory_gb']:.1f} GB"
 
 
-def peak_flops(device: torch.device, precision: torch.dtype) -> float:
-    """Operations a second of a large matrix product here: what a training can come near to. The best of three."""
+def measure_peak_flops(device: torch.device, precision: torch.dtype) -> float:
+    """Return the floating point operations per second of a large matrix product on ``device``: the best of three."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=precision)
     ends = []
-    for _ in range(4):  # the first is to warm up
+    for _ in range(4):  # the first one warms up
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -55,8 +61,8 @@ def peak_flops(device: torch.device, precision: torch.dtype) -> float:
     return 2 * size**3 / min(after - before for before, after in pairwise(ends))
 
 
-def _memory() -> int:
-    """The most bytes that this process held: of the GPU's memory, or of the machine's where there is none."""
+def _peak_memory() -> int:
+    """Return the maximum bytes that this process allocated on the GPU, or in RAM on a machine without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""The score of a training on images that it does not see, and the best weights so far."""
+"""Validation of a training: its score on held-out images, and the best weights so far."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation.checkpoints import writing
-from dgmr_tp.distillation.engine import device_here
+from dgmr_tp.distillation.checkpoints import report_write_errors
+from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import sha256, write_whole
-from dgmr_tp.utils.knn import QUERIES, nearest, vote
+from dgmr_tp.utils.knn import predict_classes
 
-NEIGHBOURS = 20
-PER_CLASS = 10
-"""Images of a class, in the mean, with fewer of which neighbours tell little."""
-BEST = "best.json"
-"""Which file holds the best weights, and its SHA-256."""
+NUM_NEIGHBORS = 20
+MIN_IMAGES_PER_CLASS = 10
+"""Minimum mean number of held-out images a class for k-NN accuracy. With fewer, neighbors say little."""
+BEST_MANIFEST = "best.json"
+"""File with the score, the step and the SHA-256 of the best weights."""
 
 
-class HeldOut:
-    """Images that are not trained on, and the teacher's embeddings of them: this process's share.
+class HeldOutSet:
+    """Images that are not trained on, and the teacher's embeddings of them. Each process decodes its share.
 
     Args:
-        images: all of them are used; those that do not decode do not count.
-        preprocess: as for evaluation; no crop is random.
-        embed: the teacher's embeddings of a batch.
+        images: all of them are used, except those that do not decode.
+        preprocess: as for evaluation, without random crops.
+        embed: maps a batch to the teacher's embeddings.
         image_size: height and width of the images.
-        size: images of a batch.
+        batch_size: images in a batch.
+
+    Raises:
+        DgmrError: no image decodes.
     """
 
     def __init__(
@@ -45,96 +48,106 @@ class HeldOut:
         preprocess: Callable[[Any], Tensor],
         embed: Callable[[Tensor], Tensor],
         image_size: int,
-        size: int,
+        batch_size: int,
     ) -> None:
         rank, world = get_rank(), get_world_size()
-        # All processes take the same number of batches, because parameters may be gathered for each.
+        # Parameters may be gathered for each batch, so that all processes need the same number of batches.
         count = -(-len(images) // world)
-        pictures, decoded = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.bool)
-        for row, place in enumerate(range(rank, len(images), world)):
-            if (image := images.read(place)) is not None:
-                pictures[row], decoded[row] = preprocess(image), True
-        self.batches = pictures.split(size)
-        self.decoded = all_gather_rows(decoded.to(device_here()))
-        places = [
-            place if place < len(images) else 0
-            for first in range(world)
-            for place in range(first, first + count * world, world)
-        ]
-        names = [images.records[place].class_name() for place in places]
-        numbers = torch.tensor(np.unique([str(name) for name in names], return_inverse=True)[1], device=device_here())
+        pixels, decoded = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.bool)
+        for row, index in enumerate(range(rank, len(images), world)):
+            if (image := images.read(index)) is not None:
+                pixels[row], decoded[row] = preprocess(image), True
+        self.batches = pixels.split(batch_size)
+        self.decoded = all_gather_rows(decoded.to(current_device()))
+        indices = [index for first in range(world) for index in range(first, first + count * world, world)]
+        names = [images.records[index if index < len(images) else 0].class_name() for index in indices]
+        numbers = torch.tensor(
+            np.unique([str(name) for name in names], return_inverse=True)[1], device=current_device()
+        )
         if not self.decoded.any():
-            raise DgmrError(f"none of the {len(images)} images held out can be read; repair them, or hold out more")
-        self.classes = None if None in names or len(images) < PER_CLASS * len(set(names)) else numbers[self.decoded]
-        self.wanted = self._embedded(embed)
+            raise DgmrError(
+                f"none of the {len(images)} held-out images can be read. Repair them, or hold out more images."
+            )
+        too_few = None in names or len(images) < MIN_IMAGES_PER_CLASS * len(set(names))
+        self.classes = None if too_few else numbers[self.decoded]
+        self.teacher_embeddings = self._embed_all(embed)
 
     def scores(self, embed: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """``score``, the mean cosine of the student's embeddings to the teacher's, and ``knn`` where all images have a class, and enough
-        of them the same: the share whose 20 nearest others tell it. Every process has to call it."""
-        found = self._embedded(embed)
-        scores = {"score": float(F.cosine_similarity(found, self.wanted).double().mean()), **self._told(found)}
-        return broadcast_from_main(
-            lambda: scores
-        )  # processors of other kinds differ in the last bit, and all have to decide alike
+        """Return how close the student is to the teacher. Every process must call it, and all get the same.
+
+        Args:
+            embed: maps a batch to the student's embeddings.
+
+        Returns:
+            ``score``: the mean cosine of the student's embeddings to the teacher's. ``knn``: the leave-one-out accuracy
+            of a 20-nearest-neighbor classifier, if all images have a class and there are enough of each.
+        """
+        embeddings = self._embed_all(embed)
+        cosine = float(F.cosine_similarity(embeddings, self.teacher_embeddings).double().mean())
+        scores = {"score": cosine, **self._knn_accuracy(embeddings)}
+        # Different processors differ in the last bit, and all processes must take the same decision.
+        return broadcast_from_main(lambda: scores)
 
     @property
-    def original(self) -> dict[str, float]:
-        """The teacher's own ``knn``."""
-        return self._told(self.wanted)
+    def teacher_scores(self) -> dict[str, float]:
+        """The teacher's own ``knn``; empty where it is not measured."""
+        return self._knn_accuracy(self.teacher_embeddings)
 
     @torch.no_grad()
-    def _embedded(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
-        """The embeddings of all processes' images that decode."""
+    def _embed_all(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the embeddings of the images of all processes that decode."""
         return all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
 
-    def _told(self, found: Tensor) -> dict[str, float]:
+    def _knn_accuracy(self, embeddings: Tensor) -> dict[str, float]:
         if self.classes is None:
             return {}
-        right = []
-        for mine in torch.arange(len(found), device=found.device).split(QUERIES):
-            similar, index = nearest(found, found[mine], NEIGHBOURS + 1)
-            similar = similar.masked_fill(index == mine[:, None], -torch.inf)  # itself has no vote
-            right.append(vote(similar, self.classes[index], int(self.classes.max()) + 1) == self.classes[mine])
-        return {"knn": float(torch.cat(right).double().mean())}
+        rows = torch.arange(len(embeddings), device=embeddings.device)
+        [predictions] = predict_classes(embeddings, self.classes, embeddings, (NUM_NEIGHBORS,), own_rows=rows)
+        return {"knn": float((predictions == self.classes).double().mean())}
 
 
-class Best:
-    """The weights with the highest score so far, in a file beside the checkpoints; one that is damaged does not count."""
+class BestWeights:
+    """The weights with the highest score so far, in a file next to the checkpoints. A damaged file is ignored.
+
+    Args:
+        directory: folder of the file and of its manifest.
+    """
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.seal = directory, directory / BEST
+        self.directory, self.manifest = directory, directory / BEST_MANIFEST
         self.score, self.step = broadcast_from_main(self._read)
 
     def _read(self) -> tuple[float, int]:
         try:
-            said = json.loads(self.seal.read_text())
-            if said["sha256"] == sha256(self._file(said["step"])):
-                return said["score"], said["step"]
+            entry = json.loads(self.manifest.read_text())
+            if entry["sha256"] == sha256(self._file(entry["step"])):
+                return entry["score"], entry["step"]
             print(
-                f"  the best weights so far, of step {said['step']}, are damaged: the best of what follows is used",
+                f"  the best weights so far, of step {entry['step']}, are damaged and are ignored",
                 flush=True,
             )
-        except OSError:  # there is none yet
+        except OSError:  # nothing was saved yet
             pass
         return -float("inf"), -1
 
-    def keep(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Keep these weights if they are better. Every process has to call it; the first one writes."""
+    def update(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Save ``weights`` if ``score`` is higher than before. Every process must call it; rank 0 writes."""
         if not score > self.score:
             return
         self.score, self.step = score, step
-        whole = {name: value.cpu().contiguous() for name, value in weights if is_main_process()}
-        with writing(self._file(step)):
-            if whole:
+        tensors = {name: value.cpu().contiguous() for name, value in weights if is_main_process()}
+        with report_write_errors(self._file(step)):
+            if tensors:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                save_file(whole, self._file(step))
-                write_whole(self.seal, json.dumps({"score": score, "step": step, "sha256": sha256(self._file(step))}))
+                save_file(tensors, self._file(step))
+                entry = {"score": score, "step": step, "sha256": sha256(self._file(step))}
+                write_whole(self.manifest, json.dumps(entry))
                 for other in self.directory.glob(self._file("*").name):
                     if other != self._file(step):
                         other.unlink()
 
-    def weights(self) -> dict[str, Tensor]:
-        """What was kept."""
+    def load(self) -> dict[str, Tensor]:
+        """Return the best weights by parameter name."""
         return load_file(self._file(self.step))
 
     def _file(self, step: object) -> Path:

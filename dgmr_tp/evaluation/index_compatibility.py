@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgmr_tp.data.embeddings import embedded_share
+from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
@@ -202,10 +202,10 @@ def survey(
     """
     found = Images.find(images)
     if len(found) > count:
-        found, _ = found.divided(count, seed)
+        found, _ = found.split(count, seed)
     how: dict[str, Any] = {"device": device, "workers": workers}
-    before, places = embedded_share(*old, found, title="old embeddings", **how)
-    after, _ = embedded_share(*new, found, title="new embeddings", **how)
+    before, places = embed_share(*old, found, title="old embeddings", **how)
+    after, _ = embed_share(*new, found, title="new embeddings", **how)
     result = compatibility(before.cpu(), after.cpu(), classifier=classifier, queries=queries, limits=limits, seed=seed)
     result["left_out"] = len(found.broken)
     for worst in result["worst"]:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dgmr_tp.data.embeddings import embedded_share
+from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
-from dgmr_tp.utils.knn import QUERIES, nearest, vote
+from dgmr_tp.utils.knn import QUERY_CHUNK, nearest, vote
 
 NEIGHBOURS = (10, 20, 100, 200)
 
@@ -50,17 +50,17 @@ def knn_accuracy(
     how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
     bank, places = (
         all_gather_rows(part.to(device))
-        for part in embedded_share(embed, preprocess, train, title="training images", **how)
+        for part in embed_share(embed, preprocess, train, title="training images", **how)
     )
     classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
     if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
         raise DgmrError(
             f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes"
         )
-    queries, places = embedded_share(embed, preprocess, test, title="test images", **how)
+    queries, places = embed_share(embed, preprocess, test, title="test images", **how)
     answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=bank.device)
     right = torch.zeros(len(NEIGHBOURS) + 1, dtype=torch.float64, device=bank.device)
-    for part, wanted in zip(queries.split(QUERIES), answers.split(QUERIES), strict=True):
+    for part, wanted in zip(queries.split(QUERY_CHUNK), answers.split(QUERY_CHUNK), strict=True):
         similar, index = nearest(bank, part, max(NEIGHBOURS))
         for i, count in enumerate(NEIGHBOURS):
             right[i] += (vote(similar[:, :count], classes[index[:, :count]], len(names)) == wanted).sum()

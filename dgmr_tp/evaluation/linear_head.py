@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgmr_tp.data.embeddings import embedded_share
+from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
@@ -64,7 +64,7 @@ def fitted_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images
     Args:
         embed, preprocess: an encoder's.
         train: images with classes.
-        how: as for :func:`dgmr_tp.data.embeddings.embedded_share`.
+        how: as for :func:`dgmr_tp.data.embeddings.embed_share`.
 
     Raises:
         DgmrError: an image has no class, all that can be read have the same, or an embedding is not finite.
@@ -72,7 +72,7 @@ def fitted_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images
     known = train.classes()
     found, places = (
         all_gather_rows(part.to(how["device"])).cpu()
-        for part in embedded_share(embed, preprocess, train, title="training images", **how)
+        for part in embed_share(embed, preprocess, train, title="training images", **how)
     )
     names = [known[place] for place in places.tolist()]
     if len(set(names)) < 2:
@@ -101,7 +101,7 @@ def head_accuracy(
         embed, preprocess: the encoder's.
         head: None: what the encoder gives are logits already; see :func:`check_classifier`.
         test: images with classes.
-        how: as for :func:`dgmr_tp.data.embeddings.embedded_share`.
+        how: as for :func:`dgmr_tp.data.embeddings.embed_share`.
 
     Returns:
         ``{"head@1": …, "head@5": …}`` as fractions; the second with more than five classes.
@@ -110,7 +110,7 @@ def head_accuracy(
         DgmrError: an image has no class, classes and head do not go together, or a logit is not finite.
     """
     asked = test.classes()
-    found, places = embedded_share(embed, preprocess, test, title="test images", **how)
+    found, places = embed_share(embed, preprocess, test, title="test images", **how)
     if head is None:
         logits = found
     else:

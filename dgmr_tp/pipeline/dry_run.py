@@ -11,7 +11,7 @@ import yaml
 
 from dgmr_tp.compression.quality_target import QUALITY_TARGETS
 from dgmr_tp.distillation.config import DistillConfig
-from dgmr_tp.distillation.engine import deepspeed_config, freeze_what_outputs_do_not_need, parameter_groups
+from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.pipeline.preflight import path_status
@@ -105,7 +105,7 @@ def _parameter_groups(config: DistillConfig, student: OpenedModel, keep: dict[st
     resize(student.tower, keep)
     tap = FeatureTap(student.adapter, config.loss)
     assert student.image_size is not None
-    freeze_what_outputs_do_not_need(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
+    freeze_unused_parameters(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
     groups = []
     for group in parameter_groups(tap, config.weight_decay):
         count = sum(parameter.numel() for parameter in group["params"])

@@ -7,7 +7,7 @@ from statistics import median
 from typing import NamedTuple
 
 from dgmr_tp.distillation.loop import read_curve
-from dgmr_tp.distillation.memory import Devices, Planner
+from dgmr_tp.distillation.memory import Devices, MemoryEstimator
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.dry_run import dry_run
@@ -48,12 +48,12 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
         student = teacher.copy()
         resize(student.tower, size.keep)
         assert teacher.image_size is not None
-        planner = Planner(student.adapter, teacher.adapter, config, teacher.image_size)
+        estimator = MemoryEstimator(student.adapter, teacher.adapter, config, teacher.image_size)
         texts.append(
-            f"{name}: {planner.table(config, available)}\n{num_images:,} images{_hours(num_images, rate, name)}"
+            f"{name}: {estimator.table(config, available)}\n{num_images:,} images{_hours(num_images, rate, name)}"
         )
-        if remedy is None and not planner.fits(config, available):
-            change = planner.remedy(config, available)
+        if remedy is None and not estimator.fits(config, available):
+            change = estimator.smallest_change(config, available)
             settings = ", ".join(f"{key}: {str(value).lower()}" for key, value in (change or {}).items())
             advice = f"It would fit with distill.{settings}." if change else "Take larger devices."
             remedy = f"{name} does not fit into {devices}. {advice}"
