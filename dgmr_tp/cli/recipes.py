@@ -138,4 +138,4 @@ def _report(this) -> None:  # type: ignore[no-untyped-def]
     path = write_html(data, this.directory / "report.html")
     out.print(f"report: {path}")
     if failed := [entry for size in data["sizes"] for entry in size["files"] if not entry["verified"]]:
-        raise DgmrError("; ".join(f"{entry['file']} failed its proof: {entry['verdict']}" for entry in failed))
+        raise DgmrError("; ".join(f"{entry['file']} failed its verification: {entry['status']}" for entry in failed))

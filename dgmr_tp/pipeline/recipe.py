@@ -12,6 +12,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.evaluation.index_compatibility import CompareConfig
+from dgmr_tp.evaluation.knn import KNNConfig
+from dgmr_tp.evaluation.linear_head import HeadConfig
+from dgmr_tp.evaluation.zero_shot import DatasetConfig
+from dgmr_tp.export.config import ExportConfig
 
 
 class Section(BaseModel):
@@ -300,47 +305,14 @@ class TuneText(Training):
     """As for distill."""
 
 
-class Dataset(Section):
-    """A clip_benchmark data set."""
-
-    dataset: str
-    """clip_benchmark's name, such as ``wds/cifar10``."""
-    root: str
-    """Its folder, or ``scenes:classes``, ``scenes:captions``."""
-    task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
-    """``auto``: what the data set is for."""
-
-
-class KNN(Section):
-    """k-NN accuracy of the embeddings: for encoders without a text tower, too."""
-
-    train: str
-    """Images with classes: a folder of folders, or tars with ``.cls``."""
-    test: str
-    """The images that are judged, likewise."""
-    workers: int = Field(0, ge=0)
-    """Processes that read images."""
-
-
-class Head(Section):
-    """Accuracy of a linear classifier; see dgmr_tp.evaluation.linear_head."""
-
-    test: str
-    """Images with classes."""
-    weights: str | None = None
-    """A file with its weight and bias; without: the encoder gives logits, as a timm model with a classifier does."""
-    workers: int = Field(0, ge=0)
-    """Processes that read images."""
-
-
 class Evaluate(Section):
     """What the original and every model of the run is measured by."""
 
-    datasets: list[Dataset] = Field(default_factory=list)
+    datasets: list[DatasetConfig] = Field(default_factory=list)
     """clip_benchmark's data sets."""
-    knn: KNN | None = None
+    knn: KNNConfig | None = None
     """k-NN accuracy of the embeddings."""
-    head: Head | None = None
+    head: HeadConfig | None = None
     """Accuracy of a linear classifier."""
     batch_size: int = Field(64, ge=1)
     """Images a step."""
@@ -366,67 +338,6 @@ class Evaluate(Section):
         return found | ({"evaluate.head.weights": self.head.weights} if self.head and self.head.weights else {})
 
 
-class Compare(Section):
-    """Must the index of old embeddings be rebuilt? See dgmr_tp.evaluation.index_compatibility."""
-
-    images: str
-    """Images like those in the index: a folder, a tar, shards."""
-    classes: str | None = None
-    """Class names for zero-shot decisions: a text file, a folder with ``classnames.txt``, or class embeddings that clip_benchmark
-    saved (``.pt``)."""
-    count: int = Field(5000, ge=100)
-    """How many of them."""
-    queries: int = Field(1000, ge=1)
-    """How many of these ask; the others are the index."""
-    keep: float = Field(0.98, ge=0, le=1)
-    """From this share on the index is kept."""
-    convenient: float = Field(0.9, ge=0, le=1)
-    """From this share on re-embedding may wait."""
-    workers: int = Field(0, ge=0)
-    """Processes that read images."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Compare:
-        if self.convenient > self.keep:
-            raise ValueError(f"convenient = {self.convenient} is above keep = {self.keep}")
-        return self
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Every path it reads, by its key."""
-        return {"compare.images": self.images} | ({"compare.classes": self.classes} if self.classes else {})
-
-
-FORMATS = ("onnx", "onnx-fp16", "onnx-int8", "torchscript", "pt2", "aotinductor")
-
-
-class Export(Section):
-    """The files that are deployed; see dgmr_tp.export.bundle.export_bundle."""
-
-    formats: list[Literal[FORMATS]] = Field(["onnx", "torchscript"], min_length=1)  # type: ignore[valid-type]
-    """What is written."""
-    outputs: list[Literal["embedding", "patches"]] = ["embedding"]
-    """What the files give."""
-    normalised: bool = False
-    """Whether the files make embeddings of length 1."""
-    text: bool = False
-    """Whether a CLIP's text tower is exported too."""
-    layout: Literal["plain", "huggingface", "immich"] = "plain"
-    """Names, folders and side files; see dgmr_tp.export.layouts."""
-    measure: bool = True
-    """Whether the ONNX files are evaluated on the data sets too, on a CPU, as they are served: hours for a large tower."""
-    tolerance: dict[Literal[FORMATS], float] = Field(default_factory=dict)  # type: ignore[valid-type]
-    """By format, the largest relative error of an output that is allowed."""
-
-    @model_validator(mode="after")
-    def _embedding(self) -> Export:
-        if "embedding" not in self.outputs:
-            raise ValueError("outputs must hold embedding; patches come beside it")
-        if self.layout == "immich" and "patches" in self.outputs:
-            raise ValueError("layout: immich takes embeddings and nothing else; leave out the patches")
-        return self
-
-
 class Recipe(Section):
     """The whole of a run; each key but ``name``, ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
 
@@ -443,8 +354,8 @@ class Recipe(Section):
     distill: Distill | None = None
     tune_text: TuneText | None = None
     evaluate: Evaluate | None = None
-    compare: Compare | None = None
-    export: Export | None = None
+    compare: CompareConfig | None = None
+    export: ExportConfig | None = None
 
     @property
     def calibration(self) -> int:
@@ -534,7 +445,7 @@ def _explain(path: Path, text: str, problem: Any) -> str:
         )
     if problem["type"] == "missing":
         return f"{place}: the key {key} is missing"
-    given = "" if isinstance(problem["input"], dict | Recipe | Section) else f", got {problem['input']!r}"
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"
     return f"{place}: {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
@@ -548,11 +459,11 @@ def _known_keys(where: list[Any]) -> list[str]:
         "distill": Loss if "loss" in where else Distill,
         "tune_text": TuneText,
         "evaluate": Evaluate,
-        "compare": Compare,
-        "export": Export,
+        "compare": CompareConfig,
+        "export": ExportConfig,
     }
     if where:
-        within: dict[Any, type[BaseModel]] = {"datasets": Dataset, "knn": KNN, "head": Head}
+        within: dict[Any, type[BaseModel]] = {"datasets": DatasetConfig, "knn": KNNConfig, "head": HeadConfig}
         section = within.get(where[1] if len(where) > 1 else "", inside[where[0]])
     return list(section.model_fields)
 

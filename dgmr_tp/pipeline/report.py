@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.utils.files import write_whole
-from dgmr_tp.utils.lazy_imports import require
 
-LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
+LABELS = ("pruned", "recovered", "distilled", "tuned", *FORMATS)
 AT_A_TIME = 3
 """Columns of figures that 80 characters hold beside size, stage and cost."""
 TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
@@ -137,7 +138,7 @@ def print_table(data: dict[str, Any], console: Console) -> None:
             console.print(f"{size['name']}, {in_words(found)}", highlight=False, soft_wrap=True)
         for entry in size["files"]:
             if not entry["verified"]:
-                console.print(f"{size['name']}, {entry['file']}: {entry['verdict']}", highlight=False)
+                console.print(f"{size['name']}, {entry['file']}: {entry['status']}", highlight=False)
             for batch, times in entry["latency"].items():
                 if "original" in times:
                     before, after = times["original"]["median"], times["pruned"]["median"]
@@ -170,7 +171,6 @@ def _table(data: dict[str, Any], shown: slice, with_cost: bool) -> Table:
 
 def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2") -> Path:
     """Write a page from a template; it appears whole or not at all."""
-    jinja2 = require("jinja2", "export")
     loader = jinja2.PackageLoader("dgmr_tp.pipeline", "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -199,8 +199,8 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
                     "format": name,
                     "file": entry["file"],
                     "megabytes": entry["megabytes"],
-                    "verdict": entry["verdict"],
-                    "verified": entry["verdict"] == "verified",
+                    "status": entry["status"],
+                    "verified": entry["status"] == "verified",
                     "errors": {
                         output: _extreme(values, max) for output, values in entry.get("relative_error", {}).items()
                     },

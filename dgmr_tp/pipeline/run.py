@@ -23,8 +23,9 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import find_images, is_url
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.pipeline.preflight import check_needs
-from dgmr_tp.pipeline.recipe import FORMATS, Dataset, Recipe, Training, parse_recipe
+from dgmr_tp.pipeline.recipe import DatasetConfig, Recipe, Training, parse_recipe
 from dgmr_tp.pipeline.run_directory import JOURNAL, RunDirectory, Step, digest, fingerprint, versions
 from dgmr_tp.pruning import ImageEncoder, Plan
 from dgmr_tp.utils.files import hold, sha256, write_whole
@@ -420,18 +421,22 @@ class Run(RunDirectory):
         return figures
 
     def _compare(self, folder: Path, size: str) -> dict[str, Any]:
-        from dgmr_tp.evaluation.index_compatibility import Limits, Side, survey, text_classifier
+        from dgmr_tp.evaluation.class_embeddings import class_embeddings
+        from dgmr_tp.evaluation.index_compatibility import ComparedEncoder, compare_encoders
 
         section = self.recipe.compare
         assert section
         old, new = self.original(), self._final(size)
-        return survey(
-            *(Side(ImageEncoder(model.adapter).to(self.device).eval(), model.preprocess) for model in (old, new)),
+        return compare_encoders(
+            *(
+                ComparedEncoder(ImageEncoder(model.adapter).to(self.device).eval(), model.preprocess)
+                for model in (old, new)
+            ),
             self.data_path(section.images),
-            classifier=text_classifier(old, self.data_path(section.classes)) if section.classes else None,
+            classifier=class_embeddings(old, self.data_path(section.classes)) if section.classes else None,
             count=section.count,
             queries=section.queries,
-            limits=Limits(section.keep, section.convenient),
+            thresholds=section,
             seed=self.recipe.seed,
             device=self.device,
             workers=section.workers,
@@ -447,29 +452,28 @@ class Run(RunDirectory):
     def _export(self, folder: Path, size: str) -> dict[str, Any]:
         from dgmr_tp.evaluation.zero_shot import as_clip
         from dgmr_tp.export.bundle import failures
-        from dgmr_tp.export.formats import FORMATS, open_exported
+        from dgmr_tp.export.formats import open_exported
 
         assert self.recipe.export
         model = self._final(size)
         figures = self._bundle(
-            model, folder, f"../../{self._last(size)}/model", original=self.folder(f"export/{ORIGINAL}")
+            model, folder, f"../../{self._last(size)}/model", dense=self.folder(f"export/{ORIGINAL}")
         )
         figures["metrics"] = {}
         measured = self.recipe.evaluate and self.recipe.export.measure
         for name, entry in figures["towers"]["image"]["files"].items() if measured else ():
-            # What is PyTorch's own code in another file computes what PyTorch does; other runtimes and precisions are measured.
-            if not FORMATS[name].code and entry["file"] not in failures(figures):
+            if FORMATS[name].measured and entry["file"] not in failures(figures):
                 exported = open_exported(folder / entry["file"])
                 figures["metrics"][name] = self._measure(model, as_clip(model, exported), exported, folder, name)
         return figures
 
     def _bundle(self, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
         from dgmr_tp.export.layouts import export_model
-        from dgmr_tp.export.verify import EXAMPLES
+        from dgmr_tp.export.verify import NUM_EXAMPLES
 
         section = self.recipe.export
         assert section
-        images = torch.cat(list(find_images(self._images).sample(EXAMPLES, self.recipe.seed, model.preprocess)))
+        images = torch.cat(list(find_images(self._images).sample(NUM_EXAMPLES, self.recipe.seed, model.preprocess)))
         return export_model(model, images, folder, source=source, **section.model_dump(exclude={"measure"}), **options)
 
     def _measure(
@@ -548,7 +552,7 @@ def _training(stage: str, section: Training) -> dict[str, Any]:
     return {stage: section.deciding, **files}
 
 
-def _siblings(captions: str, entry: Dataset) -> bool:
+def _siblings(captions: str, entry: DatasetConfig) -> bool:
     """Whether the text tower was tuned on captions of the data set's kind, which makes its figures no zero-shot ones."""
     here, there = captions.lower(), f"{entry.dataset} {entry.root}".lower()
     if here.endswith(".json"):  # Karpathy's says whose captions they are
