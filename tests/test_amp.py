@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from compress import block_sites, make_plan, search
 from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS
 from hypothesis import given, settings
@@ -20,7 +21,6 @@ from scipy.special import softmax
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
-from compress import block_sites, make_plan, search
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning import GivenScores, MLPPruner
 from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
@@ -252,7 +252,17 @@ def test_the_command_and_a_recipe_search(tmp_path):
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
     assert figures["entropy"] > 0 and figures["image_forwards"] > 60
     images = tmp_path / "run" / "scenes" / "all" / "images"
-    numbers = ("--calibration-images", "60", "--candidates", "20", "--temperature", "0.05", "--two-sided", "--threshold", "0.05")
+    numbers = (
+        "--calibration-images",
+        "60",
+        "--candidates",
+        "20",
+        "--temperature",
+        "0.05",
+        "--two-sided",
+        "--threshold",
+        "0.05",
+    )
     told = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
     assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()

@@ -9,11 +9,11 @@ import open_clip
 import pytest
 import timm
 import torch
+from compress import make_plan
 from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from compress import make_plan
 from dgmr_tp.encoders import OpenedModel
 
 OPEN_CLIP_CONFIG = {

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
+from compress import block_sites, make_plan, rank
 from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS, plain_output
 from hypothesis import given, settings
@@ -15,7 +16,6 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
-from compress import block_sites, make_plan, rank
 from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt

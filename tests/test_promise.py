@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compress import rank
 from conftest import call_command, recipe
 from families import FAMILIES
 from PIL import Image
 
 from dgmr_tp import DgmrError, open_model
-from compress import rank
 from dgmr_tp.compression.quality_target import prune_to_target
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images

@@ -168,7 +168,7 @@ def _write_report(this_run: Run) -> None:
     path = write_html(content, directory / "report.html")
     out.print(f"report: {path}")
     if failed := [entry for size in content.sizes for entry in size.files if not entry["verified"]]:
-        problems = "; ".join(f"{entry['file']}: {entry['verdict']}" for entry in failed)
+        problems = "; ".join(f"{entry['file']}: {entry['status']}" for entry in failed)
         raise DgmrError(f"Files failed their verification: {problems}. Deploy another format.")
 
 

@@ -201,7 +201,7 @@ def print_table(report: Report, console: Console) -> None:
 
 def _print_file(size: SizeReport, entry: dict[str, Any], console: Console) -> None:
     if not entry["verified"]:
-        console.print(f"{size.name}, {entry['file']}: {entry['verdict']}", highlight=False)
+        console.print(f"{size.name}, {entry['file']}: {entry['status']}", highlight=False)
     for batch, times in entry["latency"].items():
         if "original" in times:
             before, after = times["original"]["median"], times["pruned"]["median"]
@@ -261,8 +261,8 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
                     "format": name,
                     "file": entry["file"],
                     "megabytes": entry["megabytes"],
-                    "verdict": entry["verdict"],
-                    "verified": entry["verdict"] == "verified",
+                    "status": entry["status"],
+                    "verified": entry["status"] == "verified",
                     "errors": {output: _extreme(values, max) for output, values in errors.items()},
                     "cosines": {output: _extreme(values, min) for output, values in cosines.items()},
                     "memory": entry.get("peak_memory_mb"),

@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgmr_tp.evaluation.index_compatibility import Limits, Side, survey, text_classifier
+from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.evaluation.class_embeddings import class_embeddings
+from dgmr_tp.evaluation.index_compatibility import ComparedEncoder, compare_encoders
 from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
 from dgmr_tp.pipeline.stages.evaluate import check_text_tower
@@ -55,14 +57,19 @@ def _compare(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     assert section
     new = context.open_model_of(context.last_model_step(size))
     with context.dense_on_device() as old:
-        return survey(
-            *(Side(ImageEncoder(model.adapter).to(context.device).eval(), model.preprocess) for model in (old, new)),
+        return compare_encoders(
+            _encoder(context, old),
+            _encoder(context, new),
             context.resolve(section.images),
-            classifier=text_classifier(old, context.resolve(section.classes)) if section.classes else None,
+            classifier=class_embeddings(old, context.resolve(section.classes)) if section.classes else None,
             count=section.count,
             queries=section.queries,
-            limits=Limits(section.keep, section.convenient),
+            thresholds=section,
             seed=context.recipe.seed,
             device=context.device,
             workers=section.workers,
         )
+
+
+def _encoder(context: RunContext, model: OpenedModel) -> ComparedEncoder:
+    return ComparedEncoder(ImageEncoder(model.adapter).to(context.device).eval(), model.preprocess)

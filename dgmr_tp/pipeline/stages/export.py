@@ -14,7 +14,7 @@ from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.formats import FORMATS, open_exported
 from dgmr_tp.export.layouts import export_model
-from dgmr_tp.export.verify import EXAMPLES
+from dgmr_tp.export.verify import NUM_EXAMPLES
 from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
 from dgmr_tp.pipeline.stages.evaluate import DENSE, check_text_tower, describe_evaluation, measure_datasets
@@ -73,13 +73,12 @@ def _export(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     step = context.last_model_step(size)
     model = context.open_model_of(step)
     dense_files = context.run.folder(f"export/{DENSE}")
-    figures = _write(context, model, folder, f"../../{step}/model", original=dense_files)
+    figures = _write(context, model, folder, f"../../{step}/model", dense=dense_files)
     figures["metrics"] = {}
     if context.recipe.evaluate and context.recipe.export.measure:
         failed = failures(figures)
         for name, entry in figures["towers"]["image"]["files"].items():
-            # PyTorch's own code in another file computes what PyTorch does; other runtimes and precisions are measured.
-            if FORMATS[name].code or entry["file"] in failed:
+            if not FORMATS[name].measured or entry["file"] in failed:
                 continue
             exported = open_exported(folder / entry["file"])
             clip = as_clip(model, exported).eval()
@@ -90,6 +89,6 @@ def _export(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
 def _write(context: RunContext, model: OpenedModel, folder: Path, source: str, **options: Any) -> dict[str, Any]:
     section = context.recipe.export
     assert section
-    images = torch.cat(list(context.find_images().sample(EXAMPLES, context.recipe.seed, model.preprocess)))
+    images = torch.cat(list(context.find_images().sample(NUM_EXAMPLES, context.recipe.seed, model.preprocess)))
     keys = section.model_dump(exclude={"measure"})
     return export_model(model, images, folder, source=source, **keys, **options)

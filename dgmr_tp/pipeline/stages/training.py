@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgmr_tp.distillation.config import TrainingConfig
-from dgmr_tp.distillation.loop import STOP, curves_of, read_curve
-from dgmr_tp.distillation.processes import launch
+from dgmr_tp.distillation.loop import curve_names, read_curve
+from dgmr_tp.distillation.processes import STOP_FILE, launch
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step
@@ -78,12 +78,12 @@ class TrainingStage(Stage):
         context.release_dense()  # the memory belongs to the training
         if not (folder / FIGURES).exists():
             arguments = [self.command, str(context.run.directory), "--size", size]
-            launch(arguments, config.processes, config.batch_size, folder / STOP, config.hostfile)
+            launch(arguments, config.processes, config.batch_size, folder / STOP_FILE, config.hostfile)
         if not (folder / FIGURES).exists():
             raise DgmrError("The deepspeed launcher was killed. Run again to resume from the last checkpoint.")
         figures = json.loads((folder / FIGURES).read_text())
         curves = {key: read_curve(folder, name) for key, name in MAIN_CURVES.items()}
-        details = {name: read_curve(folder, name) for name in curves_of(folder) if name not in MAIN_CURVES.values()}
+        details = {name: read_curve(folder, name) for name in curve_names(folder) if name not in MAIN_CURVES.values()}
         return {**figures, **curves, "details": details}
 
     def train_worker(self, context: RunContext, step: Step, folder: Path) -> None:
