@@ -24,7 +24,6 @@ from conftest import pictures, redraw
 from families import FAMILIES, FORMS
 
 from dgmr_tp import load_pruned, prune
-from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.towers import export_towers
@@ -43,7 +42,7 @@ def cell(family: str, tower: str, form: str) -> dict[str, object]:
         FAMILIES[family](Path(scratch) / "model")
         model = load_pruned(Path(scratch) / "model")
         redraw(model.module)
-        keep = {site.name: site.hidden // 2 + i % 3 for i, site in enumerate(block_sites(model))}
+        keep = {site.name: site.hidden // 2 + i % 3 for i, site in enumerate(model.sites)}
         pruned = prune(model, criterion="l2", keep=keep).model
         size = pruned.image_size
         parts = export_towers(pruned, pictures(8, size=size), outputs=("embedding", "patches"), text=tower == "text")[

@@ -10,7 +10,7 @@ import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.lazy_imports import require
 
 MIN_IMAGES = 100
@@ -74,9 +74,9 @@ class CompareConfig(Thresholds):
     See :func:`dgmr_tp.evaluation.index_compatibility.compare_encoders`.
     """
 
-    images: str
+    images: Annotated[str, DataPath()]
     """Images like those in the index: a directory, a tar file, or a directory of tar files."""
-    classes: str | None = None
+    classes: Annotated[str | None, DataPath()] = None
     """Class names to compare zero-shot decisions: a text file, a directory with ``classnames.txt``, or class embeddings
     that clip_benchmark saved (``.pt``)."""
     count: int = Field(5000, ge=MIN_IMAGES)
@@ -85,11 +85,6 @@ class CompareConfig(Thresholds):
     """Number of these images that are queries. The others form the index."""
     workers: int = Field(0, ge=0)
     """Number of processes that read images."""
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """Paths that the comparison reads, by recipe key."""
-        return {"compare.images": self.images} | ({"compare.classes": self.classes} if self.classes else {})
 
 
 class ComparedEncoder(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from torch import Tensor
 from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
 from dgmr_tp.utils.knn import QUERY_CHUNK, nearest, vote
 
@@ -22,9 +22,9 @@ NEIGHBORS = (10, 20, 100, 200)
 class KNNConfig(Config):
     """k-NN accuracy of the embeddings. It needs no text tower."""
 
-    train: str
+    train: Annotated[str, DataPath()]
     """Labeled images: a directory with a subdirectory per class, or tar files with ``.cls``."""
-    test: str
+    test: Annotated[str, DataPath()]
     """Labeled images to classify, in the same form."""
     workers: int = Field(0, ge=0)
     """Number of processes that read images."""

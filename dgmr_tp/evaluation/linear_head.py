@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import fit_logistic_regression
-from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
 
 Embed = Callable[[Tensor], Tensor]
@@ -30,9 +30,9 @@ Embed = Callable[[Tensor], Tensor]
 class HeadConfig(Config):
     """Accuracy of a linear classifier on the embeddings. See :mod:`dgmr_tp.evaluation.linear_head`."""
 
-    test: str
+    test: Annotated[str, DataPath()]
     """Labeled images."""
-    weights: str | None = None
+    weights: Annotated[str | None, DataPath()] = None
     """File with the classifier's weight and bias. Without it, the encoder's outputs are used as logits, as for a timm
     model with its classifier."""
     workers: int = Field(0, ge=0)

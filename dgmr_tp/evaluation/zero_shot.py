@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -27,7 +27,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.lazy_imports import require
@@ -45,7 +45,7 @@ class DatasetConfig(Config):
 
     dataset: str
     """clip_benchmark's name, such as ``wds/cifar10``."""
-    root: str
+    root: Annotated[str, DataPath()]
     """Directory of the data set, or ``scenes:classes`` or ``scenes:captions``."""
     task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
     """Task to evaluate. ``auto`` uses the data set's default task."""

@@ -13,6 +13,7 @@ from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
 from dgmr_tp.pipeline.stages.evaluate import check_text_tower
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.utils.config import data_paths
 from dgmr_tp.utils.lazy_imports import require_installed
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class CompareStage(Stage):
             return []
 
         def describe() -> dict[str, Any]:
-            files = {f"{key}_files": context.fingerprint(path) for key, path in section.paths.items()}
+            files = {f"{key}_files": context.fingerprint(path) for key, path in data_paths(section, "compare.").items()}
             return {
                 **section.model_dump(exclude={"workers"}),
                 "seed": context.recipe.seed,
