@@ -57,7 +57,7 @@ def test_prune_writes_a_directory_that_opens(images, tmp_path):
         tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
-    assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())
+    assert "skipped 1 images that do not decode and 1 files that are not images" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
     assert {
         block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks
@@ -89,7 +89,7 @@ def test_inspect_and_eval(tmp_path):
 
 def test_misspelt_recipe_key(tmp_path):
     refused(
-        "run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun; did you mean prune"
+        "run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun. Did you mean prune"
     )
 
 
@@ -102,7 +102,7 @@ def test_unknown_model(tmp_path):
         "x",
         "-o",
         tmp_path / "out",
-        says="did you mean ViT-g-14",
+        says="Did you mean ViT-g-14",
     )
     assert not (tmp_path / "out").exists()
 
@@ -123,7 +123,7 @@ def test_image_folder_without_images(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
     for name, says in (
-        ("empty", "holds no image (1 other files)"),
+        ("empty", "contains no image (1 other files)"),
         ("broken", "none of the 1 images"),
         ("nowhere", "does not exist"),
     ):
@@ -148,7 +148,7 @@ def test_memory_of_a_gpu_that_is_too_small(monkeypatch, tmp_path):
         "prune",
         "-o",
         tmp_path / "out",
-        says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB.; take fewer images",
+        says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB. Take fewer images",
     )
 
 
@@ -164,7 +164,7 @@ def test_evaluations_that_are_asked_for_by_half(tmp_path):
             *options,
             "-o",
             tmp_path / "out",
-            says="give --dataset and --root, or --knn-train and --knn-test",
+            says="Give --dataset and --root, or --knn-train and --knn-test",
         )
 
 
@@ -178,7 +178,7 @@ def test_plan_for_another_model(tmp_path):
         tmp_path / "plan.json",
         "-o",
         tmp_path / "out",
-        says="plan.json: this is no plan",
+        says="plan.json: this is not a plan",
     )
     refused(
         "prune",

@@ -141,7 +141,7 @@ def test_machines_that_cannot_be_reached_are_said_before_anything_runs(tmp_path,
     distill = {**SMALL["distill"], "hostfile": str(hosts)}
     for content, says in (
         ("one slots=1\ntwo slots=1\n", "by pdsh, which is not installed"),
-        ("one\n", "bad entry: one.*; it takes lines such as node1 slots=8"),
+        ("one\n", "bad entry: one.*It takes lines such as node1 slots=8"),
     ):
         hosts.write_text(content)
         with pytest.raises(DgmrError, match=rf"distill\.hostfile: .*hosts: .*{says}"):
@@ -178,7 +178,7 @@ def test_a_directory_that_was_only_locked_is_begun(tmp_path):
     (tmp_path / "lock").touch()
     Run(recipe(), tmp_path)
     (tmp_path / "other").touch()
-    with pytest.raises(DgmrError, match="is no run directory"):
+    with pytest.raises(DgmrError, match="is not a run directory"):
         Run(recipe(), tmp_path)
 
 
@@ -219,10 +219,10 @@ def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     done = run_command("run", write_recipe(tmp_path / "r.yaml"), "-o", tmp_path / "mine")
-    assert done.returncode == 2 and "no run directory" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "not a run directory" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     done = run_command("report", tmp_path / "mine")
-    assert done.returncode == 2 and "no run directory" in done.stderr
+    assert done.returncode == 2 and "not a run directory" in done.stderr
 
 
 def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victim=lambda process: process) -> int:

@@ -86,9 +86,9 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
     assert (
-        'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on images held out" in text
+        'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on held-out images" in text
     )
-    assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on images held out; the original: 62.5 %" in text
+    assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on held-out images; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
     assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"

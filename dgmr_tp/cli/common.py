@@ -37,4 +37,4 @@ def refuse_existing(path: Path) -> None:
     if path.exists():
         raise DgmrError(f"{path} exists already. Name another with -o.")
     if not path.absolute().parent.is_dir():
-        raise DgmrError(f"The directory {path.absolute().parent} for {path.name} does not exist. Make it first.")
+        raise DgmrError(f"the directory {path.absolute().parent} for {path.name} does not exist. Make it first.")

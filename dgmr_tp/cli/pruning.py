@@ -238,7 +238,7 @@ def prune(
     if plan_file and rankings:
         raise DgmrError("--plan and --rankings both choose the neurons. Give one of them.")
     if criterion and (plan_file or rankings):
-        raise DgmrError("A plan or rankings were made by a criterion already. Leave out --criterion.")
+        raise DgmrError("a plan or rankings were made by a criterion already. Leave out --criterion.")
     if has_target and (plan_file or recover is None or given_amount(amount)):
         raise DgmrError(
             "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or plan."

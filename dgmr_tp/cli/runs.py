@@ -145,7 +145,7 @@ def _train(directory: Path, stage: str, size: str | None) -> None:
 
     this_run = Run.open(directory)
     if getattr(this_run.recipe, stage) is None:
-        raise DgmrError(f"The recipe of {directory} has no section {stage}. Add one and run again.")
+        raise DgmrError(f"the recipe of {directory} has no section {stage}. Add one and run again.")
     if not is_worker():
         with preemptible():
             this_run.run(until=stage, say=out.print)
@@ -169,7 +169,7 @@ def _write_report(this_run: Run) -> None:
     out.print(f"report: {path}")
     if failed := [entry for size in content.sizes for entry in size.files if not entry["verified"]]:
         problems = "; ".join(f"{entry['file']}: {entry['status']}" for entry in failed)
-        raise DgmrError(f"Files failed their verification: {problems}. Deploy another format.")
+        raise DgmrError(f"files failed their verification: {problems}. Deploy another format.")
 
 
 def _summary(path: Path) -> str:

@@ -90,6 +90,6 @@ def _check_batch(batch: Any) -> Tensor:
         return batch
     kind = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
     raise DgmrError(
-        f"A batch of images is a tensor [batch, 3, height, width], this is {kind}. Leave out labels, and put a single "
+        f"a batch of images is a tensor [batch, 3, height, width], this is {kind}. Leave out labels, and put a single "
         "batch into a list."
     )

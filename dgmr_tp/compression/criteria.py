@@ -91,7 +91,7 @@ def criterion_named(name: str) -> Criterion:
         DgmrError: the name is unknown.
     """
     if name not in CRITERIA:
-        raise DgmrError(f"Unknown criterion {name!r}. Use one of {', '.join(CRITERIA)}.")
+        raise DgmrError(f"unknown criterion {name!r}. Use one of {', '.join(CRITERIA)}.")
     return CRITERIA[name]
 
 

@@ -101,7 +101,7 @@ def prune(
     if plan is None:
         plan = make_plan(dense, criterion or default_criterion(images is not None), calibration, seed=seed, **amount)
     elif way := given_amount(amount):
-        raise DgmrError(f"A plan says how many neurons stay. Leave out {way}.")
+        raise DgmrError(f"a plan says how many neurons stay. Leave out {way}.")
     pruned, table = prune_by_plan(dense, plan, calibration, damping=damping)
     return Pruned(pruned.module if isinstance(model, nn.Module) else pruned, plan, table, calibration)
 

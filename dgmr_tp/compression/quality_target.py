@@ -163,7 +163,7 @@ def _target(min_cosine: float | None, max_drop: float | None) -> tuple[str, floa
     name = given_amount(targets, QUALITY_TARGETS)
     limit = targets[name] if name else None
     if name is None or limit is None:
-        raise DgmrError(f"There is no quality target. Give either {' or '.join(QUALITY_TARGETS)}.")
+        raise DgmrError(f"there is no quality target. Give either {' or '.join(QUALITY_TARGETS)}.")
     if not 0 < limit < 1:
         raise DgmrError(f"{name} = {limit} is out of range. It must be between 0 and 1.")
     return name, limit

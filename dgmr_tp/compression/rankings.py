@@ -60,7 +60,7 @@ class Rankings:
             same_weights = weight_hash.startswith("meta") or weight_hash == self.sha256.get(site.name)
             if ranking is None or len(ranking.order) != site.hidden or not same_weights:
                 raise DgmrError(
-                    f"The rankings were made for another encoder or checkpoint than {self.encoder}: {site.name} "
+                    f"the rankings were made for another encoder or checkpoint than {self.encoder}: {site.name} "
                     "differs. Rank this one with dgmr-tp rank."
                 )
 
@@ -78,7 +78,7 @@ class Rankings:
         if "latency" not in budget:
             return fit()
         if model.image_size is None:
-            raise DgmrError("A budget of latency needs the image size. Open the tower with open_model.")
+            raise DgmrError("a budget of latency needs the image size. Open the tower with open_model.")
         return widths_within(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
 
     def save(self, path: Path) -> None:
@@ -112,7 +112,7 @@ class Rankings:
                     for name, site in note["sites"].items()
                 }
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            raise DgmrError(f"Cannot read the rankings {path}: {error}. Make them with dgmr-tp rank.") from error
+            raise DgmrError(f"cannot read the rankings {path}: {error}. Make them with dgmr-tp rank.") from error
         hashes = {name: site["sha256"] for name, site in note["sites"].items()}
         return cls(note["encoder"], note["criterion"], sites, hashes)
 
@@ -139,7 +139,7 @@ def rank(
     rule = criterion_named(criterion)
     if not isinstance(rule, ActivationCriterion):
         raise DgmrError(
-            f"Criterion {criterion} needs no ranking. Those that rank on images are "
+            f"criterion {criterion} needs no ranking. Those that rank on images are "
             f"{', '.join(names_needing('activations'))}."
         )
     require_images(criterion, images)
@@ -152,5 +152,5 @@ def require_images(criterion: str, images: CalibrationImages | None) -> None:
     """Raise DgmrError if a criterion that needs calibration images has none."""
     if images is None or not len(images):
         raise DgmrError(
-            f"Criterion {criterion} looks at calibration images, got none. Give some with --images or --recover."
+            f"criterion {criterion} looks at calibration images, got none. Give some with --images or --recover."
         )

@@ -40,7 +40,7 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
     available = Devices.parse(devices)
     config = recipe.distill
     if config is None:
-        raise DgmrError(f"The recipe {recipe.name} has no section distill. Only distillation is estimated.")
+        raise DgmrError(f"the recipe {recipe.name} has no section distill. Only distillation is estimated.")
     teacher = open_model(**recipe.model.options, pretrained=recipe.model.pretrained, weights="none")
     num_images = config.steps * config.batch_size
     texts, remedy = [], None
@@ -59,7 +59,7 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
             remedy = f"{name} does not fit into {devices}. {advice}"
     if not texts:
         raise DgmrError(
-            "Only the run itself finds these widths. Estimate with a ratio, or with a budget of params or flops."
+            "only the run itself finds these widths. Estimate with a ratio, or with a budget of params or flops."
         )
     return Estimate("\n".join(texts), remedy)
 

@@ -132,7 +132,7 @@ def find_recipe(source: str | Path) -> Path:
         return shipped[str(source)]
     close = difflib.get_close_matches(path.stem, shipped, n=3, cutoff=0.5)
     suggestion = f"Did you mean {', '.join(close)}?" if close else "dgmr-tp recipes lists the recipes of the package."
-    raise DgmrError(f"There is no recipe {source}: it is neither a file nor a name. {suggestion}")
+    raise DgmrError(f"there is no recipe {source}: it is neither a file nor a name. {suggestion}")
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, to_run: bool = True) -> Recipe:
@@ -186,7 +186,7 @@ def _read_layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DgmrError(f"Cannot read the recipe {path}: {error}. Give a YAML file in UTF-8.") from error
+        raise DgmrError(f"cannot read the recipe {path}: {error}. Give a YAML file in UTF-8.") from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -88,7 +88,7 @@ class Run:
         """
         for name in (redo, until):
             if name is not None and name not in STAGE_NAMES:
-                raise DgmrError(f"Unknown stage {name!r}. Use one of {', '.join(STAGE_NAMES)}.")
+                raise DgmrError(f"unknown stage {name!r}. Use one of {', '.join(STAGE_NAMES)}.")
         run_preflight(self.context)
         root = self.directory.directory
         with lock_directory(root, "dgmr-tp run is working"):
@@ -126,7 +126,7 @@ class Run:
         step = next((step for step in self.steps if step.key == f"{name}/{size}"), None)
         if step is None:
             sizes = ", ".join(self.recipe.prune.sizes)
-            raise DgmrError(f"This run's recipe has no {name} for a size {size!r}. Its sizes are {sizes}.")
+            raise DgmrError(f"this run's recipe has no {name} for a size {size!r}. Its sizes are {sizes}.")
         if self.directory.is_done(step):
             print(f"{step.key}: done before", flush=True)
             return

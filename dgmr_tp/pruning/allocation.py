@@ -45,7 +45,7 @@ def given_amount(amount: Mapping[str, Any], ways: Sequence[str] = AMOUNTS) -> st
     given = [way for way in ways if amount.get(way) is not None]
     if len(given) > 1:
         raise DgmrError(
-            f"Exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one."
+            f"exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one."
         )
     return given[0] if given else None
 
@@ -85,7 +85,7 @@ def keep_counts(
     """
     ways = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget}
     if (way := given_amount(ways)) is None:
-        raise DgmrError(f"Nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
+        raise DgmrError(f"nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
     if round_to < 1:
         raise DgmrError(f"round_to = {round_to}; it must be 1 or more")
     for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):

@@ -67,7 +67,7 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise DirectoryLocked(f"Another {activity} in {directory}. Wait for it or stop it.") from error
+        raise DirectoryLocked(f"another {activity} in {directory}. Wait for it or stop it.") from error
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ class TrainingStage(Stage):
         """
         config = getattr(context.recipe, self.name)
         if config is None:
-            raise DgmrError(f"The recipe of {context.run.directory} has no section {self.name}. Add one and run again.")
+            raise DgmrError(f"the recipe of {context.run.directory} has no section {self.name}. Add one and run again.")
         return config
 
     def preflight(self, context: RunContext) -> None:
@@ -80,7 +80,7 @@ class TrainingStage(Stage):
             arguments = [self.command, str(context.run.directory), "--size", size]
             launch(arguments, config.processes, config.batch_size, folder / STOP_FILE, config.hostfile)
         if not (folder / FIGURES).exists():
-            raise DgmrError("The deepspeed launcher was killed. Run again to resume from the last checkpoint.")
+            raise DgmrError("the deepspeed launcher was killed. Run again to resume from the last checkpoint.")
         figures = json.loads((folder / FIGURES).read_text())
         curves = {key: read_curve(folder, name) for key, name in MAIN_CURVES.items()}
         details = {name: read_curve(folder, name) for name in curve_names(folder) if name not in MAIN_CURVES.values()}

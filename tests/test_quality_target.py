@@ -48,14 +48,14 @@ def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size
         cosine = F.cosine_similarity(found.pruned.model.tower(judged), model.tower(judged)).double()
     size = parameters(found.pruned.model.tower)
     [last] = [trial for trial in found.trials if trial.parameters == size]
-    assert last.kept and last.value == pytest.approx(float(cosine.mean()), abs=1e-7)
+    assert last.met and last.value == pytest.approx(float(cosine.mean()), abs=1e-7)
     assert 0.9999 <= last.bound < last.value
     low = cosine[torch.randint(80, (4000, 80), generator=torch.Generator().manual_seed(1))].mean(1).quantile(0.025)
     assert last.bound == pytest.approx(float(low), abs=1e-5)
     total = parameters(model.tower)
-    broken = [trial.parameters for trial in found.trials if not trial.kept]
+    broken = [trial.parameters for trial in found.trials if not trial.met]
     assert size < 0.6 * total and 0 < size - max(broken) < total / 50
-    assert all((trial.bound >= 0.9999) == trial.kept for trial in found.trials)
+    assert all((trial.bound >= 0.9999) == trial.met for trial in found.trials)
     looser = prune_to_target(model, images, min_cosine=0.999, num_calibration_images=160, held_out=80)
     assert parameters(looser.pruned.model.tower) < size
 
@@ -102,19 +102,19 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
     for index in range(70):
         Image.fromarray(scenes.Scene.draw(1, index).image()).save(tmp_path / f"{index}.png")
     for options, says in (
-        ({}, "give either min_cosine or max_drop"),
-        ({"min_cosine": 0.9, "max_drop": 0.1}, "give either min_cosine or max_drop"),
-        ({"min_cosine": 1.5}, "min_cosine = 1.5; it must be between 0 and 1"),
-        ({"min_cosine": 0.9}, "holds 70 images; 512 to judge by"),
-        ({"min_cosine": 0.9, "held_out": 1}, "held_out = 1; 50 images are the fewest"),
+        ({}, "there is no quality target. Give either min_cosine or max_drop"),
+        ({"min_cosine": 0.9, "max_drop": 0.1}, "got min_cosine, max_drop. Keep one"),
+        ({"min_cosine": 1.5}, "min_cosine = 1.5 is out of range. It must be between 0 and 1"),
+        ({"min_cosine": 0.9}, "holds 70 images, fewer than 512 held-out images"),
+        ({"min_cosine": 0.9, "held_out": 1}, "held_out = 1 is too small. Hold out at least 50 images"),
         ({"max_drop": 0.1, "held_out": 50}, "not every image in .* has a class"),
     ):
         with pytest.raises(DgmrError, match=says):
             prune_to_target(model, tmp_path, **options)
     monkeypatch.setattr(
-        "dgmr_tp.compression.quality_target.HALVINGS", 1
+        "dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1
     )  # or else a size so near the whole tower is found that it keeps anything
-    with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not kept even at .* parameters"):
+    with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not met even at .* parameters"):
         prune_to_target(model, images, min_cosine=0.99999, num_calibration_images=160, held_out=80)
 
 
@@ -138,7 +138,7 @@ def test_classes_come_from_folders_and_from_shards(tmp_path, images):
 def test_a_ranking_that_may_know_the_judges_is_refused(model, images):
     rankings = rank(model, "output", list(held_out(images, model, 80)[0].split(64)))
     with pytest.raises(
-        DgmrError, match="holds 240 images that can be read, fewer than the 200 to calibrate on and the 80 to judge by"
+        DgmrError, match="holds 240 readable images, fewer than 200 for calibration and 80 held out"
     ):
         prune_to_target(model, images, min_cosine=0.9, num_calibration_images=200, held_out=80, rankings=rankings)
 
@@ -159,20 +159,20 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
     run = Run(recipe(**changes), tmp_path / "run")
     run.run(say=lambda line: None)
     pictures, _ = Images.find(images).sample_labeled(240, 0, model.preprocess)
-    dense = run.original().tower.eval()
+    dense = run.context.dense.tower.eval()
     sizes = {}
     for limit in (0.999, 0.9999):
-        recovered = open_model(str(run.folder(f"recover/min_cosine-{limit}") / "model")).tower.eval()
+        recovered = open_model(str(run.directory.folder(f"recover/min_cosine-{limit}") / "model")).tower.eval()
         with torch.no_grad():
             cosine = float(F.cosine_similarity(recovered(pictures[160:]), dense(pictures[160:])).mean())
-        promise = run.figures(f"prune/min_cosine-{limit}")["promise"]
-        assert limit <= promise["bound"] < promise["value"] == pytest.approx(cosine, abs=1e-6)
+        target = run.directory.figures(f"prune/min_cosine-{limit}")["quality_target"]
+        assert limit <= target["bound"] < target["value"] == pytest.approx(cosine, abs=1e-6)
         sizes[limit] = parameters(recovered)
     assert sizes[0.999] < sizes[0.9999] < parameters(dense)
-    data = collect(run.directory, "small", {step.key: run.figures(step.key) for step in run.steps})
+    report = collect(run.directory.directory, "small", run.figures)
     assert (
-        f"mean cosine {promise['value']:.4f} on images held out, at least {promise['bound']:.4f}"
-        in data["sizes"][1]["promise"]
+        f"mean cosine {target['value']:.4f} on held-out images, at least {target['bound']:.4f}"
+        in report.sizes[1].quality_target
     )
 
 
@@ -181,7 +181,7 @@ def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_p
     Image.fromarray(scenes.Scene.draw(1, 0).image()).save(tmp_path / "one" / "0.png")
     promise = {"criterion": "output", "max_drop": 0.01}
     for source, held_out, says in (
-        (images, 200, r"holds 240; recover.images and prune.held_out together are 260"),
+        (images, 200, r"holds 240, but recover.images and prune.held_out together are 260"),
         (tmp_path / "one", 0, "not every image in .* has a class"),
     ):
         if not held_out:
@@ -207,7 +207,7 @@ def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_p
         ({"criterion": "output", "min_cosine": 1.5}, {}, "min_cosine must be below 1, got 1.5"),
         ({"criterion": "output", "max_drop": 0}, {}, "max_drop must be above 0"),
         ({"criterion": "output", "max_drop": 0.01}, None, "add the section recover"),
-        ({"mlp_ratio": 1, "held_out": 60}, {}, "held_out judges min_cosine or max_drop"),
+        ({"mlp_ratio": 1, "held_out": 60}, {}, "held_out belongs to min_cosine or max_drop"),
     ],
 )
 def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover, says):
@@ -230,11 +230,11 @@ def test_the_command(tmp_path, images):
         "-o",
         tmp_path / "out",
     )
-    assert done.returncode == 0 and "mean cosine" in done.stdout and "broken" in done.stdout, done.stderr
+    assert done.returncode == 0 and "mean cosine" in done.stdout and "missed" in done.stdout, done.stderr
     assert parameters(open_model(str(tmp_path / "out")).tower) < 1_200_000
     for command, says in (
-        (("--max-drop", "1%", "-o", tmp_path / "a"), "give --recover IMAGES"),
-        (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "write it as 1% or 0.01"),
+        (("--max-drop", "1%", "-o", tmp_path / "a"), "Give --recover IMAGES"),
+        (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "Write it as 1% or 0.01"),
     ):
         refused = call_command("prune", *command)
         assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
