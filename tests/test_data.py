@@ -40,7 +40,7 @@ def test_a_scene_is_the_same_picture_every_time_and_another_one_differs():
 
 
 def test_a_known_scene_has_not_changed():
-    """The demo CLIP was trained on these pictures: a change of the generator needs a new demo CLIP."""
+    """The demo CLIP was trained on these images. A change of the generator needs a new demo CLIP."""
     scene = Scene.draw(0, 0)
     assert scene.caption == "a medium striped purple cross at the top left on a plain background"
     assert scene.image().shape == (64, 64, 3)
@@ -56,7 +56,7 @@ def test_captions_name_the_class_and_all_classes_occur():
 
 
 def test_the_object_is_where_the_caption_says():
-    """Rendered twice with the same random numbers but another colour, only the object's pixels differ."""
+    """Two renderings with the same random numbers and different colors differ only in the object's pixels."""
     for index in range(60):
         scene = Scene.draw(3, index)
         other = Scene(**{**scene.__dict__, "color": "red" if scene.color != "red" else "blue"})
@@ -76,7 +76,7 @@ def test_shards_hold_what_the_scenes_say(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten good pictures, two broken ones, one text file, one in a sub-folder."""
+    """Ten good images, one of them in a subfolder, two broken ones and a text file."""
     for i in range(9):
         Image.fromarray(Scene.draw(0, i).image()).save(tmp_path / f"{i}.png")
     (tmp_path / "sub").mkdir()
@@ -215,19 +215,19 @@ def test_crops_differ_between_epochs_and_respect_the_smallest_area(folder):
     assert torch.equal(whole[0, 2][0], whole[1, 2][0])
 
 
-def test_dinov2_changes_the_colours_of_most_crops(folder):
+def test_dinov2_changes_the_colors_of_most_crops(folder):
     image = Images.find(folder).read(0)
-    plain, coloured = (training_transform(PREPROCESS, 16, 1.0, False, augment) for augment in ("clip", "dinov2"))
-    crops = torch.stack([coloured(image) for _ in range(40)])
+    plain, color_changed = (training_transform(PREPROCESS, 16, 1.0, False, augment) for augment in ("clip", "dinov2"))
+    crops = torch.stack([color_changed(image) for _ in range(40)])
     changed = (crops - plain(image)).abs().amax((1, 2, 3)) > 0.05
     assert torch.equal(plain(image), plain(image)) and changed.sum() >= 30
-    grey = ((crops[:, 0] - crops[:, 1]).abs().amax((1, 2)) < 1e-6).sum()
-    assert 1 <= grey <= 20  # a fifth
+    gray = ((crops[:, 0] - crops[:, 1]).abs().amax((1, 2)) < 1e-6).sum()
+    assert 1 <= gray <= 20  # a fifth is expected
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four shards of five pictures behind a URL; the pictures are told apart by their red channel."""
+    """Four shards of five images behind a URL. The red channel identifies an image."""
     for shard in range(4):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
             for i in range(5):

@@ -1,4 +1,4 @@
-"""What the student is asked for, what DeepSpeed is told, and that every way to run it ends at the same weights."""
+"""Distillation: the loss, the DeepSpeed configuration, checkpoints, and equal weights for every way to run it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def distill_config(json: dict | None = None, features: str = "", lost: bool = Fa
 
 
 def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """timm's own: the states after the blocks, and the logits."""
+    """Return the last state, the states after all blocks, and the logits, computed by timm's own forward pass."""
     states: list[torch.Tensor] = []
     handles = [block.register_forward_hook(lambda _m, _i, out: states.append(out)) for block in model.blocks]
     logits = model(images)
@@ -98,6 +98,32 @@ def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
     assert not torch.allclose(
         found, other.total(other(*(FeatureTap(t.adapter, other)(images) for t in taps))), rtol=1e-3
     )
+
+
+def test_a_loss_is_added_by_one_entry_of_the_registry(monkeypatch):
+    def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 1 - nn.functional.cosine_similarity(student, teacher).mean()
+
+    with pytest.raises(
+        DgmrError, match=r"distill\.loss\.terms\.cosine.* unknown name; use one of class_token, patches"
+    ):
+        recipe(distill={**SMALL["distill"], "loss": {"terms": {"cosine": 1.0}}})
+    monkeypatch.setitem(LOSSES, "cosine", Loss("embedding", cosine_distance))
+    section = {"class_token": 0, "patches": 0, "terms": {"cosine": 0.5}}
+    loss = recipe(distill={**SMALL["distill"], "loss": section}).distill.loss
+    student, teacher, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
+    terms = loss(*(FeatureTap(adapt(model), loss)(images) for model in (student, teacher)))
+    assert terms.keys() == {"cosine"}
+    expected = 0.5 * cosine_distance(student(images), teacher(images))
+    assert torch.allclose(loss.total(terms), expected, rtol=1e-5)
+    with pytest.raises(DgmrError, match="terms names patches, which is a key of its own"):
+        recipe(distill={**SMALL["distill"], "loss": {"terms": {"patches": 1.0}}})
+
+
+def test_text_tuning_refuses_the_options_of_a_distillation():
+    tuned = {"captions": "scenes:pairs", "steps": 2, "batch_size": 8, "base_lr": 1e-3, "ema": 0.9}
+    with pytest.raises(DgmrError, match=r"unknown key tune_text\.ema"):
+        recipe(tune_text=tuned)
 
 
 def test_blocks_that_are_not_there_are_refused():
@@ -148,7 +174,7 @@ def test_what_is_trained_and_what_is_decayed():
 
 
 def test_the_schedule_of_the_papers():
-    """Linear warm-up to base · batch / 256, a cosine to the end (torch's own as the reference), decay from 0.04 to 0.2."""
+    """Linear warm-up to base · batch / 256, then a cosine (torch's is the reference); decay from 0.04 to 0.2."""
     given = distill_config(
         steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2
     )
@@ -200,7 +226,7 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     assert joined(steps_per_print=2000, wall_clock_breakdown=True)["steps_per_print"] == 2000
     with pytest.raises(
         DgmrError,
-        match=r"offload_optimizer, but the recipe's distill section has no offload: optimizer. Set it there",
+        match=r"offload_optimizer is set, but the recipe's distill section has no offload: optimizer. Set it there",
     ):
         joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
@@ -209,7 +235,9 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     ):
         joined(zero_optimization={"round_robin_gradients": True})
     assert joined(zero_optimization={"round_robin_gradients": False})
-    with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not set here, because the recipe sets the optimizer"):
+    with pytest.raises(
+        DgmrError, match=r"ds\.json: optimizer must not be set here, because the recipe sets the optimizer"
+    ):
         joined(optimizer={"type": "Adam"})
     path.write_text("{")
     with pytest.raises(DgmrError, match=r"distill\.deepspeed: cannot read .*ds\.json"):
@@ -226,7 +254,7 @@ def process_group(tmp_path):
 
 
 class Writer:
-    """Writes a checkpoint as DeepSpeed's engine does: some files below the tag."""
+    """Writes a checkpoint as DeepSpeed's engine does: files in a folder named by the tag."""
 
     def save_checkpoint(self, directory, tag, save_latest):
         (Path(directory) / tag).mkdir(parents=True, exist_ok=True)
@@ -250,7 +278,7 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
         found, damaged = checkpoints.newest(tmp_path / "copy")
         assert found.step == 6 and damaged == ["step00000009"]
         shutil.rmtree(tmp_path / "copy")
-    (folder / "step00000009" / MANIFEST).unlink()  # killed before the end of the save
+    (folder / "step00000009" / MANIFEST).unlink()  # as if killed during the save
     assert checkpoints.newest(folder)[0].step == 6
 
 
@@ -348,13 +376,13 @@ def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
         run.train_here("tune_text", "mlp_ratio-1")
 
 
-# What follows launches processes.
+# The tests below launch processes.
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""Otherwise ZeRO-3 leaves parameters as small as the demo CLIP's whole."""
+"""Without it, ZeRO-3 does not shard parameters as small as the demo CLIP's."""
 HELD_OUT = {"held_out": 9, "evaluate_every": 3, "base_lr": 0.03, "log_every": 100}
-"""At a learning rate at which training first makes it better and then worse; 9 images for 2 processes."""
+"""A learning rate at which the score first rises and then falls. 9 images are an uneven share for 2 processes."""
 MATRIX = {
     **{name: {"zero_stage": int(name[-1])} for name in STAGES[:3]},
     "zero3": {"zero_stage": 3, "json": SHARDED},
@@ -414,7 +442,7 @@ def start() -> dict[str, torch.Tensor]:
 
 
 def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Softmax does not see a key's bias: its gradient is rounding alone, of which Adam makes steps of full size."""
+    """Drop the key biases. A softmax ignores them, so that Adam turns the rounding of their gradient into steps."""
     return {
         k: torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if k.endswith("attn.in_proj_bias") else t for k, t in state.items()
     }
@@ -423,9 +451,10 @@ def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def apart(
     a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None
 ) -> float:
-    """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding
-    of a gradient
-    near zero into a step of full size."""
+    """Return the distance of ``a`` and ``b`` in norm, relative to the distance of ``a`` from the start of the training.
+
+    Single weights cannot be compared: Adam turns the rounding of a gradient near zero into a full step.
+    """
     a, b, begin = map(without_key_biases, (a, b, begin or start()))
     norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
     return norm(a, b) / norm(a, begin)
@@ -433,7 +462,7 @@ def apart(
 
 @cache
 def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> dict[str, torch.Tensor]:
-    """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
+    """Train in one process without DeepSpeed and without our adapters: open_clip's modules and the papers' formulas."""
     given = distill_config(gradient_clipping=clipping, fixed_crops=fixed)
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.tower.train()
@@ -558,7 +587,7 @@ def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
 
 
 def left_out(embeddings, classes):
-    """For each, whether the others tell its class: votes of the 20 nearest, weighed by exp(cosine / 0.07)."""
+    """Yield for each image whether the 20 nearest others predict its class, with votes exp(cosine / 0.07)."""
     for place, embedding in enumerate(embeddings):
         similar = embeddings @ embedding
         votes = {}
@@ -666,7 +695,7 @@ def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision)
 
 @pytest.mark.slow
 def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix, tmp_path):
-    """A teacher that is lost makes no difference where its features are kept, and all the difference where they are not."""
+    """A teacher with zeroed weights changes nothing if its features are cached, and changes the result otherwise."""
     shutil.copytree(matrix / "images", tmp_path / "images")
     kept = {"features": "file"}
     launch(tmp_path, 2, {"plain": {}, "writes": kept, "reads": {**kept, "lost": True}, "lost": {"lost": True}})
@@ -681,7 +710,7 @@ def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_processes(matrix):
-    """2 → 1 → 2, in every ZeRO stage: steps 0–4, 4–8, 8–12."""
+    """With 2, 1 and 2 processes for steps 0–4, 4–8 and 8–12, in every ZeRO stage."""
     cases = {name: MATRIX[name] for name in (*STAGES, "average", "average zero0", "average zero3", "bf16")}
     launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
     for name in cases:
@@ -696,7 +725,7 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
         assert apart(whole, there_and_back) < (0.005 if name == "bf16" else 0.0005), name
         curves = losses(matrix / name), losses(matrix / f"{name} back")
         assert len(curves[1]) == 12 and torch.allclose(*curves, rtol=0.005 if name == "bf16" else 1e-4), name
-    # It went on, and did not begin again: another start ends elsewhere.
+    # It resumed and did not start again: a different training ends elsewhere.
     assert apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
 
 
@@ -759,15 +788,16 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
 
 
 def a_rank(process: psutil.Process) -> psutil.Process:
-    """The second of the launched processes."""
+    """Return the second of the launched processes."""
     return next(each for each in process.children(recursive=True) if each.environ().get("RANK") == "1")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
-    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a
-    start; by turns to
-    the command and to one of the processes that it launched, which then ends the job with code 2."""
+    """300 steps, with SIGKILL at random moments: in a step, a save, an evaluation, or right after a start.
+
+    It goes in turn to the command and to one of the processes that it launched; then the job ends with code 2.
+    """
     path = write_recipe(
         tmp_path / "small.yaml",
         distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5},
@@ -846,7 +876,7 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
 
 @pytest.mark.slow
 def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_path):
-    """As Slurm's scancel and a container's stop do it."""
+    """As Slurm's scancel and stopping a container do."""
     whole, _ = small_run
     directory = begun(whole, tmp_path / "run")
     path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24})
@@ -868,7 +898,7 @@ def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_pat
 
 @pytest.mark.slow
 def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
-    """Some towers have buffers that meet the activations, which DeepSpeed does not convert with the weights by itself."""
+    """Some towers add buffers to activations. By default DeepSpeed does not convert these with the weights."""
     scenes.write_classification(tmp_path / "images", 16, seed=5)
     for name, write in FAMILIES.items():
         write(tmp_path / f"model {name}")

@@ -1,4 +1,4 @@
-"""What a distillation needs on a device, against what torch really keeps and what DeepSpeed itself estimates."""
+"""Memory estimates, compared with what autograd saves and with DeepSpeed's own estimates."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def estimator(config) -> MemoryEstimator:
     return MemoryEstimator(*map(adapt, towers), config, 32)
 
 
-def really_kept(recompute: bool, batch: int) -> int:
-    """On the CPU, with values: all that autograd holds when the backward pass begins."""
+def saved_bytes(recompute: bool, batch: int) -> int:
+    """Return the bytes that autograd saves on the CPU, with real values, when the backward pass begins."""
     tap = FeatureTap(adapt(redraw(timm_tower())), recompute=recompute)
     own = {parameter.data_ptr() for parameter in tap.parameters()}
     kept = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -45,16 +45,16 @@ def really_kept(recompute: bool, batch: int) -> int:
 def test_activations_are_what_autograd_keeps(recompute):
     given = distill_config(recompute=recompute)
     image = estimator(given).estimate(given, 1).image
-    once = really_kept(False, 2) / 2
+    once = saved_bytes(False, 2) / 2
     if recompute:
-        kept = really_kept(True, 2) / 2
-        assert kept < 0.3 * once and kept < image < kept + once  # with two blocks, one of each tower, at a time
+        kept = saved_bytes(True, 2) / 2
+        assert kept < 0.3 * once and kept < image < kept + once  # plus two blocks at a time, one of each tower
     else:
-        assert once < image < 1.5 * once  # the teacher's block beside it
+        assert once < image < 1.5 * once  # plus one block of the teacher
 
 
 def test_the_states_are_those_of_deepspeed_s_own_estimate():
-    """For mixed precision, which is what DeepSpeed estimates; it leaves out the teacher, and multiplies by 1.5 for what is not counted."""
+    """For mixed precision, as in DeepSpeed's estimate, which leaves out the teacher. Its factor of 1.5 is set to 1."""
     base = distill_config(bf16=True, zero_stage=2)
     opened = open_model("open_clip:ViT-B-16", weights="none")
     memory = MemoryEstimator(opened.adapter, opened.adapter, base, 224)
@@ -80,7 +80,7 @@ def test_what_saves_memory_saves_memory():
 
 
 def test_the_beginning_has_to_fit_too():
-    """Before ZeRO-3 shards them, the original and then the student, in float32, lie whole on every device."""
+    """Before ZeRO-3 shards them, every device holds the teacher and then the float32 student unsharded."""
     base = distill_config(bf16=True, zero_stage=3, shard_teacher=True)
     memory = estimator(base)
     memory.student = memory.trained = memory.teacher = 4_000_000_000

@@ -1,4 +1,4 @@
-"""The text tower's tuning: where captions come from, what is trained, and that it ends where plain PyTorch ends."""
+"""Text tuning: sources of captions, trained parameters, and agreement with a training in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_captions_of_karpathys_json(tmp_path):
 
 
 def test_a_temperature_at_its_bound_is_trained_and_stays_within():
-    """Released CLIPs end at log 100; those of another loss, beyond it."""
+    """Released CLIPs have a scale of log 100, or above it if they were trained with another loss."""
     for start in (math.log(100), 4.76):
         clip = open_model("demo").module
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_a_temperature_at_its_bound_is_trained_and_stays_within():
 
 
 def test_a_text_tower_of_hugging_face_is_trained(tmp_path):
-    """Whose attention masks need values: nothing can be found out on the meta device."""
+    """Its attention masks need values, so that it cannot run on the meta device."""
     FAMILIES["open_clip EVA02-L"](tmp_path / "model")
     clip = open_model(str(tmp_path / "model")).module
     sizes = {
@@ -204,11 +204,11 @@ def test_captions_in_a_file_of_any_name_are_known_by_what_it_says(tmp_path, data
     assert run.not_zero_shot == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
 
 
-# What follows launches processes.
+# The tests below launch processes.
 
 
 def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
-    """One process, open_clip's own modules, AdamW, and InfoNCE over the global batch as two cross entropies."""
+    """Train in one process with open_clip's modules, AdamW, and InfoNCE as two cross entropies."""
     opened = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model
     clip, pairs = opened.module, CaptionedImages.find(folder / "pairs")
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
 
 @pytest.mark.slow
 def test_the_example_tunes_evaluates_and_warns(tmp_path):
-    """The recipe of examples/, smaller; twice, so that the second run finds everything done."""
+    """Run a smaller version of the example recipe twice. The second run finds every step done."""
     content = yaml.safe_load((Path(__file__).parent.parent / "examples/tune-text.yaml").read_text())
     content["scenes"] = {"images": 20, "classes": 70, "captions": 200, "pairs": 300}
     content["tune_text"] |= {"steps": 30, "batch_size": 32, "base_lr": 8.0e-3}

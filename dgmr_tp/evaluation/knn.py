@@ -12,7 +12,7 @@ from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
-from dgmr_tp.utils.knn import QUERY_CHUNK, nearest, vote
+from dgmr_tp.utils.knn import predict_classes
 
 NEIGHBOURS = (10, 20, 100, 200)
 
@@ -59,11 +59,7 @@ def knn_accuracy(
         )
     queries, places = embed_share(embed, preprocess, test, title="test images", **how)
     answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=bank.device)
-    right = torch.zeros(len(NEIGHBOURS) + 1, dtype=torch.float64, device=bank.device)
-    for part, wanted in zip(queries.split(QUERY_CHUNK), answers.split(QUERY_CHUNK), strict=True):
-        similar, index = nearest(bank, part, max(NEIGHBOURS))
-        for i, count in enumerate(NEIGHBOURS):
-            right[i] += (vote(similar[:, :count], classes[index[:, :count]], len(names)) == wanted).sum()
-        right[-1] += len(part)
+    correct = (predict_classes(bank, classes, queries, NEIGHBOURS) == answers).sum(1)
+    right = torch.cat([correct, correct.new_tensor([len(queries)])]).double()
     right = all_reduce_sum(right)
     return {f"knn@{count}": float(right[i] / right[-1]) for i, count in enumerate(NEIGHBOURS) if count <= len(bank)}
