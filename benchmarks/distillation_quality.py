@@ -3,8 +3,8 @@
     CIFAR10_DIR=.../cifar10 python benchmarks/distillation_quality.py --encoder VIT.safetensors \\
         --out benchmarks/results/quality.json
 
-Models: the demo CLIP on generated scenes, and the CIFAR-10 encoder of ``methods.py``; DGMR's neurons, hidden = width. The
-papers use every image ten times. Here every image is used at most once: 4,096 scenes, or 50,000 photographs without
+Models: the demo CLIP on generated scenes, and the CIFAR-10 encoder of ``methods.py``; DGMR's neurons, hidden = width.
+The papers use every image ten times. Here every image is used at most once: 4,096 scenes, or 50,000 photographs without
 those for calibration and testing. Loss as in a recipe; AdamW, 20 warm-up steps, cosine, 64 images a step, no
 augmentation. Measured on 2,000 test images: accuracy of the original head (zero-shot for the demo CLIP) and cosine to
 the dense embedding.

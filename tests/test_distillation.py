@@ -44,7 +44,7 @@ from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.feature_cache import FeatureCache
 from dgmr_tp.distillation.loop import describe_save, read_curve, training_session
-from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
+from dgmr_tp.distillation.losses import LOSSES, DistillationLoss, FeatureTap, Loss
 from dgmr_tp.distillation.processes import FAILURE_FILE
 from dgmr_tp.distillation.processes import launch as launch_processes
 from dgmr_tp.distillation.validation import BestWeights, HeldOutSet

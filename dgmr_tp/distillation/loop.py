@@ -402,7 +402,7 @@ def curve_names(directory: Path) -> list[str]:
 
 
 def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
-    """Return a curve, such as ``loss``, as (step, value). A step that occurs twice, after a resume, has its last value."""
+    """Return a curve, such as ``loss``, as (step, value). After a resume a step may occur twice; the last one counts."""
     path = directory / "log" / f"{CURVE_PREFIX}_{name}.csv"
     values: dict[int, float] = {}
     if path.exists():
