@@ -28,27 +28,29 @@ def saved_bytes(recompute: bool, batch: int) -> int:
     """Return the bytes that autograd saves on the CPU, with real values, when the backward pass begins."""
     tap = FeatureTap(adapt(redraw(timm_tower())), recompute=recompute)
     own = {parameter.data_ptr() for parameter in tap.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features = tap(torch.zeros(batch, 3, 32, 32))
     del features
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(recompute):
-    given = distill_config(recompute=recompute)
-    image = estimator(given).estimate(given, 1).image
+    config = distill_config(recompute=recompute)
+    image = estimator(config).estimate(config, 1).image
     once = saved_bytes(False, 2) / 2
     if recompute:
-        kept = saved_bytes(True, 2) / 2
-        assert kept < 0.3 * once and kept < image < kept + once  # plus two blocks at a time, one of each tower
+        recomputed = saved_bytes(True, 2) / 2
+        assert (
+            recomputed < 0.3 * once and recomputed < image < recomputed + once
+        )  # plus two blocks at a time, one of each tower
     else:
         assert once < image < 1.5 * once  # plus one block of the teacher
 
@@ -93,20 +95,20 @@ def test_the_beginning_has_to_fit_too():
 
 
 def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
-    given = recipe()
-    text, misfit = plan_memory(given, "2x1GB", rate="2")
+    small = recipe()
+    text, misfit = plan_memory(small, "2x1GB", rate="2")
     assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
     assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
-    assert "\n192 images\n" in plan_memory(given, "2x1GB")[0] + "\n"
+    assert "\n192 images\n" in plan_memory(small, "2x1GB")[0] + "\n"
     assert (
-        plan_memory(given, "2x0.028GB")[1]
+        plan_memory(small, "2x0.028GB")[1]
         == "mlp_ratio-1 does not fit into 2x0.028GB; it would fit with distill.micro_batch: 2"
     )
-    assert "take larger devices" in plan_memory(given, "2x0.001GB")[1]
+    assert "take larger devices" in plan_memory(small, "2x0.001GB")[1]
     done = call_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
     assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
     with pytest.raises(DgmrError, match=r"--devices 8 is not a number and a size of devices\. Write it as in 8x48GB"):
-        plan_memory(given, "8")
+        plan_memory(small, "8")
     with pytest.raises(DgmrError, match="has no section distill"):
         plan_memory(recipe(distill=None), "2x1GB")
 
@@ -116,10 +118,10 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     [log] = directory.glob("distill/mlp_ratio-1/log/*samples_per_second.csv")
     rates = [float(line.split(",")[1]) for line in log.read_text().splitlines()[1:]]
     later = rates[len(rates) // 2 :]
-    said = re.search(
+    match = re.search(
         r"192 images at ([\d.]+) a second \(measured in", plan_memory(recipe(), "2x1GB", str(directory))[0]
     )
-    assert min(later) * 0.999 <= float(said[1]) <= max(later) * 1.001
+    assert min(later) * 0.999 <= float(match[1]) <= max(later) * 1.001
     begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
     begun.mkdir(parents=True)
     (begun / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
@@ -140,6 +142,6 @@ def test_the_least_change_comes_first():
     assert memory.fits(base, Devices(2, room(needs, share)))
     assert memory.smallest_change(base, Devices(2, room(needs, 2))) == {"micro_batch": 2}
     less = memory.estimate(base.model_copy(update={"recompute": True}), 2)
-    found = memory.smallest_change(base, Devices(2, room(less, 1)))
-    assert found["recompute"] is True and found["micro_batch"] == 1
+    change = memory.smallest_change(base, Devices(2, room(less, 1)))
+    assert change["recompute"] is True and change["micro_batch"] == 1
     assert memory.smallest_change(base, Devices(2, 1000)) is None

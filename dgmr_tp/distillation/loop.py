@@ -402,7 +402,7 @@ def curve_names(directory: Path) -> list[str]:
 
 
 def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
-    """Return a curve, such as ``loss``, as (step, value). After a resume a step may occur twice; the last one counts."""
+    """Return a curve, such as ``loss``, as (step, value). If a resumed run repeated a step, the last value counts."""
     path = directory / "log" / f"{CURVE_PREFIX}_{name}.csv"
     values: dict[int, float] = {}
     if path.exists():
