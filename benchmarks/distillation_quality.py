@@ -25,7 +25,8 @@ from torch import Tensor
 from train_cifar10_clip import load_split, normalise
 
 from dgmr_tp import prune
-from dgmr_tp.compression.criteria import make_plan
+from dgmr_tp.compression.planning import make_plan
+from dgmr_tp.encoders import wrap_tower
 from dgmr_tp.utils.files import write_whole
 
 BATCH_SIZE = 64
@@ -60,7 +61,7 @@ def main() -> None:
             images = normalise(photographs)[TESTED:]
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         width = subject.tower.patch_embed.proj.out_channels if name == "cifar" else subject.tower.conv1.out_channels
-        plan = make_plan(subject.tower, "dgmr", calibration, keep=width)
+        plan = make_plan(wrap_tower(subject.tower), "dgmr", keep=width)
         dense_figures = measured(subject, subject.tower, dense)
         print(f"{name}, dense: head {dense_figures['head']:.1f}\n| from | images | head | cosine |\n|---|---|---|---|")
         result[name] = {"dense": dense_figures}

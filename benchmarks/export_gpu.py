@@ -24,35 +24,35 @@ from torch import Tensor
 
 from dgmr_tp import open_model, prune
 from dgmr_tp.export import onnx_file, program_file
-from dgmr_tp.export.export_tower import Part
+from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.latency import latencies
-from dgmr_tp.export.towers import vision_part
+from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning.cost import flops
 from dgmr_tp.utils.files import write_whole
 
 PROVIDERS = {"cuda": ("CUDAExecutionProvider", "TensorrtExecutionProvider"), "cpu": ("CPUExecutionProvider",)}
 
 
-def compiled(part: Part, device: str, scratch: Path) -> Callable[[Tensor], object]:
+def compiled(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
     return torch.compile(part.module, dynamic=True)
 
 
-def packaged(part: Part, device: str, scratch: Path) -> Callable[[Tensor], object]:
-    program_file.compile_(part, scratch / "model.aoti.pt2")
+def packaged(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
+    program_file.write_compiled(part, scratch / "model.aoti.pt2")
     return torch._inductor.aoti_load_package(str(scratch / "model.aoti.pt2"))
 
 
-def by_onnxruntime(provider: str) -> Callable[[Part, str, Path], Callable[[Tensor], object]]:
-    def build(part: Part, device: str, scratch: Path) -> Callable[[Tensor], object]:
+def by_onnxruntime(provider: str) -> Callable[[ExportTower, str, Path], Callable[[Tensor], object]]:
+    def build(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
         plain = replace(part, module=part.module.float().cpu(), examples=part.examples.float().cpu())
         onnx_file.write(plain, scratch / "model.onnx")
-        onnx_file.to_half(scratch / "model.onnx", scratch / "model.fp16.onnx")
+        onnx_file.to_float16(scratch / "model.onnx", scratch / "model.fp16.onnx")
         session = onnxruntime.InferenceSession(str(scratch / "model.fp16.onnx"), providers=[provider])
 
         def run(images: Tensor) -> object:
             given, bound = images.float().contiguous(), session.io_binding()
-            bound.bind_input(part.input, device, 0, np.float32, tuple(given.shape), given.data_ptr())
-            bound.bind_output(part.outputs[0], device)
+            bound.bind_input(part.input_name, device, 0, np.float32, tuple(given.shape), given.data_ptr())
+            bound.bind_output(part.output_names[0], device)
             session.run_with_iobinding(bound)
             return bound
 
@@ -87,7 +87,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             runs = {}
             for which, model in models.items():
-                part = vision_part(model.adapter, images[:2])
+                part = vision_export_tower(model.adapter, images[:2])
                 part = replace(part, module=part.module.to(args.device, kind))
                 (Path(scratch) / which).mkdir()
                 runs[which] = build(part, args.device, Path(scratch) / which)

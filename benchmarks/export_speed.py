@@ -20,10 +20,9 @@ import onnxruntime
 import torch
 
 from dgmr_tp import open_model, prune
-from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.export import onnx_file
 from dgmr_tp.export.latency import latencies
-from dgmr_tp.export.towers import vision_part
+from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning.cost import flops
 from dgmr_tp.utils.files import write_whole
 
@@ -38,10 +37,10 @@ def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[
     with tempfile.TemporaryDirectory() as scratch:
         runs = {}
         for width in (None, *widths):
-            keep = {site.name: width for site in block_sites(dense)} if width else None
+            keep = {site.name: width for site in dense.sites} if width else None
             model = prune(dense, criterion="random", keep=keep).model if width else dense
             path = Path(scratch) / f"{width}.onnx"
-            onnx_file.write(vision_part(model.adapter, images[:2]), path)
+            onnx_file.write(vision_export_tower(model.adapter, images[:2]), path)
             runs[width] = onnx_file.read(path, os.cpu_count()), flops(model.tower, model.image_size)
         for width in widths:
             calls = {str(key): lambda run=runs[key][0]: run(images) for key in (None, width)}

@@ -24,10 +24,9 @@ from conftest import pictures, redraw
 from families import FAMILIES, FORMS
 
 from dgmr_tp import load_pruned, prune
-from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.formats import FORMATS
-from dgmr_tp.export.towers import parts_of
+from dgmr_tp.export.towers import export_towers
 from dgmr_tp.utils.files import write_whole
 
 SPEAKING = [
@@ -43,17 +42,19 @@ def cell(family: str, tower: str, form: str) -> dict[str, object]:
         FAMILIES[family](Path(scratch) / "model")
         model = load_pruned(Path(scratch) / "model")
         redraw(model.module)
-        keep = {site.name: site.hidden // 2 + i % 3 for i, site in enumerate(block_sites(model))}
+        keep = {site.name: site.hidden // 2 + i % 3 for i, site in enumerate(model.sites)}
         pruned = prune(model, criterion="l2", keep=keep).model
         size = pruned.image_size
-        parts = parts_of(pruned, pictures(8, size=size), outputs=("embedding", "patches"), text=tower == "text")[-1:]
+        parts = export_towers(pruned, pictures(8, size=size), outputs=("embedding", "patches"), text=tower == "text")[
+            -1:
+        ]
         report = export_bundle(
             parts, Path(scratch) / "out", model="", preprocess={}, formats=[form], latency_batches=()
         )
         entry = report["towers"][tower]["files"][form]
     errors = entry.get("relative_error", {}).get("embedding", {})
     return {
-        "verdict": entry["verdict"],
+        "status": entry["status"],
         "error": max(errors.values()) if errors and None not in errors.values() else None,
     }
 
@@ -81,14 +82,10 @@ def main() -> None:
             row = []
             for form in FORMATS:
                 found = kept["cells"].get(f"{family} | {form}")
-                if found and found["verdict"] != "verified":
-                    reasons.setdefault(found["verdict"], []).append(f"{family} as {form}")
+                if found and found["status"] != "verified":
+                    reasons.setdefault(found["status"], []).append(f"{family} as {form}")
                 row.append(
-                    "not tried"
-                    if not found
-                    else f"{found['error']:.0e}"
-                    if found["verdict"] == "verified"
-                    else "failed"
+                    "not tried" if not found else f"{found['error']:.0e}" if found["status"] == "verified" else "failed"
                 )
             print(f"| {family} | {' | '.join(row)} |")
     for reason, cases in reasons.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 import faiss
 import torch
 
-from dgmr_tp.evaluation.index_compatibility import compatibility
+from dgmr_tp.evaluation.index_compatibility import compare_embeddings
 from dgmr_tp.utils.files import write_whole
 
 ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
@@ -37,7 +37,7 @@ def main() -> None:
     old = centres[torch.randint(CLASSES, (ROWS,))].add_(torch.randn(ROWS, WIDTH).mul_(0.5))
     new = torch.randn(ROWS, WIDTH).mul_(0.05).add_(old)
     before, started = held("VmRSS"), time.perf_counter()
-    found = compatibility(old, new, classifier=centres.T.contiguous())
+    found = compare_embeddings(old, new, classifier=centres.T.contiguous())
     seconds = time.perf_counter() - started
     kept = {
         "rows": ROWS,

@@ -40,14 +40,17 @@ from torch import Tensor, nn
 from train_cifar10_clip import load_split, normalise, train
 
 from dgmr_tp import prune
-from dgmr_tp.compression.criteria import block_sites, make_plan, rank, search
+from dgmr_tp.compression.amp_search import SearchConfig, search
+from dgmr_tp.compression.calibration import CalibrationImages
+from dgmr_tp.compression.planning import make_plan
+from dgmr_tp.compression.rankings import rank
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.distillation.engine import parameter_groups
 from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
-from dgmr_tp.encoders import adapt, open_model
+from dgmr_tp.encoders import adapt, open_model, wrap_tower
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.pruning.output_selection import PROBED
+from dgmr_tp.pruning.output_selection import NUM_SENSITIVITY_IMAGES
 from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.knn import nearest_classes
 
@@ -221,7 +224,8 @@ def run(
     name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen: list[str], searches: bool, limit: int
 ) -> None:
     """All cells of one encoder up to the seed ``limit``; ``sizes``: share kept, and how many seeds."""
-    dense, sites = embeddings(subject.tower, subject.test), block_sites(subject.tower)
+    model = wrap_tower(subject.tower)
+    dense, sites = embeddings(subject.tower, subject.test), model.sites
     store.cell(
         name,
         "dense",
@@ -236,7 +240,7 @@ def run(
 
             def make(method: str = method) -> dict[str, object]:
                 started = time.perf_counter()
-                plan = make_plan(subject.tower, method, calibration, seed=seed, **amount)
+                plan = make_plan(model, method, CalibrationImages(calibration), seed=seed, **amount)
                 return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
 
             store.cell(name, method, size, seed, make)
@@ -244,8 +248,8 @@ def run(
         def fitted() -> dict[str, object]:
             started = time.perf_counter()
             if (name, seed) not in store.rankings:
-                store.rankings[name, seed] = rank(subject.tower, "output", calibration)
-            plan = store.rankings[name, seed].plan(subject.tower, **total)
+                store.rankings[name, seed] = rank(model, "output", CalibrationImages(calibration))
+            plan = store.rankings[name, seed].plan(model, **total)
             return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
 
         if FITTED in chosen:
@@ -261,8 +265,9 @@ def run(
 
     def amp_search(method: str, threshold: float, images: int = IMAGES) -> dict[str, object]:
         started, seen = time.perf_counter(), list(torch.cat(calibration)[:images].split(128))
-        options = {"threshold": threshold, "two_sided": "two-sided" in method, "candidates": min(512, images)}
-        result = search(subject.tower, seen, **options)
+        options = {"two_sided": "two-sided" in method, "candidates": min(512, images)}
+        config = SearchConfig.model_validate(options)
+        result = search(model, CalibrationImages(seen), threshold=threshold, config=config)
         done = cell(subject, result.plan, calibration, dense, time.perf_counter() - started, 0)
         return {**done, "image_blocks": result.image_blocks, "entropy": result.entropy}
 
@@ -286,9 +291,11 @@ def run(
         def train_on(method: str = method) -> dict[str, object]:
             count = store.cells[f"{name} | {FITTED} | 1/8 | 0"]["parameters"]
             if method == FITTED:
-                plan = rank(subject.tower, "output", calibration).plan(subject.tower, budget={"params": count})
+                plan = rank(model, "output", CalibrationImages(calibration)).plan(model, budget={"params": count})
             else:
-                plan = make_plan(subject.tower, method, calibration, keep={s.name: s.hidden // 8 for s in sites})
+                plan = make_plan(
+                    model, method, CalibrationImages(calibration), keep={s.name: s.hidden // 8 for s in sites}
+                )
             return distilled(subject, plan, calibration, dense)
 
         store.cell(name, method, "1/8 distilled", 0, train_on)
@@ -361,7 +368,7 @@ class Store:
             for method, rows in methods.items():
                 if "image_blocks" in rows[0]:
                     blocks = len(rows[0]["widths"])
-                    ours = (IMAGES + 128) * blocks + PROBED * (
+                    ours = (IMAGES + 128) * blocks + NUM_SENSITIVITY_IMAGES * (
                         blocks + blocks * (blocks + 1) // 2
                     )  # 128: the first batch, to see its tokens
                     cost = rows[0]["image_blocks"]

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from dgmr_tp import open_model
-from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.pruning.allocation import keep_counts
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 
@@ -70,7 +69,7 @@ def opened(source: str, **options):
 
 def row(name: str, source: str, published: str, published_flops: str) -> str:
     model = opened(source)
-    tower, sites = model.tower, block_sites(model)
+    tower, sites = model.tower, model.sites
     at_224 = model if model.image_size == 224 else opened(source, image_size=224)
     costs = (parameter_cost(tower, sites), flop_cost(at_224.tower, sites, 224))
     shapes: dict[tuple[int, int], int] = {}

@@ -24,9 +24,10 @@ from torchvision.transforms.functional import resize
 from train_cifar10_clip import normalise
 
 from dgmr_tp import prune
-from dgmr_tp.compression.criteria import make_plan
+from dgmr_tp.compression.calibration import CalibrationImages
+from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.data.scenes import Scene
-from dgmr_tp.encoders import adapt
+from dgmr_tp.encoders import adapt, wrap_tower
 from dgmr_tp.pruning import Plan, TowerAdapter, last_state, recover, recovery
 from dgmr_tp.pruning.calibration import recorded_inputs
 from dgmr_tp.utils.files import write_whole
@@ -164,7 +165,7 @@ def main() -> None:
     dense, dense_patches = features(tower)
     rows = []
     for share in (8, 16):
-        plan = make_plan(tower, "output", calibration, keep=768 // share)
+        plan = make_plan(wrap_tower(tower), "output", CalibrationImages(calibration), keep=768 // share)
         for name, make in variants.items():
             found, patches = features(make(plan))
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Prints docs/recipe.md: every key of a recipe, its default and its meaning, from dgmr_tp/recipe.py.
+"""Print docs/recipe.md: every key of a recipe, its default and its meaning, from the recipe's section classes.
 
 python docs/recipe_keys.py > docs/recipe.md
 """
@@ -8,34 +8,50 @@ from __future__ import annotations
 import json
 import re
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dgmr_tp.pipeline.recipe import Recipe
+from dgmr_tp.pipeline.stages import STAGE_NAMES
+from dgmr_tp.utils.config import DataPath, NameIn
 
-HEAD = """# Every key of a recipe
+HEAD = f"""# Every key of a recipe
 
-A recipe is a YAML file. `name`, `model`, `images` and `prune` have to be there; every other section may be left out, and its stage
-with it. `model: NAME` is short for `model: {source: NAME}`. `${NAME}` in a value is taken from the environment, paths are relative to
-where the command runs, and `scenes:NAME` is one of the sets that the section `scenes` generates. An unknown key is refused, with the
-nearest one that is known. `dgmr-tp run RECIPE --dry-run` checks a recipe without weights or data.
+A recipe is a YAML file. `model`, `images` and `prune` are required. Every other section may be left out, and its stage with it.
 
-The stages, which are also the names for `--until` and `--redo`: scenes, rank, prune, recover, distill, tune_text, evaluate, compare,
-export. They run in this order, but for the original, which is evaluated first. Each has its own folder in the run directory.
+- `model: NAME` is short for `model: {{source: NAME}}`.
+- `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by key, and `null` restores a
+  key's default. `name` is not inherited.
+- `dgmr-tp run RECIPE --set key=value` sets a dotted key, such as `distill.steps=100`, after `base`.
+- `${{NAME}}` in a value is replaced by the environment variable. Paths are relative to the working directory.
+- `scenes:NAME` is a data set that the section `scenes` generates.
+
+An unknown key is an error that names the nearest valid one. `dgmr-tp run RECIPE --dry-run` checks a recipe without weights or data, and
+shows it resolved.
+
+The stages, which are the names for `--until` and `--redo`, run in this order: {", ".join(STAGE_NAMES)}. Only the evaluation of the
+dense model runs earlier, right after `scenes`. Each stage has its own folder in the run directory.
 """
 
 
 def sections(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside an annotation such as ``list[Dataset]`` or ``KNN | None``."""
+    """Return the section classes inside an annotation such as ``list[DatasetConfig]`` or ``KNNConfig | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in sections(part)]
 
 
-def takes(annotation: Any) -> str:
-    """What a key takes, in words."""
+def takes(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
+    """Describe the values that a key accepts."""
+    if get_origin(annotation) is Annotated:
+        annotation, *metadata = get_args(annotation)
+    for mark in metadata:
+        if isinstance(mark, NameIn):
+            return ", ".join(f"`{name}`" for name in mark.registry)
+        if isinstance(mark, DataPath):
+            return "path"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) in (Union, UnionType):
@@ -47,10 +63,11 @@ def takes(annotation: Any) -> str:
         return "numbers by key"
     if sections(annotation):
         return "section"
-    return {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}[annotation]
+    return {str: "text", int: "integer", float: "number", bool: "`true`, `false`"}[annotation]
 
 
 def default(field: FieldInfo) -> str:
+    """Format a key's default."""
     if field.is_required():
         return "required"
     value = field.get_default(call_default_factory=True)
@@ -58,30 +75,26 @@ def default(field: FieldInfo) -> str:
 
 
 def plain(text: str | None) -> str:
-    """A docstring as one line of Markdown."""
-    text = re.sub(r":(?:func|class|mod|data):`~?([\w.]+)`", r"`\1`", " ".join((text or "").split()))
+    """Turn a docstring into one line of Markdown."""
+    text = re.sub(r":(?:func|class|mod|data|meth):`~?([\w.]+)`", r"`\1`", " ".join((text or "").split()))
     return re.sub(r"``(.+?)``", r"`\1`", text).replace("|", "\\|")
 
 
 def tables(model: type[BaseModel], name: str) -> list[str]:
-    lines = [
-        f"## {name}" if name else "## The recipe",
-        "",
-        plain(model.__doc__),
-        "",
-        "| key | takes | default | |",
-        "|---|---|---|---|",
-    ]
+    """Return the lines of a section's table and of those of its inner sections."""
+    heading = f"## {name}" if name else "## The recipe"
+    lines = [heading, "", plain(model.__doc__), "", "| key | takes | default | |", "|---|---|---|---|"]
     inner = []
     for key, field in model.model_fields.items():
-        lines.append(f"| `{key}` | {takes(field.annotation)} | {default(field)} | {plain(field.description)} |")
-        inner += [
-            line for part in sections(field.annotation) for line in ["", *tables(part, f"{name}.{key}".lstrip("."))]
-        ]
+        value = takes(field.annotation, tuple(field.metadata))
+        lines.append(f"| `{key}` | {value} | {default(field)} | {plain(field.description)} |")
+        for part in sections(field.annotation):
+            inner += ["", *tables(part, f"{name}.{key}".lstrip("."))]
     return [*lines, *inner]
 
 
 def page() -> str:
+    """Return docs/recipe.md."""
     return "\n".join([HEAD, *tables(Recipe, "")]) + "\n"
 
 

@@ -1,1 +1,1 @@
-"""Export of the towers to ONNX, TorchScript and torch.export, each file proved against PyTorch in a process of its own."""
+"""Export the image and text towers to ONNX, TorchScript and torch.export, and verify every file against PyTorch."""

@@ -1,4 +1,4 @@
-"""An export that proves itself: every file is run against PyTorch before it keeps its name, and ``export.json`` says how it did."""
+"""Write the exported files of a model, verify each one, and record the results in ``export.json``."""
 
 from __future__ import annotations
 
@@ -15,179 +15,204 @@ from torch import Tensor
 
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.export import onnx_file
-from dgmr_tp.export.export_tower import Part
+from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
-from dgmr_tp.export.verify import VERIFIED, prove
+from dgmr_tp.export.verify import VERIFIED, verify
 from dgmr_tp.utils.files import sha256, write_whole
+from dgmr_tp.utils.lazy_imports import require
 
 MANIFEST = "export.json"
+PROGRAM_BYTES = 10e6
+"""Disk space that a file needs for the program, in addition to the weights."""
 
 
 def export_bundle(
-    parts: Sequence[Part],
+    towers: Sequence[ExportTower],
     directory: Path,
     *,
     model: str,
     preprocess: Mapping[str, Any],
     formats: Sequence[str] = ("onnx", "torchscript"),
     tolerance: Mapping[str, float] | None = None,
-    original: Path | None = None,
+    dense: Path | None = None,
     latency_batches: Sequence[int] = (1, 8),
 ) -> dict[str, Any]:
-    """Write the towers' files, prove each in a process of its own, and say in ``export.json`` how each did.
+    """Write the towers' files, verify each in its own process, and record the results in ``export.json``.
+
+    A file appears under its name only if it is verified. A file that fails is named ``.failed``.
 
     Args:
-        parts: the towers, and real inputs for the proof.
-        directory: where to; made if it is not there. What an earlier export wrote there is taken away.
-        model: where the towers come from, for who opens the files later; a path is taken from ``directory``.
-        preprocess: what the images went through (size, mean, std, interpolation, resize_mode); copied into the JSON.
-        formats: which of ``FORMATS``.
-        tolerance: by format, the largest relative error of an output that is allowed; by default 1e-4, in half precision 1e-2, in
-            eight bits 0.2 (a cosine of 0.98).
-        original: a folder with the same files of the encoder before pruning (an earlier export); each is timed in turn with the new one.
+        towers: the towers to export, with inputs for the verification.
+        directory: output directory. It is created if needed, and the files of an earlier export are deleted.
+        model: source of the towers, recorded for readers of the files. A path is relative to ``directory``.
+        preprocess: preprocessing of the images (size, mean, std, interpolation, resize_mode), copied into
+            ``export.json``.
+        formats: names in ``FORMATS``.
+        tolerance: largest allowed relative error of an output, by format. Defaults: 1e-4, in half precision 1e-2, in
+            int8 0.2 (a cosine of 0.98).
+        dense: directory with an earlier export of the unpruned model. Its files are timed in turn with the new ones.
         latency_batches: batch sizes to time.
 
     Returns:
-        What ``export.json`` holds: model, preprocessing, opset, threads, versions; per tower names, shapes and types of inputs and
-        outputs, and per format the file, the SHA-256 of everything written, its size, and the proof
-        (:func:`dgmr_tp.export.verify.prove`). A format whose ``verdict`` is not ``verified`` failed: its file is named ``.failed``, or is
-        not there because it could not be written.
+        The content of ``export.json``: model, preprocessing, opset, threads and versions; per tower the names, shapes
+        and dtypes of inputs and outputs; per format the file, the SHA-256 of every file written, the size, and the
+        verification (:func:`dgmr_tp.export.verify.verify`). A ``status`` other than ``verified`` is a failure; see
+        :func:`failures`.
 
     Raises:
-        DgmrError: unknown format, the folder holds another program's ``export.json``, or the disk has no room for a file.
+        DgmrError: a format is unknown, the directory contains another program's ``export.json``, or the disk is full.
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
-        raise DgmrError(f"unknown export format {unknown[0]!r}; known: {', '.join(FORMATS)}")
+        raise DgmrError(f"unknown export format {unknown[0]!r}. Use {', '.join(FORMATS)}.")
     directory.mkdir(parents=True, exist_ok=True)
-    _clear(directory)
-    allowed = {name: kind.tolerance for name, kind in FORMATS.items()} | dict(tolerance or {})
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as scratch:
-        towers = {}
-        for part in parts:
-            expected = part.expected()
-            towers[part.tower] = {
-                "input": {
-                    "name": part.input,
-                    "shape": ["batch", *part.examples.shape[1:]],
-                    "dtype": str(part.examples.dtype)[6:],
-                },
-                "outputs": [
-                    {"name": name, "shape": ["batch", *rows.shape[1:]], "dtype": "float32"}
-                    for name, rows in zip(part.outputs, expected, strict=True)
-                ],
-                "normalised": part.normalised,
-                "files": {
-                    name: _file(
-                        name, part, expected, directory, Path(scratch), original, allowed[name], latency_batches
-                    )
-                    for name in formats
-                },
-            }
-    runtime = {"onnxruntime": onnx_file.runtime_version()} if any(name.startswith("onnx") for name in formats) else {}
+    _delete_earlier_export(directory)
+    tolerances = {name: file_format.tolerance for name, file_format in FORMATS.items()} | dict(tolerance or {})
+    described = {}
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as staging:
+        for tower in towers:
+            expected = tower.reference_outputs()
+            files = {}
+            for name in formats:
+                files[name] = _export_file(
+                    name,
+                    tower,
+                    expected,
+                    directory,
+                    Path(staging),
+                    dense=dense,
+                    tolerance=tolerances[name],
+                    latency_batches=latency_batches,
+                )
+            described[tower.kind] = {**_describe(tower, expected), "files": files}
+    runtimes = {"torch", *(FORMATS[name].runtime for name in formats)}
     result = {
         "format": 2,
         "model": model,
         "preprocess": dict(preprocess),
-        "towers": towers,
+        "towers": described,
         "opset": onnx_file.OPSET,
         "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, **runtime},
+        "versions": {name: require(name, "export").__version__ for name in sorted(runtimes, reverse=True)},
     }
     write_whole(directory / MANIFEST, json.dumps(result, indent=1) + "\n")
     return result
 
 
 def failures(bundle: Mapping[str, Any]) -> dict[str, str]:
-    """The files of an ``export.json`` that failed, and why."""
+    """Return the files of an ``export.json`` whose verification failed, with their status."""
+    entries = [entry for tower in bundle["towers"].values() for entry in tower["files"].values()]
+    return {entry["file"]: entry["status"] for entry in entries if entry["status"] != VERIFIED}
+
+
+def _describe(tower: ExportTower, expected: Sequence[Tensor]) -> dict[str, Any]:
+    """Return names, shapes and dtypes of a tower's inputs and outputs."""
+    outputs = [
+        {"name": name, "shape": ["batch", *rows.shape[1:]], "dtype": "float32"}
+        for name, rows in zip(tower.output_names, expected, strict=True)
+    ]
+    shape, dtype = ["batch", *tower.examples.shape[1:]], str(tower.examples.dtype).removeprefix("torch.")
     return {
-        entry["file"]: entry["verdict"]
-        for tower in bundle["towers"].values()
-        for entry in tower["files"].values()
-        if entry["verdict"] != VERIFIED
+        "input": {"name": tower.input_name, "shape": shape, "dtype": dtype},
+        "outputs": outputs,
+        "normalized": tower.normalized,
     }
 
 
-def _clear(directory: Path) -> None:
-    """Take away what an earlier export wrote here, so that its files are never taken for this one's."""
+def _delete_earlier_export(directory: Path) -> None:
+    """Delete the files of an earlier export, which could be mistaken for files of this one."""
     manifest = directory / MANIFEST
     if not manifest.exists():
         return
     try:
-        towers = json.loads(manifest.read_text())["towers"]
-        listed = [file for tower in towers.values() for entry in tower["files"].values() for file in entry["sha256"]]
+        towers = json.loads(manifest.read_text())["towers"].values()
+        entries = [entry for tower in towers for entry in tower["files"].values()]
+        files = [file for entry in entries for file in entry["sha256"]]
     except (ValueError, KeyError) as error:
-        raise DgmrError(f"{manifest} is of another program or version; export into another folder") from error
-    for file in listed:
+        raise DgmrError(f"{manifest} is from another program or version. Export into another directory.") from error
+    for file in files:
         if not (directory / file).resolve().is_relative_to(directory.resolve()):
-            raise DgmrError(f"{manifest} names {file}, which is not below its folder; export into another folder")
-    for file in listed:
+            raise DgmrError(
+                f"{manifest} names {file}, which is not inside its directory. Export into another directory."
+            )
+    for file in files:
         (directory / file).unlink(missing_ok=True)
         (directory / f"{file}.failed").unlink(missing_ok=True)
     manifest.unlink()
 
 
-def _file(
+def _export_file(
     name: str,
-    part: Part,
+    tower: ExportTower,
     expected: Sequence[Tensor],
     directory: Path,
-    scratch: Path,
-    original: Path | None,
+    staging: Path,
+    *,
+    dense: Path | None,
     tolerance: float,
     latency_batches: Sequence[int],
 ) -> dict[str, Any]:
-    """Write one file in ``scratch``, prove it, give it its name in ``directory``, and say how it did."""
-    folder = scratch / f"{part.tower} {name}"
-    path = folder / f"{part.file}{FORMATS[name].ending}"
-    before = original / path.relative_to(folder) if original else None
-    entry = _written(name, part, path, scratch / f"{part.tower}.onnx") or prove(
-        name,
-        path,
-        part,
-        expected,
-        tolerance=tolerance,
-        original=before if before and before.exists() else None,
-        latency_batches=latency_batches,
-    )
-    written = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    described = {
-        "file": str(path.relative_to(folder)),
-        "sha256": {file: sha256(aside) for file, aside in written.items()},
-        "megabytes": sum(aside.stat().st_size for aside in written.values()) / 1e6,
-        **entry,
+    """Write one file in ``staging``, verify it, and move it to ``directory``. Return its entry in ``export.json``."""
+    folder = staging / f"{tower.kind} {name}"
+    staging_path = folder / f"{tower.file_stem}{FORMATS[name].suffix}"
+    dense_path = dense / staging_path.relative_to(folder) if dense else None
+    if dense_path and not dense_path.exists():
+        dense_path = None
+    if error := _write(name, tower, staging_path, onnx_source=staging / f"{tower.kind}.onnx"):
+        verification = {"status": error}
+    else:
+        verification = verify(
+            name,
+            staging_path,
+            tower,
+            expected,
+            tolerance=tolerance,
+            dense=dense_path,
+            latency_batches=latency_batches,
+        )
+    paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    entry = {
+        "file": str(staging_path.relative_to(folder)),
+        "sha256": {file: sha256(path) for file, path in paths.items()},
+        "megabytes": sum(path.stat().st_size for path in paths.values()) / 1e6,
+        **verification,
     }
-    (directory / part.file).parent.mkdir(parents=True, exist_ok=True)
-    for file, aside in written.items():
-        os.replace(aside, directory / (file if entry["verdict"] == VERIFIED else f"{file}.failed"))
-    return described
+    (directory / tower.file_stem).parent.mkdir(parents=True, exist_ok=True)
+    for file, path in paths.items():
+        os.replace(path, directory / (file if entry["status"] == VERIFIED else f"{file}.failed"))
+    return entry
 
 
-def _check_room(part: Part, folder: Path) -> None:
-    """torch's writers end the process where the disk is full."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in (*part.module.parameters(), *part.module.buffers()))
-    needed, free = 1.2 * size + 10e6, shutil.disk_usage(folder).free  # the program beside the weights
+def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str | None:
+    """Write the file. Return the exporter's error as a status, or None.
+
+    ``onnx_source`` is the float32 ONNX file that other formats are converted from. It is written if needed.
+    """
+    file_format = FORMATS[name]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk_space(tower, path.parent)
+    try:
+        if file_format.write:
+            file_format.write(tower, path)
+        if file_format.convert:
+            if not onnx_source.exists():
+                onnx_file.write(tower, onnx_source)
+            file_format.convert(onnx_source, path)
+    except (OSError, DgmrError):  # the disk is full, or a package is missing
+        raise
+    except Exception as error:  # the exporter's own error: continue with the other formats
+        for partial_file in path.parent.glob(f"{path.name}*"):
+            partial_file.unlink()
+        return f"cannot be written: {first_line(error)}"
+    return None
+
+
+def _check_disk_space(tower: ExportTower, folder: Path) -> None:
+    """Raise an error if a file may not fit on the disk. torch's writers abort the process when the disk is full."""
+    tensors = (*tower.module.parameters(), *tower.module.buffers())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    needed, free = 1.2 * size + PROGRAM_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise DgmrError(
-            f"a file of the {part.tower} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free; make room"
+            f"a file of the {tower.kind} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free. "
+            "Free disk space."
         )
-
-
-def _written(name: str, part: Part, path: Path, source: Path) -> dict[str, Any] | None:
-    """Write the file; what there is to say if that is not possible. ``source`` is the ONNX file that others are converted from."""
-    kind = FORMATS[name]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _check_room(part, path.parent)
-    try:
-        if kind.write:
-            kind.write(part, path)
-        if kind.convert:
-            if not source.exists():
-                onnx_file.write(part, source)
-            kind.convert(source, path)
-    except (OSError, DgmrError):  # no space, or a package that is not installed
-        raise
-    except Exception as error:  # an exporter's own: the other formats go on
-        for left in path.parent.glob(f"{path.name}*"):
-            left.unlink()
-        return {"verdict": f"cannot be written: {first_line(error)}"}
-    return None

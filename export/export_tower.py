@@ -1,4 +1,4 @@
-"""What a file computes: one tower, from its input to the outputs that are served."""
+"""Description of a tower to export: its module, example inputs, and names. Knows no file format."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-Run = Callable[[Tensor], tuple[Tensor, ...]]
-"""An exported file as a function: a batch of inputs to its outputs, float32 on the CPU."""
+TowerFunction = Callable[[Tensor], tuple[Tensor, ...]]
+"""An opened file: maps a batch of inputs to its outputs, float32 on the CPU."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tower as it will be served, float32 on the CPU, and real inputs to prove its files with."""
+class ExportTower:
+    """A tower as it is deployed, float32 on the CPU, with example inputs for the verification."""
 
-    tower: str
+    kind: str
     """``image`` or ``text``."""
     module: nn.Module
-    """One input to one tensor, or to a tuple of as many as ``outputs``."""
+    """Maps one input to one tensor, or to a tuple with one tensor per entry of ``output_names``."""
     examples: Tensor
-    """At least two inputs, ``[n, …]``: preprocessed images, or tokens. A file's inputs have their shape but for the batch."""
-    input: str
-    outputs: tuple[str, ...] = ("embedding",)
-    normalised: bool = False
-    """Whether its embeddings have length 1."""
-    file: str = "model"
-    """The files' name without ending, such as ``model`` or ``visual/model``."""
+    """Preprocessed images or token ids, ``[n, …]``, n ≥ 2. An exported file accepts any batch of this input shape."""
+    input_name: str
+    output_names: tuple[str, ...] = ("embedding",)
+    normalized: bool = False
+    """True if the embeddings have length 1."""
+    file_stem: str = "model"
+    """File name without suffix, such as ``model`` or ``visual/model``."""
 
     @torch.no_grad()
-    def expected(self, batch: int = 8) -> tuple[Tensor, ...]:
-        """PyTorch's outputs for all examples."""
-        found = [as_tuple(self.module(chunk)) for chunk in self.examples.split(batch)]
-        return tuple(torch.cat(rows) for rows in zip(*found, strict=True))
+    def reference_outputs(self, batch_size: int = 8) -> tuple[Tensor, ...]:
+        """Return PyTorch's outputs for all examples."""
+        batches = [as_tuple(self.module(batch)) for batch in self.examples.split(batch_size)]
+        return tuple(torch.cat(rows) for rows in zip(*batches, strict=True))
 
 
 def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the outputs of a module as a tuple, a single tensor too."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -1,11 +1,12 @@
-"""Names, folders and side files as other programs expect them.
+"""Export a model with the names, folders and side files that another program expects.
 
-``plain``: ``model.onnx`` (``image`` → ``embedding``) and ``text.onnx`` (``text`` → ``embedding``).
-``huggingface``: what transformers.js and optimum look for: ``onnx/vision_model.onnx`` (``pixel_values`` → ``image_embeds``),
-``onnx/text_model.onnx`` (``input_ids`` → ``text_embeds``) and ``preprocessor_config.json``.
-``immich``: what immich's machine-learning service opens (``immich_ml/models/clip``, read in November 2026): ``visual/model.onnx``
-(``image`` → ``image_embedding``), ``textual/model.onnx`` (``text``, int32 → ``text_embedding``), both of length 1,
-``visual/preprocess_cfg.json``, ``textual/tokenizer.json`` with ``tokenizer_config.json``, and ``config.json``.
+- ``plain``: ``model.onnx`` (``image`` → ``embedding``) and ``text.onnx`` (``text`` → ``embedding``).
+- ``huggingface``: the files that transformers.js and optimum load: ``onnx/vision_model.onnx`` (``pixel_values`` →
+  ``image_embeds``), ``onnx/text_model.onnx`` (``input_ids`` → ``text_embeds``) and ``preprocessor_config.json``.
+- ``immich``: the files that immich's machine-learning service loads (``immich_ml/models/clip``, as of November 2026):
+  ``visual/model.onnx`` (``image`` → ``image_embedding``) and ``textual/model.onnx`` (``text``, int32 →
+  ``text_embedding``), both normalized to length 1, ``visual/preprocess_cfg.json``, ``textual/tokenizer.json`` with
+  ``tokenizer_config.json``, and ``config.json``.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from torch import Tensor
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle
-from dgmr_tp.export.export_tower import Part
-from dgmr_tp.export.towers import parts_of
+from dgmr_tp.export.export_tower import ExportTower
+from dgmr_tp.export.formats import LAYOUTS
+from dgmr_tp.export.towers import export_towers
 from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.lazy_imports import require
 
-LAYOUTS = ("plain", "huggingface", "immich")
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""Pillow's numbers, which transformers uses."""
+"""Pillow's numbers of the interpolations, which transformers uses too."""
 
 
 def export_model(
@@ -41,95 +42,96 @@ def export_model(
     source: str,
     layout: str = "plain",
     outputs: Sequence[str] = ("embedding",),
-    normalised: bool = False,
+    normalized: bool = False,
     text: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Export a model's towers in a layout.
+    """Export the towers of a model in a layout, and verify the files.
 
     Args:
-        model: the towers, the tokenizer and the preprocessing.
-        images: preprocessed, for the proof, ``[n, 3, size, size]``.
-        directory: where to.
-        source: what ``export.json`` calls the model.
-        layout: one of :data:`LAYOUTS`.
-        outputs, normalised, text: see :func:`~dgmr_tp.export.towers.parts_of`.
-        options: of :func:`~dgmr_tp.export.bundle.export_bundle`, which says what is returned and raised.
+        model: the model, with its tokenizer and preprocessing.
+        images: preprocessed images for the verification, ``[n, 3, size, size]``, n ≥ 2.
+        directory: output directory.
+        source: name of the model in ``export.json``.
+        layout: name in :data:`~dgmr_tp.export.formats.LAYOUTS`.
+        outputs, normalized, text: see :func:`~dgmr_tp.export.towers.export_towers`. ``immich`` always normalizes.
+        options: arguments of :func:`~dgmr_tp.export.bundle.export_bundle`.
+
+    Returns:
+        The content of ``export.json``; see :func:`~dgmr_tp.export.bundle.export_bundle`.
+
+    Raises:
+        DgmrError: there are fewer than two images, the layout is unknown or does not fit the model, or as
+            ``export_bundle``.
     """
     if len(images) < 2:
-        raise DgmrError("a file that takes any number of images is proved on two or more; give more images")
+        raise DgmrError(
+            f"the verification of a dynamic batch needs at least two images, got {len(images)}. Give more images."
+        )
     if layout == "immich" and model.library != "open_clip":
         raise DgmrError(
-            f"immich takes CLIPs of open_clip's, {model.name} is one of {model.library}'s; use another layout"
+            f"immich takes CLIP models of open_clip, and {model.name} is from {model.library}. Use another layout."
         )
     processor = getattr(model.preprocess, "processor", None)
-    described = (
-        image_processor(model.preprocess_config, model.image_size)
-        if layout == "huggingface" and processor is None
-        else None
-    )
-    parts = lay_out(
-        layout, parts_of(model, images, outputs=outputs, normalised=normalised or layout == "immich", text=text)
-    )
-    result = export_bundle(parts, directory, model=source, preprocess=model.preprocess_config, **options)
-    if described is not None:
-        _write(directory / "preprocessor_config.json", described)
+    processor_config = None
+    if layout == "huggingface" and processor is None:
+        processor_config = image_processor(model.preprocess_config, model.image_size)
+    normalized = normalized or layout == "immich"
+    towers = apply_layout(layout, export_towers(model, images, outputs=outputs, normalized=normalized, text=text))
+    result = export_bundle(towers, directory, model=source, preprocess=model.preprocess_config, **options)
+    if processor_config is not None:
+        _write_json(directory / "preprocessor_config.json", processor_config)
     elif layout == "huggingface":
         processor.save_pretrained(str(directory))
     if layout == "immich":
-        _write(directory / "visual" / "preprocess_cfg.json", {**model.preprocess_config, "size": model.image_size})
-        _write(directory / "config.json", model.config)
+        _write_json(directory / "visual" / "preprocess_cfg.json", {**model.preprocess_config, "size": model.image_size})
+        _write_json(directory / "config.json", model.config)
         if text:
-            _tokenizer(model).save_pretrained(str(directory / "textual"))
+            _transformers_tokenizer(model).save_pretrained(str(directory / "textual"))
     return result
 
 
-def lay_out(layout: str, parts: Sequence[Part]) -> list[Part]:
-    """The parts with the names of a layout.
+def apply_layout(layout: str, towers: Sequence[ExportTower]) -> list[ExportTower]:
+    """Return the towers with the names of a layout.
 
     Raises:
-        DgmrError: unknown layout, or immich's with patches.
+        DgmrError: the layout is unknown, or it is ``immich`` and a tower returns patches.
     """
     if layout not in LAYOUTS:
-        raise DgmrError(f"unknown layout {layout!r}; known: {', '.join(LAYOUTS)}")
-    if layout == "plain":
-        return list(parts)
-    if layout == "huggingface":
-        names = {
-            "image": ("pixel_values", "image_embeds", "onnx/vision_model"),
-            "text": ("input_ids", "text_embeds", "onnx/text_model"),
-        }
-    else:
-        names = {
-            "image": ("image", "image_embedding", "visual/model"),
-            "text": ("text", "text_embedding", "textual/model"),
-        }
-        if any(part.outputs != ("embedding",) for part in parts):
-            raise DgmrError("immich takes embeddings and nothing else; leave out the patches")
-    found = []
-    for part in parts:
-        given, embedding, file = names[part.tower]
-        outputs = tuple(embedding if name == "embedding" else name for name in part.outputs)
-        examples = part.examples.to(torch.int32) if layout == "immich" and part.tower == "text" else part.examples
-        found.append(replace(part, input=given, outputs=outputs, file=file, examples=examples))
-    return found
+        raise DgmrError(f"unknown layout {layout!r}. Use {', '.join(LAYOUTS)}.")
+    if layout == "immich" and any(tower.output_names != ("embedding",) for tower in towers):
+        raise DgmrError("the layout immich has no patches output. Remove patches from the outputs.")
+    renamed = []
+    for tower in towers:
+        names = LAYOUTS[layout].image if tower.kind == "image" else LAYOUTS[layout].text
+        outputs = tuple(names.embedding if name == "embedding" else name for name in tower.output_names)
+        examples = tower.examples.to(torch.int32) if layout == "immich" and tower.kind == "text" else tower.examples
+        renamed.append(
+            replace(tower, input_name=names.input, output_names=outputs, file_stem=names.file_stem, examples=examples)
+        )
+    return renamed
 
 
 def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
-    """The ``preprocessor_config.json`` of transformers' CLIPImageProcessor that does what ``preprocess`` says.
+    """Return a ``preprocessor_config.json`` that makes transformers' CLIPImageProcessor preprocess as the model does.
+
+    Args:
+        preprocess: the model's preprocessing (mean, std, interpolation, resize_mode or crop_mode, crop_pct).
+        size: height and width of the preprocessed images.
 
     Raises:
-        DgmrError: that processor cannot do it.
+        DgmrError: CLIPImageProcessor cannot do this preprocessing.
     """
     mode, crop = preprocess.get("resize_mode", preprocess.get("crop_mode", "center")), preprocess.get("crop_pct") or 1.0
     squash = mode == "squash"
     if mode not in ("shortest", "center", "squash") or (squash and crop != 1.0):
         raise DgmrError(
-            f"transformers' CLIPImageProcessor cannot resize by {mode!r} with crop_pct {crop}; use the layout plain"
+            f"transformers' CLIPImageProcessor cannot resize by {mode!r} with crop_pct {crop}. Use the layout plain."
         )
-    if preprocess.get("interpolation", "bicubic") not in RESAMPLE:
+    interpolation = preprocess.get("interpolation", "bicubic")
+    if interpolation not in RESAMPLE:
         raise DgmrError(
-            f"transformers' CLIPImageProcessor has no interpolation {preprocess['interpolation']!r}; use the layout plain"
+            f"transformers' CLIPImageProcessor has no interpolation {interpolation!r}. Use the layout plain."
         )
     edge = math.floor(size / crop)
     return {
@@ -137,7 +139,7 @@ def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": size, "width": size} if squash else {"shortest_edge": edge},
-        "resample": RESAMPLE[preprocess.get("interpolation", "bicubic")],
+        "resample": RESAMPLE[interpolation],
         "do_center_crop": not squash,
         "crop_size": {"height": size, "width": size},
         "do_rescale": True,
@@ -148,12 +150,12 @@ def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
     }
 
 
-def _tokenizer(model: OpenedModel) -> Any:
-    """The model's tokenizer as transformers keeps one."""
+def _transformers_tokenizer(model: OpenedModel) -> Any:
+    """Return the model's tokenizer as an object of transformers."""
     inner = getattr(model.tokenizer, "tokenizer", None)
     if hasattr(inner, "save_pretrained"):
         return inner
-    # open_clip's own: the byte pairs of the first CLIP, which transformers knows as well.
+    # open_clip's SimpleTokenizer has the byte pairs of the first CLIP, which CLIPTokenizer accepts.
     simple: Any = model.tokenizer
     merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.get)
     end = "<|endoftext|>"
@@ -164,6 +166,6 @@ def _tokenizer(model: OpenedModel) -> Any:
     return require("transformers", "encoders").CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=end)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1) + "\n")

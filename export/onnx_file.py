@@ -1,4 +1,4 @@
-"""ONNX: torch's dynamo exporter, dynamic batch, run by onnxruntime; in half precision and in eight bits too."""
+"""Write ONNX files in float32, float16 and int8, and read them with onnxruntime. The batch size is always dynamic."""
 
 from __future__ import annotations
 
@@ -12,136 +12,137 @@ from pathlib import Path
 import torch
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export.export_tower import Part, Run
+from dgmr_tp.export.export_tower import ExportTower, TowerFunction
 from dgmr_tp.utils.lazy_imports import require
 
 OPSET = 20
-LARGE = 1.9e9
-"""Bytes of weights above which they go into a second file: protobuf ends at 2 GB."""
+MAX_INLINE_BYTES = 1.9e9
+"""Weights above this size go into a second file. A protobuf file cannot exceed 2 GB."""
+FLOAT32_OPS = ("LayerNormalization", "SimplifiedLayerNormalization", "RMSNormalization", "Gelu")
+"""Operators that stay in float32 in a float16 file.
+
+Norms need the range. onnxruntime 1.31 on a CPU, at its default settings, crashes on some graphs in which these
+operators are float16.
+"""
 
 
-def write(part: Part, path: Path) -> None:
-    """In float32, opset 20.
-
-    The example's batch must be larger than 1: the exporter takes a 1 for a constant.
-    """
+def write(tower: ExportTower, path: Path) -> None:
+    """Export the tower in float32 with torch's dynamo exporter, opset 20."""
     require("onnxscript", "export")
-    batch = torch.export.Dim("batch")
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
-        _quiet("torch.onnx", "onnxscript", "onnx_ir"),
+        _errors_only("torch.onnx", "onnxscript", "onnx_ir"),
     ):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            part.module,
-            (part.examples[:2],),
+            tower.module,
+            (tower.examples[:2],),  # the exporter treats a batch of 1 as a constant
             dynamo=True,
             opset_version=OPSET,
-            input_names=[part.input],
-            dynamic_shapes=({0: batch},),
+            input_names=[tower.input_name],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
         assert program is not None
         graph = program.model.graph
         values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
         for value in values:
-            if value.name in part.outputs:  # what the exporter calls the result of a torch embedding
+            if value.name in tower.output_names:  # the exporter calls the result of an nn.Embedding "embedding"
                 value.name = f"{value.name}_lookup"
-        for value, name in zip(graph.outputs, part.outputs, strict=True):
+        for value, name in zip(graph.outputs, tower.output_names, strict=True):
             value.name = name
-        weights = sum(p.numel() * p.element_size() for p in part.module.parameters())
-        program.save(path, external_data=weights > LARGE)
+        weight_bytes = sum(p.numel() * p.element_size() for p in tower.module.parameters())
+        program.save(path, external_data=weight_bytes > MAX_INLINE_BYTES)
 
 
-def to_half(source: Path, path: Path) -> None:
-    """Weights and matrix products in float16, inputs and outputs in float32.
+def to_float16(source: Path, path: Path) -> None:
+    """Convert a float32 ONNX file to float16 weights and matrix products. Inputs and outputs stay float32.
 
-    Norms and GELUs stay in float32: norms need the range, and onnxruntime 1.31 on a CPU, at its default settings, crashes on some graphs
-    in which they are float16.
+    The operators of :data:`FLOAT32_OPS` stay in float32.
     """
     onnx = require("onnx", "export")
     float16 = require("onnxruntime.transformers.float16", "export")
-    kept = [
-        *float16.DEFAULT_OP_BLOCK_LIST,
-        "LayerNormalization",
-        "SimplifiedLayerNormalization",
-        "RMSNormalization",
-        "Gelu",
-    ]
-    with _quiet("onnxruntime.transformers.float16"), warnings.catch_warnings():
+    float32_ops = [*float16.DEFAULT_OP_BLOCK_LIST, *FLOAT32_OPS]
+    with _errors_only("onnxruntime.transformers.float16"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = float16.convert_float_to_float16(str(source), keep_io_types=True, op_block_list=kept)
-    # A value that goes to two of these is cast twice, by nodes of one name, which no runtime takes.
+        model = float16.convert_float_to_float16(str(source), keep_io_types=True, op_block_list=float32_ops)
+    # A value that two float32 operators read gets two Cast nodes of the same name, which no runtime accepts.
     nodes = list({node.name if node.op_type == "Cast" else i: node for i, node in enumerate(model.graph.node)}.values())
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    onnx.save(model, path, save_as_external_data=_bytes(source) > 2 * LARGE, location=f"{path.name}.data")
+    external = _size_bytes(source) > 2 * MAX_INLINE_BYTES
+    onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data")
 
 
 def to_int8(source: Path, path: Path) -> None:
-    """Matrices in int8; activations are quantised as they come (dynamic quantisation)."""
+    """Quantize the matrices of a float32 ONNX file to int8. Activations are quantized at run time (dynamically)."""
     quantization = require("onnxruntime.quantization", "export")
     model = require("onnx", "export").load(source)
-    del model.graph.value_info[:]  # shapes between the nodes, which no longer hold once matrices are transposed
-    with _quiet("root"):
+    del model.graph.value_info[:]  # these intermediate shapes are wrong once the quantizer transposes the matrices
+    with _errors_only("root"):
         quantization.quantize_dynamic(
             model,
             path,
             weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
-            use_external_data_format=_bytes(source) > LARGE,
+            use_external_data_format=_size_bytes(source) > MAX_INLINE_BYTES,
         )
 
 
-def read(path: Path, threads: int | None = None) -> Run:
-    """The file, run by onnxruntime on the CPU."""
+def read(path: Path, threads: int | None = None) -> TowerFunction:
+    """Open the file with onnxruntime on the CPU.
+
+    Args:
+        path: an ONNX file of any precision.
+        threads: threads of one operator; None lets onnxruntime use one per core.
+
+    Raises:
+        DgmrError: a file with external weights is missing.
+        Exception: onnxruntime's own errors for a file that it cannot open.
+    """
     runtime = require("onnxruntime", "export")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    # Idle threads of one session would otherwise spin and slow down another, as when two are timed in turn.
+    # Otherwise the idle threads of one session spin and slow down another one that is timed in turn.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads:
         options.intra_op_num_threads = threads
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        if missing := _missing_data(path):  # the runtime does not say which
-            raise DgmrError(f"its weights are in {', '.join(missing)}, which must lie beside it") from error
+        if missing := _missing_weight_files(path):  # onnxruntime does not name them
+            raise DgmrError(f"the weights file {', '.join(missing)} is missing next to it") from error
         raise
     [name] = [value.name for value in session.get_inputs()]
-    return lambda inputs: tuple(torch.from_numpy(found) for found in session.run(None, {name: inputs.numpy()}))
+    return lambda inputs: tuple(torch.from_numpy(rows) for rows in session.run(None, {name: inputs.numpy()}))
 
 
-def _missing_data(path: Path) -> list[str]:
-    """The files of weights that an ONNX file names and that are not there."""
+def _missing_weight_files(path: Path) -> list[str]:
+    """Return the external weight files that an ONNX file names and that do not exist."""
     onnx = require("onnx", "export")
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception:  # no ONNX file at all
+    except Exception:  # not an ONNX file
         return []
-    named = {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return sorted(name for name in named if not (path.parent / name).exists())
+    entries = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    names = {entry.value for entry in entries if entry.key == "location"}
+    return sorted(name for name in names if not (path.parent / name).exists())
 
 
-def runtime_version() -> str:
-    """Of the onnxruntime, or onnxruntime-gpu, that verified the file."""
-    return require("onnxruntime", "export").__version__
-
-
-def _bytes(source: Path) -> int:
+def _size_bytes(source: Path) -> int:
+    """Return the size of an ONNX file and its external weights."""
     return sum(path.stat().st_size for path in source.parent.glob(f"{source.name}*"))
 
 
 @contextlib.contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    before = {name: logging.getLogger(name).level for name in loggers}
+def _errors_only(*loggers: str) -> Iterator[None]:
+    """Show only errors of the named loggers."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
     for name in loggers:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for name, level in before.items():
+        for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

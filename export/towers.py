@@ -1,4 +1,4 @@
-"""The towers of a model as parts that can be served."""
+"""Turn the towers of an opened model into modules for export. Knows no file format and no layout."""
 
 from __future__ import annotations
 
@@ -10,90 +10,116 @@ from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export.export_tower import Part
+from dgmr_tp.export.export_tower import ExportTower
+from dgmr_tp.export.formats import OUTPUTS
 from dgmr_tp.pruning import TowerAdapter
 from dgmr_tp.pruning.adapter import last_state
 
-OUTPUTS = ("embedding", "patches")
-TEXTS = ("a cat", "a photo of two people on a beach at night", "the small print of an old newspaper, out of focus")
-"""What a text tower's files are proved with."""
+EXAMPLE_TEXTS = (
+    "a cat",
+    "a photo of two people on a beach at night",
+    "the small print of an old newspaper, out of focus",
+)
+"""Inputs for the verification of a text tower's files."""
 
 
-def parts_of(
+def export_towers(
     model: OpenedModel,
     images: Tensor,
     *,
     outputs: Sequence[str] = ("embedding",),
-    normalised: bool = False,
+    normalized: bool = False,
     text: bool = False,
-) -> list[Part]:
-    """The vision tower and, if asked for, the text tower of a model; see :func:`vision_part`.
-
-    Raises:
-        DgmrError: an unknown output; or the model has no text tower.
-    """
-    parts = [vision_part(model.adapter, images, outputs=outputs, normalised=normalised)]
-    if text:
-        tower = model.text
-        if model.tokenizer is None or tower is None:
-            raise DgmrError(f"{model.name} has no text tower to export, or no tokenizer; it takes a CLIP")
-        parts.append(text_part(tower, model.tokenizer(list(TEXTS)), normalised=normalised))
-    return parts
-
-
-def vision_part(
-    adapter: TowerAdapter, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalised: bool = False
-) -> Part:
-    """A vision tower: images ``[batch, 3, size, size]`` to ``embedding`` ``[batch, width]`` and ``patches`` ``[batch, patches, width]``.
+) -> list[ExportTower]:
+    """Return the image tower of a model and, on request, its text tower.
 
     Args:
-        encoder: the tower's walk; it is copied.
-        images: preprocessed, ``[n, 3, size, size]``, n ≥ 2.
-        outputs: the embedding, alone or with the patch tokens, which are those behind the final norm.
-        normalised: the embedding's length is made 1 inside the file.
+        model: the model. Its towers are copied.
+        images, outputs, normalized: see :func:`vision_export_tower`.
+        text: add the text tower.
 
     Raises:
-        DgmrError: an unknown output, or no embedding.
+        DgmrError: an output is unknown, or the model has no text tower.
+    """
+    towers = [vision_export_tower(model.adapter, images, outputs=outputs, normalized=normalized)]
+    if text:
+        if model.tokenizer is None or model.text is None:
+            raise DgmrError(
+                f"{model.name} has no text tower to export, or no tokenizer. Export a CLIP model, or leave out the "
+                "text tower."
+            )
+        towers.append(text_export_tower(model.text, model.tokenizer(list(EXAMPLE_TEXTS)), normalized=normalized))
+    return towers
+
+
+def vision_export_tower(
+    adapter: TowerAdapter, images: Tensor, *, outputs: Sequence[str] = ("embedding",), normalized: bool = False
+) -> ExportTower:
+    """Return a copy of an image tower for export.
+
+    It maps images ``[batch, 3, size, size]`` to ``embedding`` ``[batch, width]`` and ``patches``
+    ``[batch, patches, width]``.
+
+    Args:
+        adapter: the adapter of the tower.
+        images: preprocessed examples, ``[n, 3, size, size]``, n ≥ 2.
+        outputs: names in :data:`OUTPUTS`. ``embedding`` is required. ``patches`` are the patch tokens after the final
+            norm.
+        normalized: normalize the embedding to length 1.
+
+    Raises:
+        DgmrError: an output is unknown, or the embedding is missing.
     """
     if unknown := [name for name in outputs if name not in OUTPUTS]:
-        raise DgmrError(f"unknown output {unknown[0]!r}; known: {', '.join(OUTPUTS)}")
+        raise DgmrError(f"unknown output {unknown[0]!r}. Use {', '.join(OUTPUTS)}.")
     if "embedding" not in outputs:
-        raise DgmrError("the outputs must hold the embedding; patches come beside it")
+        raise DgmrError("the outputs lack the embedding. Add it; patches can only be exported together with it.")
     ordered = tuple(name for name in OUTPUTS if name in outputs)
-    return Part("image", _ready(_Vision(adapter, ordered, normalised)), images, "image", ordered, normalised)
+    module = _prepare(_ImageTower(adapter, ordered, normalized))
+    return ExportTower("image", module, images, "image", ordered, normalized)
 
 
-def text_part(tower: nn.Module, tokens: Tensor, *, normalised: bool = False) -> Part:
-    """A CLIP's text tower: ``text``, tokens ``[batch, length]``, to ``embedding`` ``[batch, width]``; ``tower`` has ``encode_text``."""
-    return Part("text", _ready(_Text(tower, normalised)), tokens, "text", normalised=normalised, file="text")
+def text_export_tower(tower: nn.Module, tokens: Tensor, *, normalized: bool = False) -> ExportTower:
+    """Return a copy of a CLIP's text tower for export.
+
+    It maps ``text`` ``[batch, length]`` to ``embedding`` ``[batch, width]``.
+
+    Args:
+        tower: a module with ``encode_text``.
+        tokens: token ids of at least two example texts, ``[n, length]``.
+        normalized: normalize the embedding to length 1.
+    """
+    module = _prepare(_TextTower(tower, normalized))
+    return ExportTower("text", module, tokens, "text", normalized=normalized, file_stem="text")
 
 
-class _Vision(nn.Module):
-    def __init__(self, adapter: TowerAdapter, outputs: tuple[str, ...], normalised: bool) -> None:
+class _ImageTower(nn.Module):
+    def __init__(self, adapter: TowerAdapter, output_names: tuple[str, ...], normalized: bool) -> None:
         super().__init__()
         self.tower, self.projection, self.adapter = adapter.tower, adapter.projection, adapter
-        self.outputs, self.normalised = outputs, normalised
+        self.output_names, self.normalized = output_names, normalized
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         state = last_state(self.adapter, images)
-        found = []
-        for name in self.outputs:
+        outputs = []
+        for name in self.output_names:
             if name == "patches":
-                found.append(self.adapter.features(self.adapter.norm(state))[1])
+                outputs.append(self.adapter.features(self.adapter.norm(state))[1])
             else:
                 embedding = self.adapter.embed(state)
-                found.append(F.normalize(embedding, dim=-1) if self.normalised else embedding)
-        return found[0] if len(found) == 1 else tuple(found)
+                outputs.append(F.normalize(embedding, dim=-1) if self.normalized else embedding)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-class _Text(nn.Module):
-    def __init__(self, tower: nn.Module, normalised: bool) -> None:
+class _TextTower(nn.Module):
+    def __init__(self, tower: nn.Module, normalized: bool) -> None:
         super().__init__()
-        self.tower, self.normalised = tower, normalised
+        self.tower, self.normalized = tower, normalized
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.tower.encode_text(tokens, normalize=self.normalised)
+        return self.tower.encode_text(tokens, normalize=self.normalized)
 
 
-def _ready(module: nn.Module) -> nn.Module:
+def _prepare(module: nn.Module) -> nn.Module:
+    """Return a float32 copy on the CPU in eval mode, without gradients."""
     return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""The proof of one exported file, in a process of its own: a runtime that crashes is a verdict, not an end.
+"""Verify one exported file in its own process, so that a runtime that crashes fails the file and not the export.
 
-``prove`` starts ``python -m dgmr_tp.export.verify REQUEST``, which opens the file as a deployer would, compares its outputs with
-PyTorch's at several batch sizes, then times it beside the original's file.
+:func:`verify` starts ``python -m dgmr_tp.export.verify DIRECTORY``. That process opens the file as a deployment would,
+compares its outputs with PyTorch's at several batch sizes, and times it in turn with the dense model's file.
 """
 
 from __future__ import annotations
@@ -22,138 +22,139 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dgmr_tp.export.export_tower import Part
+from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.latency import latencies
 
-BATCHES = (1, 3, 8)
-EXAMPLES = 24
-"""Images that a file is proved with."""
+BATCH_SIZES = (1, 3, 8)
+NUM_EXAMPLES = 24
+"""Number of images that callers should give for the verification."""
 VERIFIED = "verified"
-HANGING = 6 * 3600
-"""Seconds after which a runtime is given up."""
+TIMEOUT_S = 6 * 3600
 
 
-def prove(
-    kind: str,
+def verify(
+    format_name: str,
     path: Path,
-    part: Part,
+    tower: ExportTower,
     expected: Sequence[Tensor],
     *,
     tolerance: float,
-    original: Path | None = None,
+    dense: Path | None = None,
     latency_batches: Sequence[int] = (1, 8),
 ) -> dict[str, Any]:
-    """Compare the file with PyTorch's outputs, and time it.
+    """Compare a file's outputs with PyTorch's, and time it.
 
     Args:
-        kind: a key of ``FORMATS``.
-        path: the file; ``part``: what it was made from; ``expected``: PyTorch's outputs for the part's examples.
-        tolerance: the largest relative error that is allowed.
-        original: the same kind of file of the encoder before pruning, timed in turn with this one.
+        format_name: key of ``FORMATS``.
+        path: the file.
+        tower: the tower that the file was written from.
+        expected: PyTorch's outputs for the tower's examples.
+        tolerance: largest allowed relative error.
+        dense: file of the dense model in the same format, timed in turn with this one.
         latency_batches: batch sizes to time.
 
     Returns:
-        ``verdict`` (``verified`` or what was wrong) and, as far as the process came: per output and batch size the largest
-        ``relative_error`` of an example and the lowest ``cosine`` (of ``patches``: of a patch); ``peak_memory_mb``, what the process
-        took beyond what it held before it opened the file; ``latency_ms`` per batch size and contestant.
+        ``status`` (``verified``, or the problem) and, as far as the process came: ``relative_error``, the largest of an
+        example, and ``cosine``, the lowest of a vector (for ``patches``: of a patch), each per output and batch size;
+        ``peak_memory_mb``, the increase of the process's peak memory while it opens and runs the file; ``latency_ms``
+        per batch size for ``pruned`` and ``original`` (the dense model).
     """
-    with tempfile.TemporaryDirectory(prefix="dgmr-proof-") as scratch:
-        tensors = {"input": part.examples, **dict(zip(part.outputs, expected, strict=True))}
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, Path(scratch) / "examples.safetensors"
-        )
+    with tempfile.TemporaryDirectory(prefix="dgmr-verify-") as name:
+        scratch = Path(name)
+        tensors = {"input": tower.examples, **dict(zip(tower.output_names, expected, strict=True))}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "examples.safetensors")
         request = {
-            "kind": kind,
+            "format": format_name,
             "file": str(path.absolute()),
-            "outputs": part.outputs,
-            "original": None if original is None else str(original.absolute()),
+            "outputs": tower.output_names,
+            "dense": None if dense is None else str(dense.absolute()),
             "latency_batches": list(latency_batches),
             "threads": torch.get_num_threads(),
             "tolerance": tolerance,
         }
-        (Path(scratch) / "request.json").write_text(json.dumps(request))
-        command = [sys.executable, "-m", "dgmr_tp.export.verify", scratch]
+        (scratch / "request.json").write_text(json.dumps(request))
+        command = [sys.executable, "-m", "dgmr_tp.export.verify", str(scratch)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING)
+            process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            return {"verdict": f"the runtime did not end within {HANGING // 3600} hours"}
-        answer = Path(scratch) / "answer.json"
-        found: dict[str, Any] = json.loads(answer.read_text()) if answer.exists() else {}
-    if done.returncode < 0:
-        return {**found, "verdict": f"the runtime crashed ({signal.Signals(-done.returncode).name})"}
-    if done.returncode > 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return {**found, "verdict": f"the runtime refused it: {lines[-1][:200] if lines else 'without a word'}"}
-    return found
+            return {"status": f"the runtime did not end within {TIMEOUT_S // 3600} hours"}
+        result_path = scratch / "result.json"
+        result: dict[str, Any] = json.loads(result_path.read_text()) if result_path.exists() else {}
+    if process.returncode < 0:
+        return {**result, "status": f"the runtime crashed ({signal.Signals(-process.returncode).name})"}
+    if process.returncode > 0:
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
+        return {**result, "status": f"the runtime failed: {lines[-1][:200] if lines else 'it printed no message'}"}
+    return result
 
 
 def _main(scratch: Path) -> None:
+    """Verify the file of ``request.json`` and write ``result.json``."""
     request = json.loads((scratch / "request.json").read_text())
     tensors = load_file(scratch / "examples.safetensors")
     examples, threads = tensors.pop("input"), request["threads"]
     torch.set_num_threads(threads)
-    read = FORMATS[request["kind"]].read
-    before = _peak()
+    read = FORMATS[request["format"]].read
+    memory_before = _peak_memory_mb()
     run = read(Path(request["file"]), threads)
-    found: dict[str, Any] = {"relative_error": {}, "cosine": {}}
-    for batch in BATCHES:
-        rows = [run(chunk) for chunk in examples.split(batch)]
-        for name, outputs in zip(request["outputs"], zip(*rows, strict=True), strict=True):
-            error, cosine = _compare(torch.cat(outputs).float(), tensors[name])
-            found["relative_error"].setdefault(name, {})[batch] = error
-            found["cosine"].setdefault(name, {})[batch] = cosine
-    found["peak_memory_mb"] = _peak() - before
-    found["verdict"] = _judge(found["relative_error"], request["tolerance"])
-    _answer(scratch, found)  # what is known stays known if the timing crashes
-    if found["verdict"] != VERIFIED:
+    result: dict[str, Any] = {"relative_error": {}, "cosine": {}}
+    for batch_size in BATCH_SIZES:
+        batches = [run(batch) for batch in examples.split(batch_size)]
+        for name, outputs in zip(request["outputs"], zip(*batches, strict=True), strict=True):
+            error, cosine = _compare_outputs(torch.cat(outputs).float(), tensors[name])
+            result["relative_error"].setdefault(name, {})[batch_size] = error
+            result["cosine"].setdefault(name, {})[batch_size] = cosine
+    result["peak_memory_mb"] = _peak_memory_mb() - memory_before
+    result["status"] = _status(result["relative_error"], request["tolerance"])
+    _write_result(scratch, result)  # survives a crash during the timing
+    if result["status"] != VERIFIED:
         return
-    contestants = (
-        {"original": read(Path(request["original"]), threads), "pruned": run}
-        if request["original"]
-        else {"pruned": run}
-    )
-    found["latency_ms"] = {}
-    for batch in request["latency_batches"]:
-        inputs = examples.repeat(math.ceil(batch / len(examples)), *[1] * (examples.ndim - 1))[:batch]
-        found["latency_ms"][batch] = latencies(
-            {name: lambda call=call, x=inputs: call(x) for name, call in contestants.items()}
-        )
-    _answer(scratch, found)
+    functions = {"pruned": run}
+    if request["dense"]:
+        functions = {"original": read(Path(request["dense"]), threads), "pruned": run}
+    result["latency_ms"] = {}
+    for batch_size in request["latency_batches"]:
+        inputs = examples.repeat(math.ceil(batch_size / len(examples)), *[1] * (examples.ndim - 1))[:batch_size]
+        calls = {name: lambda call=call, x=inputs: call(x) for name, call in functions.items()}
+        result["latency_ms"][batch_size] = latencies(calls)
+    _write_result(scratch, result)
 
 
-def _compare(found: Tensor, expected: Tensor) -> tuple[float | None, float | None]:
-    """The largest relative error of an example and the lowest cosine of a vector; None where the output is not finite."""
-    if found.shape != expected.shape or not bool(found.isfinite().all()):
+def _compare_outputs(outputs: Tensor, expected: Tensor) -> tuple[float | None, float | None]:
+    """Return the largest relative error of an example and the lowest cosine of a vector.
+
+    Both are None if the shapes differ or a value is not finite.
+    """
+    if outputs.shape != expected.shape or not bool(outputs.isfinite().all()):
         return None, None
-    error = (found - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    error = (outputs - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
     if not bool(error.isfinite().all()):
         return None, None
-    return float(error.max()), float(F.cosine_similarity(found, expected, dim=-1).min())
+    return float(error.max()), float(F.cosine_similarity(outputs, expected, dim=-1).min())
 
 
-def _judge(errors: dict[str, dict[int, float | None]], tolerance: float) -> str:
-    flat = [(name, batch, error) for name, by_batch in errors.items() for batch, error in by_batch.items()]
-    for name, batch, error in flat:
+def _status(errors: dict[str, dict[int, float | None]], tolerance: float) -> str:
+    """Return ``verified`` if all errors, per output and batch size, are within the tolerance, or the problem."""
+    rows = [(name, batch, error) for name, by_batch in errors.items() for batch, error in by_batch.items()]
+    for name, batch, error in rows:
         if error is None:
             return f"its {name} at batch {batch} is not finite or has another shape"
-    name, batch, worst = max(flat, key=lambda entry: entry[2] or 0.0)
-    assert worst is not None
-    return (
-        VERIFIED
-        if worst <= tolerance
-        else f"its {name} at batch {batch} differs from PyTorch's by {worst:.1e} (allowed {tolerance:.0e})"
-    )
+    name, batch, largest = max(rows, key=lambda row: row[2] or 0.0)
+    assert largest is not None
+    if largest <= tolerance:
+        return VERIFIED
+    return f"its {name} at batch {batch} differs from PyTorch's by {largest:.1e} (allowed {tolerance:.0e})"
 
 
-def _answer(scratch: Path, found: dict[str, Any]) -> None:
-    (scratch / "answer.json").write_text(json.dumps(found))
+def _write_result(scratch: Path, result: dict[str, Any]) -> None:
+    (scratch / "result.json").write_text(json.dumps(result))
 
 
-def _peak() -> float:
-    """The most memory that this process has held, MB."""
+def _peak_memory_mb() -> float:
+    """Return the peak memory of this process in MB."""
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage counts what the parent held when it started this process
+    if status.exists():  # getrusage also counts the parent's memory at the time of the fork
         [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
         return int(line.split()[1]) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

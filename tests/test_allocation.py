@@ -8,6 +8,7 @@ from math import floor
 import numpy as np
 import pytest
 import torch
+from compress import block_sites, make_plan, rank
 from conftest import pictures, redraw, timm_tower
 from families import FAMILIES, FORMS
 from hypothesis import given, settings
@@ -16,7 +17,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.compression.criteria import block_sites, make_plan, rank
 from dgmr_tp.pruning import ImageEncoder, MLPPruner, Site, find_sites
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, flops, parameter_cost, parameters

@@ -11,6 +11,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import torch_pruning as tp
+from compress import block_sites, make_plan, search
 from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS
 from hypothesis import given, settings
@@ -20,7 +21,6 @@ from scipy.special import softmax
 from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
-from dgmr_tp.compression.criteria import block_sites, make_plan, search
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning import GivenScores, MLPPruner
 from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
@@ -252,11 +252,21 @@ def test_the_command_and_a_recipe_search(tmp_path):
     figures = json.loads((folder / "manifest.json").read_text())["figures"]
     assert figures["entropy"] > 0 and figures["image_forwards"] > 60
     images = tmp_path / "run" / "scenes" / "all" / "images"
-    numbers = ("--count", "60", "--candidates", "20", "--temperature", "0.05", "--two-sided", "--threshold", "0.05")
+    numbers = (
+        "--calibration-images",
+        "60",
+        "--candidates",
+        "20",
+        "--temperature",
+        "0.05",
+        "--two-sided",
+        "--threshold",
+        "0.05",
+    )
     told = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
     assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()
-    refused = call_command("amp", "--images", images, "--count", "60", "-o", tmp_path / "other.json")
+    refused = call_command("amp", "--images", images, "--calibration-images", "60", "-o", tmp_path / "other.json")
     assert (
         refused.returncode == 2 and "groups of 512 images, got 60" in refused.stderr and refused.stderr.count("\n") == 1
     )
@@ -266,16 +276,16 @@ WORKER = """
 import sys, torch, json
 sys.path.insert(0, sys.argv[1])
 from conftest import pictures, redraw, timm_tower
-from dgmr_tp.compression.criteria import search
-from dgmr_tp.encoders import as_encoder
+from compress import search
+from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning.amp import gate_scores, weight_gradients
 torch.distributed.init_process_group("gloo")
 tower, images = redraw(timm_tower()), pictures(60)
 groups = [[g] for g in images.split(20)]
-scores = gate_scores(as_encoder(tower), groups)
-with weight_gradients(as_encoder(tower), groups):
+scores = gate_scores(adapt(tower), groups)
+with weight_gradients(adapt(tower), groups):
     gradient = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
-with weight_gradients(as_encoder(tower), groups[:1]):  # one group for two processes
+with weight_gradients(adapt(tower), groups[:1]):  # one group for two processes
     lonely = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
 found = search(tower, [images], threshold=1e-4, candidates=20)
 if torch.distributed.get_rank() == 0:

@@ -44,7 +44,17 @@ def images(tmp_path_factory):
 
 def test_prune_writes_a_directory_that_opens(images, tmp_path):
     done = call_command(
-        "prune", "--model", "demo", "--mlp-ratio", "1", "--recover", images, "--count", "100", "-o", tmp_path / "out"
+        "prune",
+        "--model",
+        "demo",
+        "--mlp-ratio",
+        "1",
+        "--recover",
+        images,
+        "--calibration-images",
+        "100",
+        "-o",
+        tmp_path / "out",
     )
     assert done.returncode == 0, done.stderr
     assert "skipped 1 images that do not decode and 1 files that are no images" in " ".join(done.stdout.split())
@@ -190,8 +200,8 @@ def test_plan_for_another_model(tmp_path):
         ("deepspeed", "import dgmr_tp.distillation.processes as l; l.launch([], 1, 1, None)", "distill"),
         (
             "onnxscript",
-            "import torch; from dgmr_tp.export.bundle import export_bundle; from dgmr_tp.export.towers import parts_of\n"
-            "parts = parts_of(dgmr_tp.open_model('demo'), torch.rand(2, 3, 64, 64))\n"
+            "import torch; from dgmr_tp.export.bundle import export_bundle; from dgmr_tp.export.towers import export_towers\n"
+            "parts = export_towers(dgmr_tp.open_model('demo'), torch.rand(2, 3, 64, 64))\n"
             "export_bundle(parts, __import__('pathlib').Path('x'), model='demo', preprocess={})",
             "export",
         ),

@@ -1,6 +1,8 @@
-"""The verdict on an index of old embeddings, against a search written out and against what labels say."""
+"""Compatibility with an index of old embeddings, checked against a naive search and against labels."""
 
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli.evaluation import compare
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.evaluation.index_compatibility import VERDICTS, Limits, Side, compatibility, survey, text_classifier
+from dgmr_tp.evaluation.class_embeddings import class_embeddings
+from dgmr_tp.evaluation.index_compatibility import (
+    VERDICTS,
+    CompareConfig,
+    ComparedEncoder,
+    Thresholds,
+    compare_embeddings,
+    compare_encoders,
+)
 from dgmr_tp.pruning import ImageEncoder
 
 
@@ -23,7 +33,7 @@ def drawn(rows=400, width=24, noise=0.0, seed=0):
 
 
 def naive(old, new, asked, indexed, count):
-    """Shares of today's neighbours, by sorting all cosines in float64."""
+    """Return the shares of the reference neighbors, by sorting all cosines in float64."""
     unit = {
         name: rows.double() / rows.double().norm(dim=1, keepdim=True) for name, rows in (("old", old), ("new", new))
     }
@@ -39,7 +49,7 @@ def naive(old, new, asked, indexed, count):
 
 def test_overlaps_are_those_of_a_search_written_out():
     old, new = drawn(rows=700, noise=0.4)
-    found = compatibility(old, new, queries=150, seed=3)
+    found = compare_embeddings(old, new, queries=150, seed=3)
     order = np.random.default_rng(3).permutation(700)
     for count in (10, 100):
         shares = naive(old, new, order[:150], order[150:], count)
@@ -52,7 +62,7 @@ def test_overlaps_are_those_of_a_search_written_out():
     assert found["cosine"]["p5"] == pytest.approx(np.percentile(cosines, 5), abs=1e-6)
     assert [worst["row"] for worst in found["worst"]] == np.argsort(cosines)[:8].tolist()
     assert found["images"] == 700 and found["queries"] == 150
-    few = compatibility(old[:200], new[:200])
+    few = compare_embeddings(old[:200], new[:200])
     assert few["ways"]["new queries, old index"]["overlap@100"] is None, (
         "all of an index of 100 are among its first 100"
     )
@@ -61,31 +71,37 @@ def test_overlaps_are_those_of_a_search_written_out():
 def test_decisions_are_compared_by_the_old_classifier():
     old, new = drawn(noise=0.5)
     classifier = torch.randn(24, 7, generator=torch.Generator().manual_seed(1))
-    found = compatibility(old, new, classifier=classifier)
+    found = compare_embeddings(old, new, classifier=classifier)
     same = ((old @ classifier).argmax(1) == (new @ classifier).argmax(1)).float().mean()
     assert found["agreement"] == pytest.approx(float(same)) and 0.3 < found["agreement"] < 0.99
     assert found["score"] == min(
         found["agreement"], *(found["ways"][way]["recall@10"] for way in list(found["ways"])[:2])
     )
-    assert compatibility(old, new)["agreement"] is None
+    assert compare_embeddings(old, new)["agreement"] is None
 
 
-def test_the_verdict_follows_the_limits():
+def test_the_verdict_follows_the_limits(tmp_path):
     old, _ = drawn()
-    assert compatibility(old, old)["verdict"] == "keep the index" and compatibility(old, old)["score"] == 1
-    assert compatibility(old, drawn(seed=5)[0])["verdict"] == "re-embed before you deploy"
-    score = compatibility(old, drawn(noise=0.5)[1])["score"]
+    assert compare_embeddings(old, old)["verdict"] == "keep the index" and compare_embeddings(old, old)["score"] == 1
+    assert compare_embeddings(old, drawn(seed=5)[0])["verdict"] == "re-embed before you deploy"
+    score = compare_embeddings(old, drawn(noise=0.5)[1])["score"]
     assert 0 < score < 1
-    for limits, verdict in (((score, 0), 0), ((1, score), 1), ((1, 1), 2)):
-        assert compatibility(old, drawn(noise=0.5)[1], limits=Limits(*limits))["verdict"] == VERDICTS[verdict]
-    with pytest.raises(DgmrError, match="must rise"):
-        Limits(0.8, 0.9)
+    for (keep, convenient), verdict in (((score, 0), 0), ((1, score), 1), ((1, 1), 2)):
+        thresholds = Thresholds(keep=keep, convenient=convenient)
+        result = compare_embeddings(old, drawn(noise=0.5)[1], thresholds=thresholds)
+        assert result["verdict"] == VERDICTS[verdict]
+    for build in (Thresholds, partial(CompareConfig, images="x")):
+        with pytest.raises(ValueError, match=r"convenient = 0\.9 is above keep = 0\.8"):
+            build(keep=0.8, convenient=0.9)
+    for options, why in (({"keep": 0.8}, "convenient = 0.9 is above keep = 0.8"), ({"keep": 2}, "--keep: ")):
+        with pytest.raises(DgmrError, match=re.escape(why)):
+            compare("old.npy", "new.npy", tmp_path / "out", **options)
 
 
 def test_a_turned_space_breaks_an_index_that_re_embedding_would_mend():
     old, _ = drawn()
     turn = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2))).Q
-    found = compatibility(old, old @ turn)
+    found = compare_embeddings(old, old @ turn)
     assert found["verdict"] == "re-embed before you deploy"
     assert (
         found["ways"]["new queries, new index"]["recall@10"] == 1
@@ -101,7 +117,7 @@ def test_what_cannot_be_compared_is_refused():
         (old, new / 0, "not finite"),
     ):
         with pytest.raises(DgmrError, match=why):
-            compatibility(before, after)
+            compare_embeddings(before, after)
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +128,15 @@ def pictures(tmp_path_factory):
 
 
 def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
-    """Right by the labels: how many of the first ten in the old index are of the query's class."""
+    """The labels confirm the verdicts: the share of the first ten neighbors with the query's class."""
     old = open_model("demo")
     calibration = torch.stack([old.preprocess(record.read()) for record in Images.find(pictures).records[:192]])
     good = prune(old, list(calibration.split(64)), criterion="output", keep_ratio=0.8).model
     bad = prune(old, criterion="random", mlp_ratio=0.25).model
-    classifier = text_classifier(old, pictures)
-    side = lambda model: Side(ImageEncoder(model.adapter).eval(), model.preprocess)  # noqa: E731
+    classifier = class_embeddings(old, pictures)
+    side = lambda model: ComparedEncoder(ImageEncoder(model.adapter).eval(), model.preprocess)  # noqa: E731
     found = {
-        name: survey(side(old), side(new), pictures, classifier=classifier)
+        name: compare_encoders(side(old), side(new), pictures, classifier=classifier)
         for name, new in (("good", good), ("bad", bad))
     }
     assert (found["good"]["verdict"], found["bad"]["verdict"]) == ("keep the index", "re-embed before you deploy")
@@ -143,12 +159,12 @@ def test_verdicts_on_a_good_and_on_a_bad_encoder_are_right(pictures):
 
 def test_classes_are_read_from_a_file_a_folder_or_saved_embeddings(pictures, tmp_path):
     demo = open_model("demo")
-    whole = text_classifier(demo, pictures)
+    whole = class_embeddings(demo, pictures)
     assert whole.shape[1] == 64
     (tmp_path / "names.txt").write_text("red circle\n\nblue square\n")
-    assert text_classifier(demo, tmp_path / "names.txt").shape == (whole.shape[0], 2)
+    assert class_embeddings(demo, tmp_path / "names.txt").shape == (whole.shape[0], 2)
     torch.save(whole, tmp_path / "classes.pt")
-    assert torch.equal(text_classifier(demo, tmp_path / "classes.pt"), whole)
+    assert torch.equal(class_embeddings(demo, tmp_path / "classes.pt"), whole)
     (tmp_path / "one.txt").write_text("red circle\n")
     (tmp_path / "broken.pt").write_bytes(b"no")
     for name, why in (
@@ -157,7 +173,7 @@ def test_classes_are_read_from_a_file_a_folder_or_saved_embeddings(pictures, tmp
         ("broken.pt", "cannot read the class"),
     ):
         with pytest.raises(DgmrError, match=why):
-            text_classifier(demo, tmp_path / name)
+            class_embeddings(demo, tmp_path / name)
 
 
 def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
@@ -168,14 +184,14 @@ def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
     (tmp_path / "empty.npy").touch()
     done = call_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
     assert done.returncode == 0 and done.stdout.startswith("keep the index: neighbours 100.0 %\n"), done.stderr
-    assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compatibility(old, new)
+    assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compare_embeddings(old, new)
     assert "Keep the index" in (tmp_path / "out" / "compatibility.html").read_text()
     for arguments, why in (
         (("old.npy", "flat.npy"), "rows and columns"),
         (("old.npy", "nowhere.npy"), "cannot read the embeddings"),
         (("old.npy", "empty.npy"), "cannot read the embeddings"),
-        (("old.npy", "demo"), "both .npy"),
-        (("demo", "demo"), "give --images"),
+        (("old.npy", "demo"), "both be .npy"),
+        (("demo", "demo"), "Pass --images"),
     ):
         with pytest.raises(DgmrError, match=why):
             compare(*(str(tmp_path / name) if "." in name else name for name in arguments), out_dir=tmp_path / "no")

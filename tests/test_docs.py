@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from dgmr_tp.cli import app, recipes
+from dgmr_tp.cli import app
 from dgmr_tp.pipeline.recipe import Recipe
-from dgmr_tp.pipeline.run import STAGES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -59,8 +58,3 @@ def test_every_key_of_a_recipe_is_explained_where_the_code_says_it():
             inner = keys["sections"](field.annotation)
             assert field.description or inner, f"{section.__name__}.{name} has no docstring"
             left += inner
-
-
-def test_the_stages_are_named():
-    stages = re.sub(r"\s+", " ", (ROOT / "docs" / "recipe.md").read_text())
-    assert ", ".join(STAGES) in stages and ", ".join(STAGES) == recipes.STAGES

@@ -1,4 +1,4 @@
-"""The bridge to clip_benchmark gives clip_benchmark's numbers, and they are right."""
+"""Our evaluations give the numbers of clip_benchmark's command line, and those of direct computations."""
 
 import csv
 import json
@@ -21,11 +21,12 @@ from dgmr_tp import DgmrError, open_model
 from dgmr_tp.cli import evaluation as commands
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
-from dgmr_tp.evaluation.loading import open_served
-from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, clip_benchmark, evaluate
+from dgmr_tp.evaluation.clip_benchmark_command import run_clip_benchmark
+from dgmr_tp.evaluation.loading import load_encoder
+from dgmr_tp.evaluation.zero_shot import CLIPWithEncoder, evaluate
 from dgmr_tp.evaluation.zoo import CLASSIFICATION, RETRIEVAL, find_zoo, knn_folders, zoo_figures
 from dgmr_tp.export.bundle import export_bundle, failures
-from dgmr_tp.export.towers import parts_of
+from dgmr_tp.export.towers import export_towers
 from dgmr_tp.pruning.cost import flops, parameters
 
 
@@ -64,8 +65,8 @@ def test_top1_is_what_a_direct_computation_gives(demo, data, tmp_path):
     top1 = np.mean((embedding @ torch.stack(classes).T).argmax(1).numpy() == [scene.label for scene in drawn])
     metrics = run(demo, demo.module, data / "classes", tmp_path / "a" / "r.json")
     assert metrics["acc1"] == pytest.approx(top1, abs=1e-9)
-    kept = json.loads((tmp_path / "a" / "r.json").read_text())
-    assert kept["metrics"] == metrics and kept["task"] == "zeroshot_classification" and kept["model"] == "test"
+    stored = json.loads((tmp_path / "a" / "r.json").read_text())
+    assert stored["metrics"] == metrics and stored["task"] == "zeroshot_classification" and stored["model"] == "test"
 
 
 def test_retrieval_is_found_by_the_folder_and_has_three_recalls(demo, data, tmp_path):
@@ -92,7 +93,7 @@ def test_what_cannot_be_evaluated_is_refused(demo, data, tmp_path):
         run(demo, demo.module, tmp_path, tmp_path / "r.json")
     with pytest.raises(DgmrError, match="no text tower"):
         evaluate(nn.Linear(2, 2), None, None, dataset="wds/x", root=data, output=tmp_path / "r.json", name="vit")
-    with pytest.raises(DgmrError, match="refused"):
+    with pytest.raises(DgmrError, match="unknown task 'juggling'"):
         run(demo, demo.module, data / "classes", tmp_path / "r.json", task="juggling")
     with pytest.raises(DgmrError, match=r"own\.json does not exist"):
         run(demo, demo.module, data / "classes", tmp_path / "r.json", classnames=tmp_path / "own.json")
@@ -113,13 +114,13 @@ def test_an_encoder_without_text_tower_has_a_linear_probe(data, tmp_path, capsys
     FAMILIES["timm ViT"](tmp_path / "vit")
     shutil.copytree(data / "classes", tmp_path / "set")
     shutil.copytree(data / "classes" / "test", tmp_path / "set" / "train")
-    where = {"dataset": "wds/test", "root": tmp_path / "set", "folder": tmp_path / "out"}
+    where = {"dataset": "wds/test", "root": tmp_path / "set", "out_dir": tmp_path / "out"}
     commands.evaluate([str(tmp_path / "vit")], task="linear_probe", **where)
     assert "lp_acc1_sklearn" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table.csv", "vit-wds_test-linear_probe.json"]
     with pytest.raises(DgmrError, match="no text tower"):
         commands.evaluate([str(tmp_path / "vit")], **where)
-    with pytest.raises(DgmrError, match="give one model"):
+    with pytest.raises(DgmrError, match="Give one model"):
         commands.evaluate(["demo", "demo"], save_classifier=tmp_path / "c.pt", **where)
 
 
@@ -164,43 +165,58 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
         "formats": ["onnx", "torchscript"],
         "latency_batches": (),
     }
-    assert not failures(export_bundle(parts_of(demo, images), tmp_path, **options))
-    where = {"dataset": "wds/test", "root": data / "classes", "folder": tmp_path / "out"}
+    assert not failures(export_bundle(export_towers(demo, images), tmp_path, **options))
+    where = {"dataset": "wds/test", "root": data / "classes", "out_dir": tmp_path / "out"}
     commands.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
     scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", capsys.readouterr().out, re.M)
     assert [name for name, _ in scores] == ["demo", "model.onnx"] and scores[0][1] == scores[1][1]
     with (tmp_path / "out" / "table.csv").open() as stream:
         rows = {row["model"]: row for row in csv.DictReader(stream)}
-    kept = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
-    assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == kept["acc1"] > 0.9
-    with pytest.raises(DgmrError, match=r"model\.pt is code"):
+    stored = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
+    assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == stored["acc1"] > 0.9
+    with pytest.raises(DgmrError, match=r"model\.pt contains code"):
         commands.evaluate([str(tmp_path / "model.pt")], **where)
     commands.evaluate([str(tmp_path / "model.pt")], trust_file=True, **where)
     assert re.search(rf"acc1 +{scores[0][1]}", capsys.readouterr().out)
     (tmp_path / "export.json").unlink()
-    with pytest.raises(DgmrError, match="name that model with --text"):
-        open_served(str(tmp_path / "model.onnx"))
+    with pytest.raises(DgmrError, match="Name the model with --text"):
+        load_encoder(str(tmp_path / "model.onnx"))
+
+
+@pytest.mark.parametrize("task", ["zeroshot_classification", "zeroshot_retrieval", "linear_probe"])
+def test_the_result_is_the_one_of_clip_benchmarks_own_command_line(demo, data, tmp_path, task):
+    root = tmp_path / "set"
+    shutil.copytree(data / ("captions" if task == "zeroshot_retrieval" else "classes"), root)
+    if task == "linear_probe":
+        shutil.copytree(root / "test", root / "train")
+    metrics = run(demo, demo.module, root, tmp_path / "ours.json", task=task)
+    options = ["--dataset", "wds/test", "--dataset_root", root, "--task", task, "--no_amp", "--recall_k", 1, 5, 10]
+    options += ["--model", "test", "--pretrained", "none", "--num_workers", 0, "--output", tmp_path / "theirs.json"]
+    load = lambda **_: (demo.module, demo.preprocess, demo.tokenizer)  # noqa: E731
+    run_clip_benchmark(["eval", *map(str, options)], load)
+    assert (tmp_path / "ours.json").read_text() == (tmp_path / "theirs.json").read_text()
+    assert json.loads((tmp_path / "ours.json").read_text())["metrics"] == metrics
 
 
 def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path):
-    known = run(demo, demo.module, data / "classes", tmp_path / "a.json")
-    options = [
-        "--dataset",
-        "wds/test",
-        "--dataset_root",
-        data / "classes",
+    expected = run(demo, demo.module, data / "classes", tmp_path / "a.json")
+    options = ["--dataset", "wds/test", "--dataset_root", data / "classes"]
+    options += [
         "--task",
         "zeroshot_classification",
         "--no_amp",
+        "--num_workers",
+        0,
+        "--output",
+        tmp_path / "{model}.json",
     ]
-    output = ["--num_workers", 0, "--output", tmp_path / "{model}.json"]
-    done = call_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options, *output)
+    done = call_command("clip_benchmark", "eval", "--model", "demo", "--pretrained", "none", *options)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "demo.json").read_text())["metrics"] == known
+    assert json.loads((tmp_path / "demo.json").read_text())["metrics"] == expected
     assert "Models: [('demo', 'none')]" in done.stdout, "every other argument is clip_benchmark's"
     with pytest.raises(DgmrError, match="unknown model 'nowhere'"):
-        clip_benchmark(
-            ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options), *map(str, output)],
+        run_clip_benchmark(
+            ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options)],
             lambda **_: open_model("nowhere"),
         )
 
@@ -213,10 +229,10 @@ def test_the_zoos_three_figures_are_means(tmp_path):
     (tmp_path / "imagenet1k").mkdir()
     with pytest.raises(
         DgmrError,
-        match="lacks imagenet-a, imagenet-r, imagenetv2, imagenet_sketch, objectnet, flickr30k, mscoco_captions;",
+        match=r"lacks imagenet-a, imagenet-r, imagenetv2, imagenet_sketch, objectnet, flickr30k, mscoco_captions\.",
     ):
         find_zoo(tmp_path)
-    with pytest.raises(DgmrError, match="needs the folders train and test"):
+    with pytest.raises(DgmrError, match="needs the directories train and test"):
         knn_folders(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Exported files against PyTorch, the way a deployer runs them."""
+"""Exported files compute what PyTorch computes, in the runtimes of a deployment."""
 
 import hashlib
 import json
@@ -27,11 +27,11 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle, failures
-from dgmr_tp.export.export_tower import Part
+from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS, open_exported
 from dgmr_tp.export.layouts import export_model, image_processor
-from dgmr_tp.export.towers import parts_of, vision_part
-from dgmr_tp.export.verify import VERIFIED, _compare, _judge
+from dgmr_tp.export.towers import export_towers, vision_export_tower
+from dgmr_tp.export.verify import VERIFIED, _compare_outputs, _status
 
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
@@ -43,7 +43,7 @@ def bundle(part, directory, **options):
 
 
 def part(tower, **options):
-    return vision_part(adapt(tower), pictures(5), **options)
+    return vision_export_tower(adapt(tower), pictures(5), **options)
 
 
 def worst(found, expected):
@@ -56,12 +56,12 @@ def names(directory):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A pruned tower, its files in a folder, and what was said of them."""
+    """Return a pruned tower, the directory of its files, and the content of export.json."""
     tower, folder = redraw(timm_tower()), tmp_path_factory.mktemp("files")
-    bundle(part(tower, outputs=("embedding", "patches")), folder / "original", formats=["onnx"])
+    bundle(part(tower, outputs=("embedding", "patches")), folder / "dense", formats=["onnx"])
     pruner = MLPPruner(tower, mlp_ratio=1)
     pruner.apply(pruner.plan())
-    options = {"original": folder / "original", "latency_batches": (2,)}
+    options = {"dense": folder / "dense", "latency_batches": (2,)}
     report = bundle(part(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
     assert not failures(report)
     return tower, folder / "pruned", report
@@ -133,24 +133,24 @@ def test_a_runtime_opens_the_files_as_export_json_says(served):
 
 def test_embeddings_of_length_one(served, tmp_path):
     tower = served[0]
-    report = bundle(part(tower, normalised=True), tmp_path, formats=["onnx"])
+    report = bundle(part(tower, normalized=True), tmp_path, formats=["onnx"])
     with torch.no_grad():
         embedding = tower(pictures(3))
     found = open_exported(tmp_path / "model.onnx")(pictures(3))
     assert torch.allclose(found, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(
         found, embedding, atol=1e-2
     )
-    assert report["towers"]["image"]["normalised"]
-    with pytest.raises(DgmrError, match="unknown output 'logits'; known: embedding, patches"):
+    assert report["towers"]["image"]["normalized"]
+    with pytest.raises(DgmrError, match=r"unknown output 'logits'. Use embedding, patches"):
         part(tower, outputs=("logits",))
-    with pytest.raises(DgmrError, match="must hold the embedding"):
+    with pytest.raises(DgmrError, match="lack the embedding"):
         part(tower, outputs=("patches",))
 
 
 def test_a_text_tower(tmp_path):
     demo = open_model("demo")
     texts = demo.tokenizer(["a red circle", "two blue squares", "nothing"])
-    _, part = parts_of(demo, torch.rand(2, 3, 64, 64), text=True)
+    _, part = export_towers(demo, torch.rand(2, 3, 64, 64), text=True)
     report = bundle(part, tmp_path, formats=["onnx", "torchscript"])
     assert not failures(report)
     with torch.no_grad():
@@ -159,12 +159,12 @@ def test_a_text_tower(tmp_path):
     assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
     opened = torch.jit.load(str(tmp_path / "text.pt"))
     assert not any("visual" in name for name, _ in opened.named_parameters()), (
-        "the vision tower is not in the text tower's file"
+        "the text tower's file has no vision tower"
     )
     assert hasattr(demo.module, "visual")
     vit = replace(demo, module=timm_tower(), tower="", tokenizer=None)
     with pytest.raises(DgmrError, match="no text tower"):
-        parts_of(vit, pictures(2), text=True)
+        export_towers(vit, pictures(2), text=True)
 
 
 def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(tmp_path, monkeypatch):
@@ -176,21 +176,21 @@ def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(t
         )
         report = bundle(tower, tmp_path, formats=["torchscript", "onnx"])
     assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
-    assert names(tmp_path) == ["export.json", "model.onnx", "model.pt.failed"], "the other format goes on"
+    assert names(tmp_path) == ["export.json", "model.onnx", "model.pt.failed"], "the other format is still written"
     assert not failures(bundle(tower, tmp_path, formats=["torchscript"]))
-    assert names(tmp_path) == ["export.json", "model.pt"], "what export.json no longer tells of is gone"
+    assert names(tmp_path) == ["export.json", "model.pt"], "files of the earlier export are deleted"
     (tmp_path / "export.json").write_text("{}")
-    with pytest.raises(DgmrError, match="of another program or version"):
+    with pytest.raises(DgmrError, match="from another program or version"):
         bundle(tower, tmp_path, formats=["torchscript"])
     (tmp_path.parent / "mine").touch()
     (tmp_path / "export.json").write_text('{"towers": {"image": {"files": {"onnx": {"sha256": {"../mine": ""}}}}}}')
-    with pytest.raises(DgmrError, match="not below its folder"):
+    with pytest.raises(DgmrError, match="not inside its directory"):
         bundle(tower, tmp_path, formats=["torchscript"])
     assert (tmp_path.parent / "mine").exists()
 
 
 def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
-    """The runtime of the proving process dies of the signal that onnxruntime died of on half-precision norms."""
+    """The verifying process receives the signal that killed onnxruntime on half-precision norms."""
     (tmp_path / "crash").mkdir()
     program = (
         "import os, onnxruntime\nonnxruntime.InferenceSession = lambda *args, **options: os.kill(os.getpid(), 11)\n"
@@ -202,26 +202,35 @@ def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
     assert names(tmp_path / "out") == ["export.json", "model.onnx.failed"]
 
 
-class Wilful(nn.Module):
-    """Looks at its values, which a graph cannot."""
+class DataDependent(nn.Module):
+    """A module with control flow that depends on values, which a graph cannot express."""
 
     def forward(self, images):
         return images.flatten(1) if images.sum() > 0 else -images.flatten(1)
 
 
 def test_what_cannot_be_written_is_said_and_the_rest_goes_on(tmp_path):
-    report = bundle(Part("image", Wilful(), torch.rand(4, 3, 4, 4), "image"), tmp_path, formats=["onnx", "torchscript"])
+    report = bundle(
+        ExportTower("image", DataDependent(), torch.rand(4, 3, 4, 4), "image"),
+        tmp_path,
+        formats=["onnx", "torchscript"],
+    )
     assert failures(report)["model.onnx"].startswith("cannot be written: ")
     assert names(tmp_path) == ["export.json", "model.pt"]
 
 
 def test_errors_that_are_no_numbers_are_no_proof():
     ones = torch.ones(2, 4)
-    assert _compare(ones * torch.nan, ones) == _compare(ones[:, :3], ones) == _compare(ones, ones * 0) == (None, None)
-    assert _compare(ones * 1.5, ones)[0] == pytest.approx(0.5)
     assert (
-        "not finite" in _judge({"embedding": {1: 0.0, 3: None}}, 1e-4)
-        and _judge({"embedding": {1: 0.0, 3: 1e-5}}, 1e-4) == VERIFIED
+        _compare_outputs(ones * torch.nan, ones)
+        == _compare_outputs(ones[:, :3], ones)
+        == _compare_outputs(ones, ones * 0)
+        == (None, None)
+    )
+    assert _compare_outputs(ones * 1.5, ones)[0] == pytest.approx(0.5)
+    assert (
+        "not finite" in _status({"embedding": {1: 0.0, 3: None}}, 1e-4)
+        and _status({"embedding": {1: 0.0, 3: 1e-5}}, 1e-4) == VERIFIED
     )
 
 
@@ -230,17 +239,17 @@ def test_outputs_that_are_not_finite_fail(tmp_path):
         def forward(self, images):
             return images.flatten(1) / images.flatten(1).sum(1, keepdim=True).clamp(max=0)
 
-    report = bundle(Part("image", Divides(), torch.rand(4, 3, 4, 4), "image"), tmp_path, formats=["onnx"])
+    report = bundle(ExportTower("image", Divides(), torch.rand(4, 3, 4, 4), "image"), tmp_path, formats=["onnx"])
     assert "not finite" in failures(report)["model.onnx"]
     assert "NaN" not in (tmp_path / "export.json").read_text()
 
 
 def test_code_is_opened_only_when_it_is_trusted(served):
     path = served[1] / "model.pt"
-    with pytest.raises(DgmrError, match=r"model\.pt is code.*--trust-file"):
+    with pytest.raises(DgmrError, match=r"model\.pt contains code.*--trust-file"):
         open_exported(path)
     assert open_exported(path, trusted=True)(pictures(1)).shape[0] == 1
-    with pytest.raises(DgmrError, match=r"model\.pt does not take inputs of shape \[1, 3, 16, 16\]"):
+    with pytest.raises(DgmrError, match=r"model\.pt does not accept inputs of shape \[1, 3, 16, 16\]"):
         open_exported(path, trusted=True)(pictures(1, size=16))
 
 
@@ -266,7 +275,7 @@ def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
         with pytest.raises(DgmrError, match=rf"^cannot open .*{name}: .*{why}") as caught:
             open_exported(tmp_path / name, trusted=True)
         assert "\n" not in str(caught.value)
-    with pytest.raises(DgmrError, match="ends in"):
+    with pytest.raises(DgmrError, match="end in"):
         open_exported(tmp_path / "a.tflite")
     with pytest.raises(DgmrError, match="does not exist"):
         open_exported(tmp_path / "a.onnx")
@@ -297,7 +306,7 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
 
 @pytest.mark.slow
 def test_immichs_layout_answers_as_its_service_asks(tmp_path):
-    """Names, types and the tokenizer's settings as immich_ml/models/clip uses them."""
+    """Check names, types and tokenizer settings as immich_ml/models/clip uses them."""
     demo = open_model("demo")
     images = torch.stack([demo.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(3)])
     options = {"source": "demo", "layout": "immich", "formats": ["onnx"], "latency_batches": ()}
@@ -321,7 +330,7 @@ def test_immichs_layout_answers_as_its_service_asks(tmp_path):
         )
     assert np.abs(found - expected[0].numpy()).max() < 1e-4 and np.abs(words - expected[1].numpy()).max() < 1e-4
     assert [o.name for o in (*visual.get_outputs(), *textual.get_outputs())] == ["image_embedding", "text_embedding"]
-    with pytest.raises(DgmrError, match="leave out the patches"):
+    with pytest.raises(DgmrError, match="Remove patches"):
         export_model(demo, images, tmp_path, outputs=("embedding", "patches"), **options)
 
 
@@ -334,7 +343,7 @@ def test_the_search_example_finds_what_is_asked_for(tmp_path):
         Image.fromarray(scene.image()).save(tmp_path / "images" / f"{i}.png")
     images = torch.stack([demo.preprocess(Image.fromarray(scene.image())) for scene in scenes[:4]])
     model = os.path.relpath(Path(__file__).parent.parent / "dgmr_tp" / "data" / "demo_clip", tmp_path / "files")
-    options = {"formats": ["onnx"], "latency_batches": (), "normalised": True, "text": True}
+    options = {"formats": ["onnx"], "latency_batches": (), "normalized": True, "text": True}
     assert not failures(export_model(demo, images, tmp_path / "files", source=model, **options))
     script = Path(__file__).parent.parent / "examples" / "search" / "search.py"
     search = lambda *words: subprocess.run(  # noqa: E731
@@ -356,12 +365,12 @@ def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsy
     printed = capsys.readouterr().out
     assert f"{tmp_path / 'model.onnx'}: verified" in printed and "batch 8: this" in printed
     assert names(tmp_path) == ["export.json", "model.int8.onnx.failed", "model.onnx"]
-    with pytest.raises(DgmrError, match="write it as onnx-int8"):
+    with pytest.raises(DgmrError, match="Write it as onnx-int8"):
         models.export("demo", tmp_path, tolerance=["onnx"])
 
 
 def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
-    part = Part("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    part = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
     for free in (9e6, 11e6):
         monkeypatch.setattr(
             "dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
@@ -370,7 +379,7 @@ def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, 
             assert not failures(bundle(part, tmp_path, formats=["torchscript"]))
             continue
         with pytest.raises(
-            DgmrError, match="a file of the image tower takes up to 10 MB, but 9 MB are free; make room"
+            DgmrError, match=r"a file of the image tower takes up to 10 MB, but 9 MB are free. Free disk space"
         ):
             bundle(part, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)

@@ -11,15 +11,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from compress import make_plan
 from conftest import pictures
 from families import FAMILIES, FORMS, plain_embedding, plain_output
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.formats import open_exported
-from dgmr_tp.export.towers import vision_part
+from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning import ImageEncoder, find_sites, last_state
 from dgmr_tp.pruning.plan import Plan, SitePlan
 
@@ -242,7 +242,7 @@ def test_the_plain_library_opens_what_its_config_can_say(model, directory, tmp_p
 @pytest.mark.slow
 def test_exported_files_compute_the_same(model, tmp_path):
     pruned, _, _ = prune(model, keep=uneven(block_sites(model)))
-    part = vision_part(pruned.adapter, IMAGES, outputs=("embedding", "patches"))
+    part = vision_export_tower(pruned.adapter, IMAGES, outputs=("embedding", "patches"))
     report = export_bundle(
         [part], tmp_path, model="", preprocess={}, formats=["onnx", "onnx-fp16", "torchscript"], latency_batches=()
     )

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import transformers
+from compress import block_sites
 
 from dgmr_tp import open_model
-from dgmr_tp.compression.criteria import block_sites
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning.cost import flop_cost, flops, parameter_cost, parameters
 from dgmr_tp.pruning.pruner import resize

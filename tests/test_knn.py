@@ -1,4 +1,4 @@
-"""k-NN accuracy: scikit-learn's votes, whatever the blocks and the number of processes."""
+"""k-NN accuracy equals scikit-learn's votes, for any block size and number of processes."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from dgmr_tp import DgmrError, open_model
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.evaluation.knn import NEIGHBOURS, knn_accuracy
+from dgmr_tp.evaluation.knn import NEIGHBORS, knn_accuracy
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.knn import nearest, nearest_classes
@@ -38,7 +38,7 @@ def test_votes_are_scikit_learns(size, count, block, seed):
 
 
 def test_the_temperature_decides_between_one_close_and_many_far():
-    """Similarity 0.914 against 1: a vote of exp(−0.086 / 0.07) = 0.29, so that four outvote one and three do not."""
+    """A similarity of 0.914 votes exp(−0.086 / 0.07) = 0.29 times as much as 1: four neighbors outvote one, three do not."""
     bank, classes = torch.tensor([[1.0, 0.0]] + 4 * [[0.9, 0.4]]), torch.tensor([0, 1, 1, 1, 1])
     query = torch.tensor([[1.0, 0.0]])
     assert nearest_classes(bank, classes, query).item() == 1
@@ -62,7 +62,7 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
         embed = lambda images: opened.module.visual(torch.stack([opened.preprocess(r.read()) for r in images.records]))  # noqa: E731
         bank, queries = embed(train), embed(test)
     wanted = [int(r.class_name()) for r in test.records]
-    for count in NEIGHBOURS:
+    for count in NEIGHBORS:
         found = nearest_classes(
             bank, torch.tensor([int(r.class_name()) for r in train.records]), queries, count
         ).tolist()
@@ -108,7 +108,7 @@ def test_images_without_a_class_and_unknown_classes_are_named(folders, tmp_path)
     Image.new("RGB", (8, 8)).save(tmp_path / "flat" / "b.png")
     train, test, none = Images.find(tmp_path / "train"), Images.find(tmp_path / "test"), Images.find(tmp_path / "flat")
     embed = lambda images: images.flatten(1)  # noqa: E731
-    with pytest.raises(DgmrError, match=r"has the class 'dog', which .*train has not"):
+    with pytest.raises(DgmrError, match=r"has the class 'dog', which is missing in .*train"):
         knn_accuracy(embed, lambda image: torch.ones(3, 2, 2), train=train, test=test)
     with pytest.raises(DgmrError, match=r"b\.png has no class"):
         knn_accuracy(embed, lambda image: torch.ones(3, 2, 2), train=train, test=none)

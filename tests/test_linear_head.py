@@ -1,4 +1,4 @@
-"""Linear classifiers on embeddings: the encoder's own, one from a file, one fitted to the original and handed on."""
+"""Linear classifiers on embeddings: the encoder's own, one from a file, and one fitted to the dense encoder."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data.images import Images
-from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head, head_accuracy, read_head
+from dgmr_tp.evaluation.linear_head import check_classifier, fit_head, head_accuracy, read_head
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pruning import ImageEncoder
 
@@ -24,16 +24,14 @@ HOW = {"device": "cpu", "batch_size": 16}
 
 
 def classes(root, names, each, seed):
-    """Folders of noise around a colour of each class."""
+    """Write directories of noisy images, with a mean color per class."""
     generator = np.random.default_rng(seed)
     for number, name in enumerate(names):
         (root / name).mkdir(parents=True)
-        colour = np.random.default_rng(number).uniform(60, 190, 3)
+        color = np.random.default_rng(number).uniform(60, 190, 3)
         for index in range(each):
             picture = (
-                (colour + generator.normal(0, 60, (64, 64, 3)) + generator.normal(0, 25, 3))
-                .clip(0, 255)
-                .astype("uint8")
+                (color + generator.normal(0, 60, (64, 64, 3)) + generator.normal(0, 25, 3)).clip(0, 255).astype("uint8")
             )
             Image.fromarray(picture).save(root / name / f"{index}.png")
     return root
@@ -74,7 +72,7 @@ def test_the_classifier_of_a_timm_model(data, tmp_path):
     assert found["head@5"] == pytest.approx(float((logits.topk(5).indices == answers[:, None]).any(1).float().mean()))
     assert found["head@1"] < found["head@5"] < 1
     with pytest.raises(
-        DgmrError, match=r"has 3 classes, up to c, but there are 10 outputs: give images of all classes"
+        DgmrError, match=r"has 3 classes, up to c, but there are 10 outputs. Give images of all classes"
     ):
         judged(opened, None, classes(tmp_path / "few", "abc", 1, 0))
 
@@ -106,18 +104,18 @@ def test_a_file_that_is_no_head_is_refused(demo, data, tmp_path):
         (
             "more",
             {"weight": torch.ones(2, 3), "bias": torch.ones(2), "other": torch.ones(1)},
-            "it holds bias, other, weight",
+            "it contains bias, other, weight",
         ),
-        ("apart", {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, "it takes weight .* and bias"),
+        ("apart", {"weight": torch.ones(2, 3), "bias": torch.ones(3)}, "Give a file with weight .* and bias"),
     ):
         save_file(tensors, tmp_path / f"{name}.safetensors")
-        with pytest.raises(DgmrError, match=rf"{name}\.safetensors is no linear head: .*{says}"):
+        with pytest.raises(DgmrError, match=rf"{name}\.safetensors is not a linear head: .*{says}"):
             read_head(tmp_path / f"{name}.safetensors")
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
-    with pytest.raises(DgmrError, match=r"damaged\.pth is no linear head"):
+    with pytest.raises(DgmrError, match=r"damaged\.pth is not a linear head"):
         read_head(tmp_path / "damaged.pth")
     save_file({"weight": torch.ones(10, 7), "bias": torch.ones(10)}, tmp_path / "narrow.safetensors")
-    with pytest.raises(DgmrError, match=r"takes embeddings of 7 numbers, the encoder gives"):
+    with pytest.raises(DgmrError, match=r"takes embeddings of width 7, and the encoder's have width"):
         judged(demo, read_head(tmp_path / "narrow.safetensors"), data[1])
 
 
@@ -127,7 +125,7 @@ def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(de
         classes(tmp_path / name, [f"n{i:02}" for i in range(count)], each, seed)
         for name, each, seed in (("a", 12, 1), ("b", 9, 2))
     )
-    head = fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)
+    head = fit_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)
     unit = lambda part: F.normalize(part, dim=-1).numpy()  # noqa: E731
     (known, names), (asked, answers) = by_hand(demo, train), by_hand(demo, test)
     small = prune(demo, criterion="random", mlp_ratio=0.25).model
@@ -136,13 +134,13 @@ def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(de
     whole, drifted = (judged(opened, head, test)["head@1"] for opened in (demo, small))
     assert any((whole, drifted) == pytest.approx(pair, abs=1e-6) for pair in expected) and whole > 1.4 / count
     assert count == 2 or drifted < whole
-    with pytest.raises(DgmrError, match="has the class 'zebra', which the head does not know"):
+    with pytest.raises(DgmrError, match="has the class 'zebra', which is missing in the head"):
         judged(demo, head, classes(tmp_path / "z", ["zebra"], 1, 0))
 
 
 def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
     test, how = Images.find(data[1]), HOW
-    with pytest.raises(DgmrError, match="numbers that are not finite"):
+    with pytest.raises(DgmrError, match="outputs are not finite"):
         head_accuracy(
             lambda images: torch.full((len(images), 10), torch.nan), demo.preprocess, head=None, test=test, **how
         )
@@ -152,26 +150,26 @@ def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
         ]
         == 0
     )
-    with pytest.raises(DgmrError, match="demo has no classifier of its own; give the weights of a head"):
+    with pytest.raises(DgmrError, match=r"demo has no classifier of its own. Give the weights of a linear head"):
         check_classifier(demo)
     done = call_command("eval", "demo", "--head-test", data[1], "-o", tmp_path / "out")
     assert done.returncode == 2 and "no classifier of its own" in done.stderr
     with pytest.raises(DgmrError, match="no classifier of its own"):
         Run(recipe(evaluate={"head": {"test": str(data[1])}}), tmp_path / "run").run()
     save_file({"weight": torch.ones(3), "bias": torch.ones(())}, tmp_path / "flat.safetensors")
-    with pytest.raises(DgmrError, match="is no linear head"):
+    with pytest.raises(DgmrError, match="is not a linear head"):
         read_head(tmp_path / "flat.safetensors")
 
 
 def test_classes_that_cannot_be_read_are_not_fitted(demo, tmp_path):
     train = classes(tmp_path / "train", "abc", 8, 1)
-    fit = lambda: fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)  # noqa: E731
+    fit = lambda: fit_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(train), **HOW)  # noqa: E731
     for file in (train / "c").iterdir():
         file.write_bytes(b"broken")
     assert fit().classes == ["a", "b"] and fit().weight.shape[0] == 2
     for file in (train / "b").iterdir():
         file.write_bytes(b"broken")
-    with pytest.raises(DgmrError, match="that can be read have one class, a; a classifier needs two"):
+    with pytest.raises(DgmrError, match=r"that can be decoded have one class, a. Give images of two or more"):
         fit()
 
 
@@ -180,7 +178,7 @@ def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_p
     head = ["--head-train", data[0], "--head-test", data[1]]
     done = call_command("eval", "demo", tmp_path / "small", *head, "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    fitted = fitted_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(data[0]), **HOW)
+    fitted = fit_head(ImageEncoder(demo.adapter), demo.preprocess, Images.find(data[0]), **HOW)
     rows = {row["model"]: float(row["head@1"]) for row in csv.DictReader((tmp_path / "out" / "table.csv").open())}
     assert rows["demo"] == pytest.approx(judged(demo, fitted, data[1])["head@1"])
     assert (
@@ -188,7 +186,7 @@ def test_the_command_hands_the_first_models_head_to_the_others(demo, data, tmp_p
         and rows["small"] < rows["demo"]
     )
     refused = call_command("eval", "demo", "--head-train", data[0], "-o", tmp_path / "out")
-    assert refused.returncode == 2 and "give --dataset" in refused.stderr and "--head-test" in refused.stderr
+    assert refused.returncode == 2 and "Give --dataset" in refused.stderr and "--head-test" in refused.stderr
 
 
 def test_a_recipe_evaluates_by_a_head(demo, data, tmp_path):

@@ -15,7 +15,7 @@ from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.distillation.memory import Devices, MemoryEstimator
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline.dry_run import plan_memory
+from dgmr_tp.pipeline.estimate import estimate_distillation
 from dgmr_tp.utils.modules import meta_copy
 
 
@@ -96,21 +96,21 @@ def test_the_beginning_has_to_fit_too():
 
 def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     small = recipe()
-    text, misfit = plan_memory(small, "2x1GB", rate="2")
+    text, misfit = estimate_distillation(small, "2x1GB", rate="2")
     assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
     assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
-    assert "\n192 images\n" in plan_memory(small, "2x1GB")[0] + "\n"
+    assert "\n192 images\n" in estimate_distillation(small, "2x1GB")[0] + "\n"
     assert (
-        plan_memory(small, "2x0.028GB")[1]
-        == "mlp_ratio-1 does not fit into 2x0.028GB; it would fit with distill.micro_batch: 2"
+        estimate_distillation(small, "2x0.028GB")[1]
+        == "mlp_ratio-1 does not fit into 2x0.028GB. It would fit with distill.micro_batch: 2."
     )
-    assert "take larger devices" in plan_memory(small, "2x0.001GB")[1]
-    done = call_command("plan", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
-    assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "it would fit with" in done.stderr
+    assert "Take larger devices" in estimate_distillation(small, "2x0.001GB")[1]
+    done = call_command("estimate", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
+    assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "It would fit with" in done.stderr
     with pytest.raises(DgmrError, match=r"--devices 8 is not a number and a size of devices\. Write it as in 8x48GB"):
-        plan_memory(small, "8")
+        estimate_distillation(small, "8")
     with pytest.raises(DgmrError, match="has no section distill"):
-        plan_memory(recipe(distill=None), "2x1GB")
+        estimate_distillation(recipe(distill=None), "2x1GB")
 
 
 def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_path):
@@ -119,18 +119,18 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     rates = [float(line.split(",")[1]) for line in log.read_text().splitlines()[1:]]
     later = rates[len(rates) // 2 :]
     match = re.search(
-        r"192 images at ([\d.]+) a second \(measured in", plan_memory(recipe(), "2x1GB", str(directory))[0]
+        r"192 images at ([\d.]+) a second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
     )
     assert min(later) * 0.999 <= float(match[1]) <= max(later) * 1.001
     begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
     begun.mkdir(parents=True)
     (begun / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
-    assert "192 images at 0.02 a second" in plan_memory(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
+    assert "192 images at 0.02 a second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
     for wrong in ("0", "-3", "nan"):
         with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second are more than 0"):
-            plan_memory(recipe(), "2x1GB", wrong)
+            estimate_distillation(recipe(), "2x1GB", wrong)
     with pytest.raises(DgmrError, match="or the directory of a run that has begun to distil mlp_ratio-1"):
-        plan_memory(recipe(), "2x1GB", str(tmp_path))
+        estimate_distillation(recipe(), "2x1GB", str(tmp_path))
 
 
 def test_the_least_change_comes_first():

@@ -9,11 +9,11 @@ import open_clip
 import pytest
 import timm
 import torch
+from compress import make_plan
 from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.encoders import OpenedModel
 
 OPEN_CLIP_CONFIG = {
@@ -177,8 +177,8 @@ def test_a_checkpoint_that_does_not_fit_names_the_key(directory, change):
 @pytest.mark.parametrize(
     ("source", "pretrained", "says"),
     [
-        ("open_clip:ViT-B-23", "openai", "did you mean.*ViT-B-32"),
-        ("timm:vit_tiny_patch16_225", "none", "did you mean.*vit_tiny_patch16_224"),
+        ("open_clip:ViT-B-23", "openai", "Did you mean.*ViT-B-32"),
+        ("timm:vit_tiny_patch16_225", "none", "Did you mean.*vit_tiny_patch16_224"),
         ("open_clip:ViT-B-32", None, "--pretrained"),
         ("nowhere", None, "unknown model 'nowhere'"),
         ("demo", "openai", "holds its own weights"),
@@ -190,7 +190,7 @@ def test_unknown_models_are_refused_with_a_hint(source, pretrained, says):
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(DgmrError, match="no model directory"):
+    with pytest.raises(DgmrError, match="is not a model directory"):
         open_model(str(tmp_path))
 
 
@@ -309,5 +309,5 @@ def test_shapes_alone_need_no_network(monkeypatch):
 )
 def test_unknown_tags_are_refused_without_a_download(source, tag):
     assert open_model(source, tag, weights="none").tower is not None
-    with pytest.raises(DgmrError, match=f"has no weights 'nonsense'; there are: .*{tag}"):
+    with pytest.raises(DgmrError, match=f"has no weights 'nonsense'. Its tags are: .*{tag}"):
         open_model(source, "nonsense", weights="none")

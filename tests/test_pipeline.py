@@ -17,10 +17,10 @@ from conftest import BIN, SMALL, begun, command, recipe, run_command, write_reci
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pipeline.preflight import check_needs
+from dgmr_tp.pipeline.preflight import run_preflight
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pipeline.run_directory import RunDirectory, Step
-from dgmr_tp.utils.files import hold
+from dgmr_tp.utils.files import lock_directory
 
 
 def weights(run: Path, stage: str = "distill"):
@@ -102,7 +102,7 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
     with pytest.raises(DgmrError, match=r"scenes/all .*captions: 40 → 41.*--redo scenes"):
         Run(recipe(scenes={**SMALL["scenes"], "captions": 41}), directory).run()
     run = Run(recipe(), directory)
-    run.versions = {**run.versions, "torch": "0.1"}
+    run.directory.versions = {**run.directory.versions, "torch": "0.1"}
     with pytest.raises(DgmrError, match=r"versions\.torch: .* → 0\.1"):
         run.run()
 
@@ -111,9 +111,9 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
     directory = begun(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
     step = next(step for step in run.steps if step.stage == "distill")
-    checkpoint = run.partial(step) / "checkpoints" / "step00000003"
+    checkpoint = run.directory.prepare(step) / "checkpoints" / "step00000003"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "whole.json").touch()
+    (checkpoint / "manifest.json").touch()
     with pytest.raises(DgmrError, match=r"distill\.base_lr: 0\.001 → 0\.002.*--redo distill"):
         Run(recipe(distill={**SMALL["distill"], "base_lr": 2e-3}), directory).run()
     assert checkpoint.exists()
@@ -121,7 +121,10 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
 
 def test_two_runs_do_not_work_in_one_directory(small_run):
     directory, _ = small_run
-    with hold(directory, "dgmr-tp run is working"), pytest.raises(DgmrError, match="another dgmr-tp run is working"):
+    with (
+        lock_directory(directory, "dgmr-tp run is working"),
+        pytest.raises(DgmrError, match="another dgmr-tp run is working"),
+    ):
         Run(recipe(), directory).run()
 
 
@@ -145,12 +148,12 @@ def test_machines_that_cannot_be_reached_are_said_before_anything_runs(tmp_path,
             Run(recipe(distill=distill), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     hosts.write_text("# this machine\nlocalhost slots=2\n")
-    check_needs(recipe(distill=distill))
+    run_preflight(Run(recipe(distill=distill), tmp_path / "run").context)
 
 
 def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_path, monkeypatch):
     calls = []
-    step = Step("prune", "a", {}, (), lambda folder: calls.append(folder) or {"figure": 1})
+    step = Step("prune", "a", dict, (), lambda folder: calls.append(folder) or {"figure": 1})
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -167,7 +170,7 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
         and run.figures("prune/a") == {"figure": 1}
         and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
     )
-    run.do(Step("prune", "a", {"other": 1}, (), step.work))
+    run.do(Step("prune", "a", lambda: {"other": 1}, (), step.work))
     assert len(calls) == 2, "another recipe's step is another"
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compress import rank
 from conftest import call_command, recipe
 from families import FAMILIES
 from PIL import Image
 
 from dgmr_tp import DgmrError, open_model
-from dgmr_tp.compression.criteria import rank
-from dgmr_tp.compression.quality_target import prune_to_promise
+from dgmr_tp.compression.quality_target import prune_to_target
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.pipeline.report import collect
@@ -42,7 +42,7 @@ def held_out(images, model, count):
 
 
 def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size_breaks_it(model, images):
-    found = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80)
+    found = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80)
     _, judged, _ = held_out(images, model, 80)
     with torch.no_grad():
         cosine = F.cosine_similarity(found.pruned.model.tower(judged), model.tower(judged)).double()
@@ -56,12 +56,12 @@ def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size
     broken = [trial.parameters for trial in found.trials if not trial.kept]
     assert size < 0.6 * total and 0 < size - max(broken) < total / 50
     assert all((trial.bound >= 0.9999) == trial.kept for trial in found.trials)
-    looser = prune_to_promise(model, images, min_cosine=0.999, calibration=160, held_out=80)
+    looser = prune_to_target(model, images, min_cosine=0.999, num_calibration_images=160, held_out=80)
     assert parameters(looser.pruned.model.tower) < size
 
 
 def test_max_drop_is_about_a_k_nn_classifier(model, images):
-    found = prune_to_promise(model, images, max_drop=0.05, calibration=160, held_out=80)
+    found = prune_to_target(model, images, max_drop=0.05, num_calibration_images=160, held_out=80)
     bank, judged, labels = held_out(images, model, 80)
 
     def right(tower):
@@ -84,12 +84,12 @@ def test_max_drop_is_about_a_k_nn_classifier(model, images):
 
 def test_rankings_and_multiples_are_used(model, images):
     pictures = list(held_out(images, model, 80)[0].split(64))
-    fresh = prune_to_promise(model, images, min_cosine=0.9999, calibration=160, held_out=80, round_to=8)
-    stored = prune_to_promise(
+    fresh = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80, round_to=8)
+    stored = prune_to_target(
         model,
         images,
         min_cosine=0.9999,
-        calibration=160,
+        num_calibration_images=160,
         held_out=80,
         round_to=8,
         rankings=rank(model, "output", pictures),
@@ -110,12 +110,12 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
         ({"max_drop": 0.1, "held_out": 50}, "not every image in .* has a class"),
     ):
         with pytest.raises(DgmrError, match=says):
-            prune_to_promise(model, tmp_path, **options)
+            prune_to_target(model, tmp_path, **options)
     monkeypatch.setattr(
         "dgmr_tp.compression.quality_target.HALVINGS", 1
     )  # or else a size so near the whole tower is found that it keeps anything
     with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not kept even at .* parameters"):
-        prune_to_promise(model, images, min_cosine=0.99999, calibration=160, held_out=80)
+        prune_to_target(model, images, min_cosine=0.99999, num_calibration_images=160, held_out=80)
 
 
 def test_classes_come_from_folders_and_from_shards(tmp_path, images):
@@ -140,7 +140,7 @@ def test_a_ranking_that_may_know_the_judges_is_refused(model, images):
     with pytest.raises(
         DgmrError, match="holds 240 images that can be read, fewer than the 200 to calibrate on and the 80 to judge by"
     ):
-        prune_to_promise(model, images, min_cosine=0.9, calibration=200, held_out=80, rankings=rankings)
+        prune_to_target(model, images, min_cosine=0.9, num_calibration_images=200, held_out=80, rankings=rankings)
 
 
 def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(model, images, tmp_path):
@@ -223,7 +223,7 @@ def test_the_command(tmp_path, images):
         "0.98",
         "--recover",
         images,
-        "--count",
+        "--calibration-images",
         "160",
         "--held-out",
         "80",

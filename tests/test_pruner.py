@@ -7,11 +7,11 @@ import pytest
 import timm
 import torch
 import torch_pruning as tp
+from compress import make_plan
 from conftest import pictures, redraw, timm_tower
 from torch import nn
 
 from dgmr_tp import DGMRImportance, MLPPruner, prune
-from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, find_sites, last_state

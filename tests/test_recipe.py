@@ -1,4 +1,4 @@
-"""Recipes: what a person writes wrong is named with its line and the nearest right key."""
+"""Recipes: validation errors name the line and the nearest valid key; base, --set and names resolve to one recipe."""
 
 import json
 from pathlib import Path
@@ -46,13 +46,13 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("mlp_ratio", "mlp_ratoi", r"line 5: unknown key prune\.mlp_ratoi; did you mean mlp_ratio"),
-        ("images:", "image:", r"line 3: unknown key image; did you mean images"),
-        ("dataset:", "datset:", r"line 8: unknown key evaluate\.datasets\.0\.datset; did you mean dataset"),
+        ("mlp_ratio", "mlp_ratoi", r"line 5: unknown key prune\.mlp_ratoi\. Did you mean mlp_ratio"),
+        ("images:", "image:", r"line 3: unknown key image\. Did you mean images"),
+        ("dataset:", "datset:", r"line 8: unknown key evaluate\.datasets\.0\.datset\. Did you mean dataset"),
         ("images: IMAGES\n", "", r"the key images is missing"),
         ("mlp_ratio: 1", "mlp_ratio: wide", r"line 5: prune\.mlp_ratio: .*number.*'wide'"),
         ("mlp_ratio: 1", "mlp_ratio: 0", r"line 4: prune: mlp_ratio must be above 0"),
-        ("mlp_ratio: 1", "mlp_ratio: 1\n  search: {images: 600}", r"line 4: prune: search is about a threshold"),
+        ("mlp_ratio: 1", "mlp_ratio: 1\n  search: {images: 600}", r"line 4: prune: search belongs to a threshold"),
         ("mlp_ratio: 1", "threshold: 0.1", r"line 4: prune: threshold is for criterion: amp"),
         (
             "mlp_ratio: 1",
@@ -66,15 +66,23 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
             r"line 4: prune: a budget has one or more of params, flops, latency, got",
         ),
         ("mlp_ratio: 1", "budget: {}", r"line 4: prune: a budget has one or more of params, flops, latency, got {}"),
-        ("mlp_ratio: 1", "keep_ratio: 2", r"line 4: prune: keep_ratio must be 1 at most, got 2"),
+        ("mlp_ratio: 1", "keep_ratio: 2", r"line 4: prune: keep_ratio must be at most 1, got 2"),
         (
             "root: DATA}",
             "root: DATA}\n    - {dataset: wds/x, root: OTHER}",
             r"line 6: evaluate: datasets names wds/x twice",
         ),
-        ("mlp_ratio: 1", "mlp_ratio: 1\n  budget: {params: 0.5}", r"line 4: prune: give one of"),
+        (
+            "mlp_ratio: 1",
+            "mlp_ratio: 1\n  budget: {params: 0.5}",
+            r"line 4: prune: Exactly one of .* got mlp_ratio, budget",
+        ),
         ("mlp_ratio: 1", "criterion: dgmr", r"line 4: prune: give one of mlp_ratio, keep_ratio, keep, budget"),
-        ("mlp_ratio: 1", "mlp_ratio: 1\n  criterion: best", r"line 6: prune\.criterion: .*'dgmr'.*got 'best'"),
+        (
+            "mlp_ratio: 1",
+            "mlp_ratio: 1\n  criterion: best",
+            r"line 6: prune\.criterion: unknown name; use one of dgmr, .*got 'best'",
+        ),
         ("IMAGES", "scenes:images", r"no section scenes"),
         ("prune:", "recover: {images: 3}\nprune:", r"line 4: recover\.images: .*10, got 3"),
         (
@@ -82,7 +90,7 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
             "distill: {steps: 1, batch_size: 3, processes: 2, base_lr: 1}\nprune:",
             r"3 cannot be divided over .* 2",
         ),
-        ("model: demo", "model: {source: [", r"line \d+: this is no YAML"),
+        ("model: demo", "model: {source: [", r"line \d+: this is not YAML"),
     ],
 )
 def test_mistakes_are_named(tmp_path, old, new, says):
@@ -93,7 +101,7 @@ def test_mistakes_are_named(tmp_path, old, new, says):
 def test_a_recipe_that_is_no_mapping_or_not_there(tmp_path):
     with pytest.raises(DgmrError, match="mapping"):
         load_recipe(write(tmp_path, "- just\n- a list\n"))
-    with pytest.raises(DgmrError, match="cannot read"):
+    with pytest.raises(DgmrError, match="There is no recipe .*nothing.yaml"):
         load_recipe(tmp_path / "nothing.yaml")
 
 
@@ -108,6 +116,56 @@ def test_values_come_from_the_environment(tmp_path, monkeypatch):
     write(tmp_path, GOOD.replace("IMAGES", "${DATA_FOR_TEST}/train"))
     monkeypatch.setenv("DATA_FOR_TEST", "/data")
     assert load_recipe(path).images == "/data/train"
+
+
+def test_a_recipe_extends_another_key_by_key(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD + "recover: {images: 64, damping: 0.01}\n")
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "base: base.yaml\nprune: {mlp_ratio: null, keep: 8}\nrecover: {images: 32, damping: null}\nevaluate: null\n"
+    )
+    recipe = load_recipe(child)
+    assert recipe.name == "child" and recipe.images == "IMAGES"  # a name of its own, the rest inherited
+    assert recipe.prune.sizes == {"keep-8": {"keep": 8}} and recipe.evaluate is None
+    assert recipe.recover.images == 32 and recipe.recover.damping == 1e-3  # null restores the default
+    assert load_recipe(tmp_path / "base.yaml").recover.images == 64
+    child.write_text("base: base.yaml\nprune:\n  keep: 8\n")
+    with pytest.raises(DgmrError, match=r"child\.yaml, line 2: prune: Exactly one of .* got mlp_ratio, keep"):
+        load_recipe(child)
+    child.write_text("base: base.yaml\nrecover:\n  imags: 8\n")
+    with pytest.raises(DgmrError, match=r"child\.yaml, line 3: unknown key recover\.imags\. Did you mean images"):
+        load_recipe(child)
+    (tmp_path / "base.yaml").write_text(GOOD.replace("mlp_ratio: 1", "mlp_ratio: wide"))
+    child.write_text("base: base.yaml\nseed: 1\n")
+    with pytest.raises(DgmrError, match=r"base\.yaml, line 5: prune\.mlp_ratio"):
+        load_recipe(child)
+    child.write_text("base: child.yaml\n")
+    with pytest.raises(DgmrError, match="extends itself"):
+        load_recipe(child)
+
+
+def test_keys_are_set_on_the_command_line(tmp_path):
+    path = write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["prune.mlp_ratio=[2, 0.5]", "recover.images=64", "evaluate=null", "seed=3"])
+    assert list(recipe.prune.sizes) == ["mlp_ratio-2", "mlp_ratio-0.5"] and recipe.recover.images == 64
+    assert recipe.evaluate is None and recipe.seed == 3
+    for override, says in (
+        ("prune.mlp_ratoi=1", r"--set prune\.mlp_ratoi: unknown key prune\.mlp_ratoi\. Did you mean mlp_ratio"),
+        ("prune.mlp_ratio=0", r"mlp_ratio must be above 0, got 0"),
+        ("recover.images=3", r"--set recover\.images: recover\.images: .*10, got 3"),
+        ("seed", r"--set seed: write it as key=value"),
+        ("seed=[", r"--set seed=\[: the value is not YAML"),
+    ):
+        with pytest.raises(DgmrError, match=says):
+            load_recipe(path, [override])
+
+
+def test_recipes_of_the_package_are_found_by_name(monkeypatch):
+    monkeypatch.setenv("IMAGENET_DIR", "/somewhere")
+    assert load_recipe("quickstart") == load_recipe(SHIPPED[0].parent / "quickstart.yaml")
+    assert load_recipe("ViT-g-14-output").prune.criterion == "output"
+    with pytest.raises(DgmrError, match=r"There is no recipe quikstart.*Did you mean quickstart\?"):
+        load_recipe("quikstart")
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -104,7 +104,7 @@ def test_error_of_moments_is_the_error_of_the_rows():
     rows = ((y - h @ weight.T - bias) ** 2).sum(1)
     variance = ((y - np.average(y, axis=0, weights=w)) ** 2).sum(1)
     expected = np.average(rows, weights=w) / np.average(variance, weights=w)
-    assert np.isclose(moments_of(h, y, w).error(torch.from_numpy(weight), torch.from_numpy(bias)), expected)
+    assert np.isclose(moments_of(h, y, w).relative_error(torch.from_numpy(weight), torch.from_numpy(bias)), expected)
 
 
 def test_token_weights(tower):
@@ -223,7 +223,7 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
     """192 neurons; the head reads one token an image."""
     tower, seen, judged = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
     fitted = prune(tower, [seen], criterion="l2", keep=100).model
-    monkeypatch.setattr("dgmr_tp.pruning.recovery.too_few", lambda *_: False)
+    monkeypatch.setattr("dgmr_tp.pruning.recovery.fewer_tokens_than_neurons", lambda *_: False)
     by_class_token = prune(tower, [seen], criterion="l2", keep=100).model
 
     def error(model):

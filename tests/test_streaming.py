@@ -7,12 +7,12 @@ import time
 
 import pytest
 import torch
+from compress import make_plan
 from conftest import command, pictures
 from families import FAMILIES, bf16_shards, plain_output
 from safetensors import safe_open
 
 from dgmr_tp import DgmrError, load_pruned, open_model, prune
-from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.compression.streaming import JOURNAL, prune_streaming
 from dgmr_tp.utils.files import hold
 from dgmr_tp.utils.progress import listen_to_progress

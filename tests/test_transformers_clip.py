@@ -1,4 +1,4 @@
-"""CLIPs of transformers: their images and texts meet in the space that transformers' own users search."""
+"""CLIP models of transformers: image and text embeddings equal those of transformers' own methods."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES
-from dgmr_tp.evaluation.index_compatibility import text_classifier
+from dgmr_tp.evaluation.class_embeddings import class_embeddings
 from dgmr_tp.evaluation.zero_shot import as_clip, evaluate
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.layouts import export_model
@@ -33,7 +33,7 @@ def directory(request, tmp_path_factory):
 
 
 def theirs(directory):
-    """transformers' own model, tokenizer and image processor."""
+    """Return the model, tokenizer and image processor of transformers."""
     kinds = (transformers.AutoModel, transformers.AutoTokenizer, transformers.AutoImageProcessor)
     model, *others = (kind.from_pretrained(directory) for kind in kinds)
     return model.eval(), *others
@@ -43,9 +43,7 @@ def theirs(directory):
 def embeddings(directory, images, texts):
     model, tokenizer, _ = theirs(directory)
     tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    mask = (
-        {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}
-    )  # as its users call it
+    mask = {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}
     return model.get_image_features(images).pooler_output, model.get_text_features(
         tokens["input_ids"], **mask
     ).pooler_output
@@ -75,7 +73,7 @@ def test_a_pruned_one_keeps_its_words(directory, tmp_path):
     assert not torch.allclose(ours[0], dense[0], atol=1e-3) and torch.allclose(ours[1], dense[1], atol=1e-5)
     if (
         "alone does not open it" not in (tmp_path / "pruned" / "README.md").read_text()
-    ):  # SigLIP's head has the blocks' width
+    ):  # SigLIP's pooling head has the blocks' width
         assert torch.allclose(ours[0], embeddings(tmp_path / "pruned", images, TEXTS)[0], atol=1e-5)
     else:
         assert opened.module.config.model_type == "siglip"
@@ -97,7 +95,7 @@ def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_p
         [int(record.class_name()) for record in records]
     )
     assert metrics["acc1"] == pytest.approx(float(right.float().mean()), abs=1e-6)
-    assert torch.allclose(text_classifier(opened, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
+    assert torch.allclose(class_embeddings(opened, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -121,7 +119,7 @@ def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tm
     assert np.allclose(words.run(["text_embeds"], {"input_ids": ids})[0], text.numpy(), atol=1e-4)
     assert not np.allclose(words.run(["text_embeds"], {"input_ids": ids[::-1].copy()})[0], text.numpy(), atol=1e-3)
     towers = json.loads((tmp_path / "export.json").read_text())["towers"]
-    assert all(entry["verdict"] == "verified" for tower in towers.values() for entry in tower["files"].values())
+    assert all(entry["status"] == "verified" for tower in towers.values() for entry in tower["files"].values())
 
 
 def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tmp_path):
@@ -146,12 +144,12 @@ def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tm
         DgmrError, match=r"export.text: .* has no text tower, or no tokenizer's files; leave that key out"
     ):
         Run(recipe(**asked), tmp_path / "run").run()
-    with pytest.raises(DgmrError, match="immich takes CLIPs of open_clip's"):
+    with pytest.raises(DgmrError, match="immich takes CLIP models of open_clip"):
         export_model(opened, pictures(2), tmp_path / "out", source="", layout="immich")
 
 
 def test_words_of_the_scenes_are_known_to_the_tokenizer(directory):
     opened = open_model(str(directory))
     assert (opened.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), (
-        "unknown words would prove little"
+        "the test needs words that the tokenizer knows"
     )

@@ -1,4 +1,4 @@
-"""The command line. Every command is one call into the library; a user's mistake is one sentence and exit code 2."""
+"""The command line. Every command is one call into the library; a user error is one message and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import warnings
 
 import typer
 
-from dgmr_tp.cli import evaluation, models, pruning, recipes
+from dgmr_tp.cli import evaluation, models, pruning, runs
 from dgmr_tp.errors import DgmrError, Preempted, first_line
 from dgmr_tp.utils.progress import show_progress
 
 app = typer.Typer(
-    help="Prune the MLPs of large vision transformers, recover them in closed form, distil, measure, export.",
+    help="Prune the MLPs of large vision transformers, recover them in closed form, distill, evaluate, export.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (recipes, pruning, evaluation, models):
+for group in (runs, pruning, evaluation, models):
     app.add_typer(group.app)
 
 
 def main() -> None:
-    """Entry point of ``dgmr-tp``."""
+    """Run ``dgmr-tp``."""
     warnings.filterwarnings("ignore")
     logging.getLogger().setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -33,14 +33,19 @@ def main() -> None:
         with show_progress():
             app(standalone_mode=True)
     except Preempted as error:
-        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
-    except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such folder; it names the file
-        print(f"dgmr-tp: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit(str(error), error.code)
+    except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such directory; it names the file
+        _exit(str(error), 2)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for every command
+        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported for every command
             raise
-        less = "fewer images (--count, recover.images), a smaller batch size, or CUDA_VISIBLE_DEVICES= to compute on the CPU"
-        print(f"dgmr-tp: out of memory on the GPU: {first_line(error)}; take {less}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _exit(
+            f"Out of memory on the GPU: {first_line(error)}. Take fewer images (--calibration-images, recover.images), a "
+            "smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
+            2,
+        )
+
+
+def _exit(message: str, code: int) -> None:
+    print(f"dgmr-tp: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)

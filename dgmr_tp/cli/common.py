@@ -1,11 +1,14 @@
-"""What the commands share: where they print, options that several take, the machine."""
+"""What the commands share: the console, options that several take, and checks of output paths."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from dgmr_tp.errors import DgmrError
 
 out = Console(highlight=False, markup=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo."
@@ -18,11 +21,20 @@ PretrainedOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 TrustOption = Annotated[
-    bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, wherever they come from.")
+    bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, whatever their origin.")
 ]
 
 
 def device() -> str:
+    """Return ``cuda`` if there is a GPU, else ``cpu``."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise DgmrError if an output path exists already, or its parent directory does not."""
+    if path.exists():
+        raise DgmrError(f"{path} exists already. Name another with -o.")
+    if not path.absolute().parent.is_dir():
+        raise DgmrError(f"The directory {path.absolute().parent} for {path.name} does not exist. Make it first.")

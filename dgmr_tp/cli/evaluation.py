@@ -1,25 +1,43 @@
-"""Commands that say how good a model or a file is, alone and beside another."""
+"""Commands that evaluate models and exported files, and that compare two encoders.
+
+The library is imported inside the commands, so that ``--help`` does not load torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, out
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.index_compatibility import Thresholds
+    from dgmr_tp.evaluation.linear_head import LinearHead
+    from dgmr_tp.evaluation.loading import LoadedEncoder
 
 app = typer.Typer()
+SUITE = "dgmr-zoo"
+TABLE_METRICS = 4
+"""Number of metric columns that fit into 80 characters. With more metrics, the models become the columns."""
+Metrics = dict[str, float]
 TextOption = Annotated[
     str | None,
     typer.Option(
-        help="For an exported file: the model whose preprocessing and text tower go with it [default: what its export.json says]."
+        help="For an exported file: the model with its preprocessing and text tower [default: the model in its "
+        "export.json]."
     ),
 ]
 
@@ -29,27 +47,31 @@ def evaluate(
     models: Annotated[
         list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")
     ],
-    dataset: Annotated[
-        str | None, typer.Option(help="clip_benchmark's name of the data set, such as wds/NAME.")
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="Its folder.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of a data set, such as wds/NAME.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Directory of the data set.")] = None,
     knn_train: Annotated[
-        Path | None, typer.Option(help="k-NN: images with classes, a folder of folders or tars with .cls.")
+        Path | None,
+        typer.Option(help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls."),
     ] = None,
-    knn_test: Annotated[Path | None, typer.Option(help="k-NN: the images that are judged.")] = None,
+    knn_test: Annotated[Path | None, typer.Option(help="k-NN: labeled images to classify.")] = None,
     head_test: Annotated[
-        Path | None, typer.Option(help="A linear classifier on the embeddings: the images that are judged.")
+        Path | None, typer.Option(help="Linear classifier on the embeddings: labeled images to classify.")
     ] = None,
     head: Annotated[
-        Path | None, typer.Option(help="Its weight and bias: .safetensors, .pt. Without: the encoder's own classifier.")
+        Path | None,
+        typer.Option(help="File with the classifier's weight and bias [default: the encoder's own classifier]."),
     ] = None,
-    head_train: Annotated[Path | None, typer.Option(help="Or fit it to the first model, with these images.")] = None,
+    head_train: Annotated[
+        Path | None, typer.Option(help="Labeled images to fit the classifier to, with the first model's embeddings.")
+    ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo beside the published ones.")
+        str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo, next to the published ones.")
     ] = None,
-    data_root: Annotated[Path | None, typer.Option(help="For a suite: a folder for each of its data sets.")] = None,
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="The folder for the figures: a JSON each, and table.csv.")
+    data_root: Annotated[
+        Path | None, typer.Option(help="Suite: directory with a subdirectory for each of its data sets.")
+    ] = None,
+    out_dir: Annotated[
+        Path, typer.Option("--out", "-o", help="Output directory for a JSON file per result and table.csv.")
     ] = Path("results"),
     pretrained: PretrainedOption = None,
     text: TextOption = None,
@@ -57,88 +79,81 @@ def evaluate(
         str, typer.Option(help="zeroshot_classification, zeroshot_retrieval, linear_probe or auto.")
     ] = "auto",
     annotations: Annotated[
-        Path | None, typer.Option(help="Caption file of mscoco_captions, flickr30k and the like.")
+        Path | None, typer.Option(help="Caption file of data sets such as mscoco_captions and flickr30k.")
     ] = None,
     classnames: Annotated[
-        Path | None, typer.Option(help="Your own class names: JSON, keyed by the data set's name.")
+        Path | None, typer.Option(help="Custom class names: JSON, keyed by the data set's name.")
     ] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="Your own prompts: JSON, keyed by the data set's name.")
-    ] = None,
-    save_classifier: Annotated[Path | None, typer.Option(help="Keep the class embeddings in this file.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="Custom prompts: JSON, keyed by the data set's name.")] = None,
+    save_classifier: Annotated[Path | None, typer.Option(help="Save the class embeddings to this file.")] = None,
     load_classifier: Annotated[
-        list[Path] | None, typer.Option(help="Class embeddings instead of the text tower; several are averaged.")
+        list[Path] | None,
+        typer.Option(help="Use saved class embeddings instead of the text tower. Several are averaged."),
     ] = None,
     trust_file: TrustOption = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
 ) -> None:
-    """Evaluate models or files with clip_benchmark's own code, by k-NN, or by a linear classifier; torchrun shares the images."""
-    from dgmr_tp.evaluation.loading import open_served
-    from dgmr_tp.evaluation.zero_shot import tabulate, task_of
+    """Evaluate models or exported files on a clip_benchmark data set, by k-NN, or by a linear classifier.
 
-    kinds = ((dataset, root), (knn_train, knn_test), (suite, data_root), (head_test,))
-    if (
-        sum(None not in kind for kind in kinds) != 1
-        or sum(any(part is not None for part in kind) for kind in kinds) != 1
-    ):
-        raise DgmrError(
-            "give --dataset and --root, or --knn-train and --knn-test, or --head-test, or --suite and --data-root"
-        )
-    if (head or head_train) and (head_test is None or (head and head_train)):
-        raise DgmrError("--head FILE, or --head-train IMAGES, goes with --head-test IMAGES")
-    if suite is not None and suite != "dgmr-zoo":
-        raise DgmrError(f"--suite {suite}: the one suite is dgmr-zoo")
-    if save_classifier and len(models) > 1:
-        raise DgmrError(f"--save-classifier {save_classifier} keeps one text tower's classes; give one model")
+    The processes of a torchrun launch share the images.
+    """
+    from dgmr_tp.evaluation.linear_head import read_head
+    from dgmr_tp.evaluation.loading import load_encoder
+    from dgmr_tp.evaluation.zero_shot import tabulate, task_of
     from dgmr_tp.utils.distributed import is_main_process, join_processes
 
+    kind = _evaluation_kind(dataset, root, knn_train, knn_test, head_test, suite, data_root)
+    if (head or head_train) and (head_test is None or (head and head_train)):
+        raise DgmrError(
+            "--head and --head-train need --head-test and exclude each other. Give --head-test and one of them."
+        )
+    if suite is not None and suite != SUITE:
+        raise DgmrError(f"unknown suite {suite!r}. Use --suite {SUITE}.")
+    if save_classifier and len(models) > 1:
+        raise DgmrError(f"--save-classifier {save_classifier} saves the classes of one text tower. Give one model.")
     join_processes()
-    speaks = is_main_process()
-    how: dict[str, Any] = {
-        "task": task_of(dataset, root) if dataset and root and task == "auto" else task,
+    loading = _Loading(batch_size, workers)
+    options: dict[str, Any] = {
         "annotations": annotations,
         "classnames": classnames,
         "templates": templates,
-        "workers": workers,
+        "save_classifier": save_classifier,
+        "load_classifiers": load_classifier or [],
     }
-    how |= {"save_classifier": save_classifier, "load_classifiers": load_classifier or [], "batch_size": batch_size}
+    dataset_task = task_of(dataset, root) if dataset and root and task == "auto" else task
+    linear_head = read_head(head) if head else None
     files: list[Path] = []
-    rows: dict[str, dict[str, float]] = {}
-    known_head = _read_head(head)
-    for name in models:
-        served = open_served(name, pretrained, text=text, trusted=trust_file, device=device())
-        tag = f"-{Path(pretrained).name}" if pretrained and name.startswith(("open_clip:", "timm:")) else ""
-        label = _label(name + tag, list(rows))
-        if suite:
-            assert data_root
-            rows[label], written = _zoo(served, label, data_root, folder, batch_size, workers, speaks)
-            files += written
-            continue
-        what = f"{dataset.replace('/', '_')}-{how['task']}" if dataset else "head" if head_test else "knn"
-        files.append(folder / f"{label}-{what}.json")
-        if dataset:
-            rows[label] = _benchmark(served, label, dataset, root, files[-1], **how)
-            continue
-        options = {"batch_size": batch_size, "workers": workers, "speaks": speaks}
-        if head_test:
-            if known_head is None:
-                known_head = _choose_head(served, head_train, **options)
-            rows[label] = _head(served, label, known_head, head_test, files[-1], **options)
+    rows: dict[str, Metrics] = {}
+    for source in models:
+        loaded = load_encoder(source, pretrained, text=text, trusted=trust_file, device=device())
+        is_name = source.startswith(("open_clip:", "timm:"))
+        label = _label(f"{source}-{Path(pretrained).name}" if pretrained and is_name else source, list(rows))
+        if kind == "dataset":
+            assert dataset and root
+            files.append(out_dir / f"{label}-{dataset.replace('/', '_')}-{dataset_task}.json")
+            rows[label] = _evaluate_dataset(
+                loaded, label, dataset, root, files[-1], loading, task=dataset_task, **options
+            )
+        elif kind == "knn":
+            assert knn_train and knn_test
+            files.append(out_dir / f"{label}-knn.json")
+            rows[label] = _evaluate_knn(loaded, label, knn_train, knn_test, files[-1], loading)
+        elif kind == "head":
+            assert head_test
+            files.append(out_dir / f"{label}-head.json")
+            linear_head = linear_head or _choose_head(loaded, head_train, loading)
+            rows[label] = _evaluate_head(loaded, label, linear_head, head_test, files[-1], loading)
         else:
-            rows[label] = _knn(served, label, knn_train, knn_test, files[-1], **options)
-    if not speaks:
-        return
-    tabulate(files, folder / "table.csv")
-    if suite:
-        from dgmr_tp.evaluation.zoo import FIGURES, PUBLISHED
-
-        published: dict[str, Any] = {
-            f"{name} (published)": dict(zip(FIGURES, row, strict=True)) for name, row in PUBLISHED.items()
-        }
-        _print_metrics({**rows, **published}, percent=True)
-        return
-    _print_metrics(rows)
+            assert data_root
+            rows[label], suite_files = _evaluate_suite(loaded, label, data_root, out_dir, loading)
+            files += suite_files
+    if is_main_process():
+        tabulate(files, out_dir / "table.csv")
+        if kind == "suite":
+            _print_metrics({**rows, **_published_rows()}, percent=True)
+        else:
+            _print_metrics(rows)
 
 
 @app.command(
@@ -146,237 +161,328 @@ def evaluate(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
 )
 def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> None:
-    """clip_benchmark's own command line, which then knows --model_type dgmr_tp: --model takes what eval takes, files too.
+    """Run clip_benchmark's command line with our models: --model takes a model or a file, as eval does.
 
-    --pretrained is a NAME's weights, or for a file the model that goes with it; none: what its export.json says.
+    --pretrained is the weights of a NAME. For a file it is the model that the file came from; none uses its
+    export.json.
     """
-    from dgmr_tp.evaluation.loading import is_file, open_served
-    from dgmr_tp.evaluation.zero_shot import clip_benchmark as run_command
+    from dgmr_tp.evaluation.clip_benchmark_command import run_clip_benchmark
+    from dgmr_tp.evaluation.loading import load_encoder
+    from dgmr_tp.export.formats import is_exported_file
 
-    def load(model_name: str, pretrained: str, cache_dir: str | None, device: str):  # type: ignore[no-untyped-def]
+    def load(
+        model_name: str, pretrained: str, cache_dir: str | None, device: str
+    ) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor] | None]:
         given = any(argument.startswith("--pretrained") for argument in context.args)
-        named = pretrained if given and pretrained != "none" else None
-        weights = {"text": named} if is_file(model_name) else {"pretrained": pretrained if given else None}
-        served = open_served(model_name, trusted=trust_file, device=device, **weights)
-        return served.clip, served.model.preprocess, served.model.tokenizer
+        if is_exported_file(model_name):
+            weights = {"text": pretrained if given and pretrained != "none" else None}
+        else:
+            weights = {"pretrained": pretrained if given else None}
+        loaded = load_encoder(model_name, trusted=trust_file, device=device, **weights)
+        return loaded.clip, loaded.model.preprocess, loaded.model.tokenizer
 
-    run_command(context.args, load)
+    run_clip_benchmark(context.args, load)
 
 
 @app.command()
 def compare(
     old: Annotated[
-        str, typer.Argument(help="The encoder of your index: a model, an exported file, or its embeddings as .npy.")
+        str, typer.Argument(help="Encoder of your index: a model, an exported file, or its embeddings as .npy.")
     ],
-    new: Annotated[str, typer.Argument(help="The encoder to be served, likewise.")],
-    out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for compatibility.json and .html.")],
-    images: Annotated[Path | None, typer.Option(help="Images like those in your index. Not with .npy.")] = None,
+    new: Annotated[str, typer.Argument(help="Encoder to deploy, in the same form.")],
+    out_dir: Annotated[
+        Path, typer.Option("--out", "-o", help="Output directory for compatibility.json and compatibility.html.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Images like those in your index. Not allowed with .npy files.")
+    ] = None,
     classes: Annotated[
         Path | None,
         typer.Option(
-            help="To compare zero-shot decisions: class names, a line each; a folder with classnames.txt; or saved embeddings (.pt)."
+            help="Compare zero-shot decisions too: a file with one class name per line, a directory with "
+            "classnames.txt, or saved class embeddings (.pt)."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(min=100, help="How many images.")] = 5000,
-    queries: Annotated[int, typer.Option(min=1, help="How many of them ask; the others are the index.")] = 1000,
-    keep: Annotated[float, typer.Option(help="From this share on the index is kept.")] = 0.98,
-    convenient: Annotated[float, typer.Option(help="From this share on re-embedding may wait.")] = 0.9,
+    count: Annotated[int, typer.Option(min=100, help="Number of images to use.")] = 5000,
+    queries: Annotated[
+        int, typer.Option(min=1, help="Number of these images that are queries. The others form the index.")
+    ] = 1000,
+    keep: Annotated[float, typer.Option(help="Minimum score at which the index can be kept.")] = 0.98,
+    convenient: Annotated[float, typer.Option(help="Minimum score at which re-embedding can be deferred.")] = 0.9,
     old_pretrained: Annotated[str | None, typer.Option(help="Weights of OLD, for a NAME.")] = None,
     new_pretrained: Annotated[str | None, typer.Option(help="Weights of NEW, for a NAME.")] = None,
     text: TextOption = None,
     trust_file: TrustOption = False,
     seed: SeedOption = 0,
-    workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
+    workers: Annotated[int, typer.Option(help="Number of processes that read images.")] = 0,
 ) -> None:
-    """Must the index be rebuilt? What old and new embeddings of your own images find in each other."""
-    from dgmr_tp.evaluation.index_compatibility import Limits, compatibility
-    from dgmr_tp.pipeline.report import in_words, percent, write_html
+    """Decide whether an index of old embeddings can be kept, by what old and new embeddings of your images retrieve."""
+    from dgmr_tp.evaluation.class_embeddings import class_embeddings, read_class_embeddings
+    from dgmr_tp.evaluation.index_compatibility import ComparedEncoder, compare_embeddings, compare_encoders
+    from dgmr_tp.evaluation.loading import load_encoder
+    from dgmr_tp.pipeline.report import describe_compatibility, percent, write_html
     from dgmr_tp.utils.lazy_imports import require_installed
 
-    for package, extra in (("faiss", "eval"), ("jinja2", "export")):  # said before anything is embedded
-        require_installed(package, extra)
-    limits = Limits(keep, convenient)
-    arrays = [Path(side).suffix == ".npy" for side in (old, new)]
-    if any(arrays) and (not all(arrays) or images or (classes and classes.suffix != ".pt")):
+    require_installed("faiss", "eval")  # before anything is embedded
+    thresholds = _thresholds(keep, convenient)
+    is_array = [Path(source).suffix == ".npy" for source in (old, new)]
+    if any(is_array) and (not all(is_array) or images or (classes and classes.suffix != ".pt")):
         raise DgmrError(
-            "OLD and NEW are both .npy, without --images, and --classes then are saved embeddings (.pt); or neither is"
+            "OLD and NEW must both be .npy files or both be encoders. With .npy files, leave out --images and give "
+            "--classes as saved class embeddings (.pt)."
         )
-    if not any(arrays) and images is None:
-        raise DgmrError(
-            "two encoders are compared on images: give --images FOLDER, with images like those in your index"
-        )
-    if all(arrays):
-        from dgmr_tp.evaluation.index_compatibility import saved_classifier
-
-        rows = [_array(side) for side in (old, new)]
-        found = compatibility(
-            *rows, classifier=saved_classifier(classes) if classes else None, queries=queries, limits=limits, seed=seed
+    if all(is_array):
+        result = compare_embeddings(
+            _read_embeddings(old),
+            _read_embeddings(new),
+            classifier=read_class_embeddings(classes) if classes else None,
+            queries=queries,
+            thresholds=thresholds,
+            seed=seed,
         )
     else:
-        from dgmr_tp.evaluation.index_compatibility import Side, survey, text_classifier
-        from dgmr_tp.evaluation.loading import open_served
-
-        opened = [
-            open_served(side, pretrained, text=text, trusted=trust_file, device=device())
-            for side, pretrained in ((old, old_pretrained), (new, new_pretrained))
-        ]
-        options = {
-            "count": count,
-            "queries": queries,
-            "limits": limits,
-            "seed": seed,
-            "device": device(),
-            "workers": workers,
-        }
-        found = survey(
-            *(Side(side.embed, side.model.preprocess) for side in opened),
+        if images is None:
+            raise DgmrError(
+                "two encoders are compared on images, and none are given. Pass --images DIRECTORY with images like "
+                "those in your index."
+            )
+        load = partial(load_encoder, text=text, trusted=trust_file, device=device())
+        old_encoder, new_encoder = load(old, old_pretrained), load(new, new_pretrained)
+        result = compare_encoders(
+            ComparedEncoder(old_encoder.embed, old_encoder.model.preprocess),
+            ComparedEncoder(new_encoder.embed, new_encoder.model.preprocess),
             images,
-            classifier=text_classifier(opened[0].model, classes) if classes else None,
-            **options,
+            classifier=class_embeddings(old_encoder.model, classes) if classes else None,
+            count=count,
+            queries=queries,
+            thresholds=thresholds,
+            seed=seed,
+            device=device(),
+            workers=workers,
         )
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(out_dir / "compatibility.json", json.dumps(found, indent=1) + "\n")
-    page = write_html(
-        {"found": found, "old": _label(old, []), "new": _label(new, [])},
-        out_dir / "compatibility.html",
-        "compare.html.j2",
-    )
-    out.print(in_words(found))
+    atomic_write(out_dir / "compatibility.json", json.dumps(result, indent=1) + "\n")
+    page_data = {"found": result, "old": _label(old, []), "new": _label(new, [])}
+    page = write_html(page_data, out_dir / "compatibility.html", "compare.html.j2")
+    out.print(describe_compatibility(result))
     table = Table("", "same of 10", "same of 100", "first among ten", box=None)
-    for name, way in found["ways"].items():
-        table.add_row(name, *map(percent, way.values()))
+    for name, figures in result["ways"].items():
+        table.add_row(name, *map(percent, figures.values()))
     out.print(table)
     out.print(f"report: {page}", soft_wrap=True)
 
 
-def _benchmark(served, label, dataset, root, file, **how) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    from dgmr_tp.evaluation.zero_shot import evaluate as run_clip_benchmark
+@dataclass(frozen=True)
+class _Loading:
+    """Options for reading images."""
 
-    model = served.model
-    return run_clip_benchmark(
-        served.clip, model.preprocess, model.tokenizer, dataset=dataset, root=root, output=file, name=label, **how
+    batch_size: int
+    workers: int
+
+
+def _evaluation_kind(
+    dataset: str | None,
+    root: Path | None,
+    knn_train: Path | None,
+    knn_test: Path | None,
+    head_test: Path | None,
+    suite: str | None,
+    data_root: Path | None,
+) -> Literal["dataset", "knn", "head", "suite"]:
+    """Return the one kind of evaluation whose options are all given.
+
+    Raises:
+        DgmrError: no kind is given, more than one, or only a part of a kind's options.
+    """
+    options: dict[Literal["dataset", "knn", "head", "suite"], tuple[object, ...]] = {
+        "dataset": (dataset, root),
+        "knn": (knn_train, knn_test),
+        "head": (head_test,),
+        "suite": (suite, data_root),
+    }
+    started = [kind for kind, values in options.items() if any(value is not None for value in values)]
+    if len(started) != 1 or None in options[started[0]]:
+        raise DgmrError(
+            "the options must name exactly one evaluation. Give --dataset and --root, or --knn-train and --knn-test, "
+            "or --head-test, or --suite and --data-root."
+        )
+    return started[0]
+
+
+def _evaluate_dataset(
+    loaded: LoadedEncoder, label: str, dataset: str, root: Path, file: Path, loading: _Loading, **options: Any
+) -> Metrics:
+    """Return the metrics of a clip_benchmark data set, and write them."""
+    from dgmr_tp.evaluation.zero_shot import evaluate as evaluate_zero_shot
+
+    return evaluate_zero_shot(
+        loaded.clip,
+        loaded.model.preprocess,
+        loaded.model.tokenizer,
+        dataset=dataset,
+        root=root,
+        output=file,
+        name=label,
+        batch_size=loading.batch_size,
+        workers=loading.workers,
+        **options,
     )
 
 
-def _knn(served, label, train, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
+def _evaluate_knn(
+    loaded: LoadedEncoder, label: str, train_path: Path, test_path: Path, file: Path, loading: _Loading
+) -> Metrics:
+    """Return the k-NN accuracies, and write them."""
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.knn import knn_accuracy
 
-    bank, judged = Images.find(train), Images.find(test)
-    metrics = _measured(partial(knn_accuracy, train=bank, test=judged), served, **options)
-    return _written(metrics, label, "knn", file, options["speaks"], judged, bank)
-
-
-def _read_head(path):  # type: ignore[no-untyped-def]
-    from dgmr_tp.evaluation.linear_head import read_head
-
-    return read_head(path) if path else None
-
-
-def _choose_head(served, train, **options):  # type: ignore[no-untyped-def]
-    """One that is fitted, or None: the model's own."""
-    from dgmr_tp.data.images import Images
-    from dgmr_tp.evaluation.linear_head import check_classifier, fitted_head
-
-    if train is None:
-        return check_classifier(served.model)
-    images = Images.find(train)
-    fitted = _measured(partial(fitted_head, train=images), served, **options)
-    if options["speaks"]:
-        _say_what_is_left_out(images)
-    return fitted
-
-
-def _head(served, label, head, test, file, **options) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    from dgmr_tp.data.images import Images
-    from dgmr_tp.evaluation.linear_head import head_accuracy
-
-    judged = Images.find(test)
-    metrics = _measured(partial(head_accuracy, head=head, test=judged), served, **options)
-    return _written(metrics, label, "head", file, options["speaks"], judged)
-
-
-def _zoo(served, label, root, folder, batch_size, workers, speaks) -> tuple[dict[str, float], list[Path]]:  # type: ignore[no-untyped-def]
-    from dgmr_tp.evaluation.zoo import RETRIEVAL, find_zoo, knn_folders, zoo_figures
-
-    found, (train, test) = find_zoo(root), knn_folders(root)
-    metrics, files = {}, []
-    for name, (dataset, place) in found.items():
-        task = "zeroshot_retrieval" if name in RETRIEVAL else "zeroshot_classification"
-        files.append(folder / f"{label}-{name}-{task}.json")
-        metrics[name] = _benchmark(
-            served, label, dataset, place, files[-1], task=task, batch_size=batch_size, workers=workers
-        )
-    files.append(folder / f"{label}-knn.json")
-    knn = _knn(served, label, train, test, files[-1], batch_size=batch_size, workers=workers, speaks=speaks)
-    return zoo_figures(metrics, knn), files
-
-
-def _measured(measure, served, speaks, **options):  # type: ignore[no-untyped-def]
-    return measure(served.embed, served.model.preprocess, device=served.device, **options)
-
-
-def _written(metrics, label, task, file, speaks, judged, *others) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Figures that are not clip_benchmark's own, kept in its form."""
-    if speaks:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        form = {
-            "dataset": str(judged.source),
-            "model": label,
-            "pretrained": "none",
-            "task": task,
-            "metrics": metrics,
-            "language": "",
-        }
-        left_out = _say_what_is_left_out(judged, *others)
-        write_whole(file, json.dumps({**form, "images_left_out": left_out}, indent=1) + "\n")
+    train, test = Images.find(train_path), Images.find(test_path)
+    metrics = _run(partial(knn_accuracy, train=train, test=test), loaded, loading)
+    _write_result(metrics, label, "knn", file, test, train)
     return metrics
 
 
-def _say_what_is_left_out(*looked_at) -> int:  # type: ignore[no-untyped-def]
-    """How many images did not decode."""
-    for images in looked_at:
+def _choose_head(loaded: LoadedEncoder, train_path: Path | None, loading: _Loading) -> LinearHead | None:
+    """Return a classifier that is fitted to the model, or None for the model's own."""
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.linear_head import check_classifier, fit_head
+    from dgmr_tp.utils.distributed import is_main_process
+
+    if train_path is None:
+        check_classifier(loaded.model)
+        return None
+    train = Images.find(train_path)
+    head = _run(partial(fit_head, train=train), loaded, loading)
+    if is_main_process():
+        _report_broken_images(train)
+    return head
+
+
+def _evaluate_head(
+    loaded: LoadedEncoder, label: str, head: LinearHead | None, test_path: Path, file: Path, loading: _Loading
+) -> Metrics:
+    """Return the accuracy of a linear classifier, and write it."""
+    from dgmr_tp.data.images import Images
+    from dgmr_tp.evaluation.linear_head import head_accuracy
+
+    test = Images.find(test_path)
+    metrics = _run(partial(head_accuracy, head=head, test=test), loaded, loading)
+    _write_result(metrics, label, "head", file, test)
+    return metrics
+
+
+def _evaluate_suite(
+    loaded: LoadedEncoder, label: str, root: Path, out_dir: Path, loading: _Loading
+) -> tuple[Metrics, list[Path]]:
+    """Return the zoo's three figures and the files that were written."""
+    from dgmr_tp.evaluation.zoo import RETRIEVAL, find_zoo, knn_folders, zoo_figures
+
+    datasets, (train, test) = find_zoo(root), knn_folders(root)
+    metrics, files = {}, []
+    for name, (dataset, folder) in datasets.items():
+        task = "zeroshot_retrieval" if name in RETRIEVAL else "zeroshot_classification"
+        files.append(out_dir / f"{label}-{name}-{task}.json")
+        metrics[name] = _evaluate_dataset(loaded, label, dataset, folder, files[-1], loading, task=task)
+    files.append(out_dir / f"{label}-knn.json")
+    knn = _evaluate_knn(loaded, label, train, test, files[-1], loading)
+    return zoo_figures(metrics, knn), files
+
+
+def _run(measure: Callable[..., Any], loaded: LoadedEncoder, loading: _Loading) -> Any:
+    """Call a measurement of images with the encoder and the options for reading images."""
+    return measure(
+        loaded.embed,
+        loaded.model.preprocess,
+        device=loaded.device,
+        batch_size=loading.batch_size,
+        workers=loading.workers,
+    )
+
+
+def _write_result(metrics: Metrics, label: str, task: str, file: Path, test: Images, *others: Images) -> None:
+    """Write metrics that are not clip_benchmark's in its JSON form, with the number of images that were left out."""
+    from dgmr_tp.evaluation.zero_shot import result_form
+    from dgmr_tp.utils.distributed import is_main_process
+
+    if is_main_process():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        result = result_form(str(test.source), label, task, metrics, language="")
+        result["images_left_out"] = _report_broken_images(test, *others)
+        atomic_write(file, json.dumps(result, indent=1) + "\n")
+
+
+def _report_broken_images(*sources: Images) -> int:
+    """Print the first image of each source that could not be decoded. Return the number of such images."""
+    for images in sources:
         if images.broken:
             name, error = next(iter(images.broken.items()))
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"
             out.print(f"{share} do not decode and are left out; the first: {name}: {error}", soft_wrap=True)
-    return sum(len(images.broken) for images in looked_at)
+    return sum(len(images.broken) for images in sources)
 
 
-def _array(path: str):  # type: ignore[no-untyped-def]
+def _thresholds(keep: float, convenient: float) -> Thresholds:
+    from pydantic import ValidationError
+
+    from dgmr_tp.evaluation.index_compatibility import Thresholds
+
+    try:
+        return Thresholds(keep=keep, convenient=convenient)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = "".join(f"--{part}: " for part in problem["loc"])
+        raise DgmrError(f"{key}{problem['msg'].removeprefix('Value error, ')}") from error
+
+
+def _read_embeddings(path: str) -> Tensor:
     import numpy as np
     import torch
 
     try:
-        rows = torch.from_numpy(np.load(path, allow_pickle=False))
+        embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
-    if rows.ndim != 2:
-        raise DgmrError(f"{path} has the shape {list(rows.shape)}; embeddings are rows and columns")
-    return rows
+    if embeddings.ndim != 2:
+        raise DgmrError(f"{path} has the shape {list(embeddings.shape)}. Give embeddings as rows, [images, width].")
+    return embeddings
 
 
 def _label(source: str, taken: list[str]) -> str:
-    """A short name for a model, such as distilled-mlp_ratio-1, that no other has."""
+    """Return a short name for a model, such as ``distilled-mlp_ratio-1``, that is not taken."""
     path = Path(source).resolve() if Path(source).exists() else Path(source.replace(":", "-"))
     parts = [part for part in path.parts if part != os.sep]
     names = ("-".join(parts[-count:]) for count in range(1, len(parts) + 1))
     return next((name for name in names if name not in taken and name != "model"), f"{'-'.join(parts)}-{len(taken)}")
 
 
-def _print_metrics(rows: dict[str, dict[str, float]], percent: bool = False) -> None:
-    """One model: a line per metric; several: a table."""
-    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    form = lambda value: "–" if value is None else f"{value:.1f}" if percent else f"{value:.4f}"  # noqa: E731
+def _published_rows() -> dict[str, Any]:
+    """Return the published figures of the zoo as rows of the printed table."""
+    from dgmr_tp.evaluation.zoo import FIGURES, PUBLISHED
+
+    return {f"{name} (published)": dict(zip(FIGURES, values, strict=True)) for name, values in PUBLISHED.items()}
+
+
+def _print_metrics(rows: dict[str, Metrics], percent: bool = False) -> None:
+    """Print one line per metric for a single model, and a table for several models."""
+    metrics = list(dict.fromkeys(name for row in rows.values() for name in row))
+
+    def number(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.1f}" if percent else f"{value:.4f}"
+
     if len(rows) == 1:
         for name, value in next(iter(rows.values())).items():
-            out.print(f"{name:<28} {form(value)}")
+            out.print(f"{name:<28} {number(value)}")
         return
-    wide = len(names) > 4  # more metrics than 80 columns hold: then they are the rows
-    table = Table("metric" if wide else "model", box=None)
-    for name in rows if wide else names:
+    models_as_columns = len(metrics) > TABLE_METRICS
+    table = Table("metric" if models_as_columns else "model", box=None)
+    for name in rows if models_as_columns else metrics:
         table.add_column(name, justify="right", overflow="fold")
-    for name in names if wide else rows:
-        cells = [rows[model].get(name) for model in rows] if wide else [rows[name].get(metric) for metric in names]
-        table.add_row(name, *map(form, cells))
+    if models_as_columns:
+        for metric in metrics:
+            table.add_row(metric, *(number(row.get(metric)) for row in rows.values()))
+    else:
+        for model, row in rows.items():
+            table.add_row(model, *(number(row.get(metric)) for metric in metrics))
     out.print(table)

@@ -1,81 +1,104 @@
-"""Commands for a single model: its files for deployment, its sites, its place."""
+"""Commands for a single model: export it, list its MLPs, and update the path in its config.
+
+The library is imported inside the commands, so that ``--help`` does not load torch.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from dgmr_tp.cli.common import MODEL_HELP, PretrainedOption, out
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.export.formats import FORMATS, LAYOUTS, OUTPUTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgmr_tp.encoders import OpenedModel
 
 app = typer.Typer()
+
+
+def _summaries(summaries: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {summary}" for name, summary in summaries.items())
+
+
+FORMATS_HELP = _summaries({name: file_format.summary for name, file_format in FORMATS.items()})
+LAYOUTS_HELP = _summaries({name: layout.summary for name, layout in LAYOUTS.items()})
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out_dir: Annotated[Path, typer.Option("--out", "-o", help="The folder for the files.")],
+    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")],
     pretrained: PretrainedOption = None,
-    original: Annotated[str | None, typer.Option(help="The model before pruning, to be timed beside it.")] = None,
-    original_pretrained: Annotated[str | None, typer.Option(help="Its weights, for a NAME.")] = None,
-    formats: Annotated[
-        str, typer.Option(help="By commas: onnx, onnx-fp16, onnx-int8, torchscript, pt2, aotinductor.")
-    ] = "onnx,torchscript",
-    outputs: Annotated[str, typer.Option(help="By commas: embedding, patches.")] = "embedding",
-    normalised: Annotated[
-        bool, typer.Option("--normalised", help="Make embeddings of length 1 inside the files.")
-    ] = False,
-    text: Annotated[bool, typer.Option("--text", help="Export a CLIP's text tower too.")] = False,
-    layout: Annotated[str, typer.Option(help="Names and side files: plain, huggingface, immich.")] = "plain",
-    images: Annotated[
-        str | None, typer.Option(help="Your own images, to prove the files with [default: generated scenes].")
+    dense: Annotated[
+        str | None, typer.Option(help="The unpruned model. Its files are timed in turn with the new ones.")
     ] = None,
+    dense_pretrained: Annotated[str | None, typer.Option(help="Weights of the unpruned model, for a NAME.")] = None,
+    formats: Annotated[str, typer.Option(help=f"Comma-separated file formats. {FORMATS_HELP}.")] = "onnx,torchscript",
+    outputs: Annotated[
+        str, typer.Option(help=f"Comma-separated outputs of the image tower: {', '.join(OUTPUTS)}.")
+    ] = "embedding",
+    normalized: Annotated[
+        bool, typer.Option("--normalized", help="Normalize the embeddings to length 1 inside the files.")
+    ] = False,
+    text: Annotated[bool, typer.Option("--text", help="Export the text tower of a CLIP too.")] = False,
+    layout: Annotated[str, typer.Option(help=f"Names, folders and side files. {LAYOUTS_HELP}.")] = "plain",
+    images: Annotated[str | None, typer.Option(help="Images for the verification [default: generated scenes].")] = None,
     tolerance: Annotated[
         list[str] | None,
-        typer.Option(help="The relative error that a format may have, such as onnx-int8=0.3; may be repeated."),
+        typer.Option(help="Largest allowed relative error of a format, such as onnx-int8=0.3. May be repeated."),
     ] = None,
 ) -> None:
-    """Export the towers; every file is proved against PyTorch in a process of its own, and timed beside the original's."""
-    import tempfile
-
+    """Export a model's towers. Every file is verified against PyTorch in its own process, and timed."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.export.bundle import failures
     from dgmr_tp.export.layouts import export_model
 
-    named = [name.strip() for name in formats.split(",")]
-    allowed = dict(_tolerance(entry) for entry in tolerance or [])
+    names = [name.strip() for name in formats.split(",")]
+    tolerances = dict(_parse_tolerance(entry) for entry in tolerance or [])
     opened = open_model(model, pretrained)
-    shown = _proof_images(opened, images)
-    options: dict[str, Any] = {"outputs": tuple(name.strip() for name in outputs.split(",")), "normalised": normalised}
-    options |= {"layout": layout, "formats": named, "tolerance": allowed}
+    examples = _example_images(opened, images)
+    options: dict[str, Any] = {
+        "outputs": tuple(name.strip() for name in outputs.split(",")),
+        "normalized": normalized,
+        "layout": layout,
+        "formats": names,
+        "tolerance": tolerances,
+    }
     out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".original-") as scratch:
-        before = None
-        if original:
-            before, dense = Path(scratch), open_model(original, original_pretrained)
-            if dense.image_size != opened.image_size:
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".dense-") as scratch:
+        dense_dir = None
+        if dense:
+            dense_dir, dense_model = Path(scratch), open_model(dense, dense_pretrained)
+            if dense_model.image_size != opened.image_size:
                 raise DgmrError(
-                    f"{original} takes images of {dense.image_size} pixels, {model} of {opened.image_size}; name its own original"
+                    f"{dense} takes images of {dense_model.image_size} pixels, and {model} of {opened.image_size}. "
+                    "Give the model that was pruned as --dense."
                 )
-            export_model(dense, shown, before, source=original, latency_batches=(), **options)
+            export_model(dense_model, examples, dense_dir, source=dense, latency_batches=(), **options)
         source = os.path.relpath(Path(opened.source).resolve(), out_dir.resolve()) if opened.source else model
-        bundle = export_model(opened, shown, out_dir, source=source, text=text, original=before, **options)
-    if "torchscript" in named:
-        out.print("torchscript: PyTorch has deprecated it; pt2 comes after it")
+        bundle = export_model(opened, examples, out_dir, source=source, text=text, dense=dense_dir, **options)
+    for name in names:
+        if notice := FORMATS[name].notice:
+            out.print(f"{name}: {notice}", soft_wrap=True)
     for tower in bundle["towers"].values():
         for entry in tower["files"].values():
             _print_file(out_dir, entry)
     if failed := failures(bundle):
-        raise DgmrError("; ".join(f"{out_dir / file}: {why}" for file, why in failed.items()))
+        raise DgmrError("; ".join(f"{out_dir / file}: {status}" for file, status in failed.items()))
 
 
 @app.command()
 def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
-    """Show the MLP sites of an encoder, its parameters and FLOPs. Reads no weights; any size costs nothing."""
+    """List the MLPs of a vision tower with their widths, and its parameters and FLOPs. Reads no weights."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.pruning import find_sites
     from dgmr_tp.pruning.cost import flops, parameters
@@ -88,55 +111,53 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
         share = parameters(tower.get_submodule(site.name)) / total
         table.add_row(site.name, str(site.width), str(site.hidden), f"{share:.1%}")
     out.print(table)
-    out.print(
-        f"{opened.name}: {total / 1e6:.2f} M parameters, {flops(tower, opened.image_size) / 1e9:.2f} GFLOPs an image"
-    )
+    gflops = flops(tower, opened.image_size) / 1e9
+    out.print(f"{opened.name}: {total / 1e6:.2f} M parameters, {gflops:.2f} GFLOPs per image")
 
 
 @app.command()
 def relocate(directory: Annotated[Path, typer.Argument(help="A model directory that was moved.")]) -> None:
-    """Write a model directory's new path into its config, for open_clip models whose timm trunk was pruned."""
+    """Write a model directory's new path into its config. Only open_clip models with a pruned timm trunk need it."""
     from dgmr_tp.utils.lazy_imports import require
 
     changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
-    out.print(
-        f"{directory}: {'its config names the new path' if changed else 'its config holds no path; nothing to do'}"
-    )
+    out.print(f"{directory}: {'updated the path in its config' if changed else 'its config has no path to update'}")
 
 
-def _tolerance(text: str) -> tuple[str, float]:
+def _parse_tolerance(text: str) -> tuple[str, float]:
     try:
         name, value = text.split("=")
         return name, float(value)
     except ValueError:
-        raise DgmrError(f"--tolerance {text}: write it as onnx-int8=0.3") from None
+        raise DgmrError(f"--tolerance {text} is not FORMAT=NUMBER. Write it as onnx-int8=0.3.") from None
 
 
-def _proof_images(opened, images):  # type: ignore[no-untyped-def]
-    """Images to prove an export with, as the model takes them."""
+def _example_images(model: OpenedModel, images: str | None) -> Tensor:
+    """Return preprocessed images for the verification, ``[n, 3, size, size]``: the user's, or generated scenes."""
     import torch
 
-    from dgmr_tp.export.verify import EXAMPLES
+    from dgmr_tp.export.verify import NUM_EXAMPLES
 
     if images is not None:
         from dgmr_tp.data.streams import find_images
 
-        return torch.cat(list(find_images(images).sample(EXAMPLES, 0, opened.preprocess)))
+        return torch.cat(list(find_images(images).sample(NUM_EXAMPLES, 0, model.preprocess)))
     from PIL import Image
 
     from dgmr_tp.data.scenes import Scene
 
-    return torch.stack([opened.preprocess(Image.fromarray(Scene.draw(0, i).image())) for i in range(EXAMPLES)])
+    scenes = [Image.fromarray(Scene.draw(0, i).image()) for i in range(NUM_EXAMPLES)]
+    return torch.stack([model.preprocess(scene) for scene in scenes])
 
 
-def _print_file(directory, entry) -> None:  # type: ignore[no-untyped-def]
-    """Two lines at most: what came out, and how fast it is."""
-    out.print(f"{directory / entry['file']}: {entry['verdict']}, {entry['megabytes']:.1f} MB", soft_wrap=True)
-    if entry["verdict"] != "verified":
+def _print_file(directory: Path, entry: dict[str, Any]) -> None:
+    """Print the status, size, errors and latency of one exported file."""
+    out.print(f"{directory / entry['file']}: {entry['status']}, {entry['megabytes']:.1f} MB", soft_wrap=True)
+    if entry["status"] != "verified":
         return
     error = max(value for by_batch in entry["relative_error"].values() for value in by_batch.values())
     cosine = min(value for by_batch in entry["cosine"].values() for value in by_batch.values())
     out.print(f"  relative error {error:.0e}, cosine {cosine:.6f}, {entry['peak_memory_mb']:.0f} MB of memory")
     for batch, times in entry["latency_ms"].items():
-        old = f"original {times['original']['median']:.1f} ms, " if "original" in times else ""
-        out.print(f"  batch {batch}: {old}this {times['pruned']['median']:.1f} ms")
+        dense = f"dense {times['original']['median']:.1f} ms, " if "original" in times else ""
+        out.print(f"  batch {batch}: {dense}this {times['pruned']['median']:.1f} ms")

@@ -1,40 +1,62 @@
-"""Prune and recover in one call: the Python face of ``dgmr-tp prune``."""
+"""Prune and recover in one call: the Python form of ``dgmr-tp prune``."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
 import torch_pruning as tp
+from pydantic import Field
 from torch import Tensor, nn
 
-from dgmr_tp.compression.criteria import asked, batches, encoder_of, make_plan, tower_of
-from dgmr_tp.encoders import OpenedModel, open_model
+from dgmr_tp.compression.calibration import NUM_CALIBRATION_IMAGES, CalibrationImages
+from dgmr_tp.compression.criteria import default_criterion
+from dgmr_tp.compression.planning import make_plan
+from dgmr_tp.encoders import OpenedModel, open_model, wrap_tower
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Amount, MLPPruner, Plan, recover
+from dgmr_tp.pruning import Amount, MLPPruner, Plan, SiteRecovery, recover
+from dgmr_tp.pruning.allocation import given_amount
+from dgmr_tp.utils.config import Config
+
+
+class RecoverConfig(Config):
+    """Closed-form recovery: refit the last Linear of every pruned MLP by ridge regression."""
+
+    images: int = Field(NUM_CALIBRATION_IMAGES, ge=10)
+    """Number of calibration images. A tenth of them is held out."""
+    damping: float = Field(1e-3, ge=0)
+    """Ridge, relative to the mean squared activation."""
 
 
 class SiteRow(NamedTuple):
-    """One site in the table that :func:`prune` returns; the errors are None where nothing was recovered."""
+    """One site in the table that :func:`prune` returns. The errors are None without recovery."""
 
     site: str
     width: int
     hidden: int
     kept: int
     cut_error: float | None
+    """Relative squared error of the pruned MLP on held-out images, before recovery."""
     recovered_error: float | None
     kept_cut: bool
+    """The refit did not lower the held-out error, so the cut weights stayed."""
 
 
-class Pruned(NamedTuple):
-    """What :func:`prune` returns."""
+@dataclass(frozen=True)
+class Pruned:
+    """Result of :func:`prune`. It unpacks as ``model, plan, table``."""
 
     model: Any
-    """Of the kind that was given: an OpenedModel for a name or an OpenedModel, a module for a module."""
+    """An OpenedModel for a name or an OpenedModel, a module for a module."""
     plan: Plan
     table: list[SiteRow]
+    images: CalibrationImages | None = None
+    """The calibration images, with those that were skipped."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.model, self.plan, self.table))
 
 
 def prune(
@@ -44,58 +66,78 @@ def prune(
     pretrained: str | None = None,
     criterion: str | tp.importance.Importance | None = None,
     plan: Plan | None = None,
-    calibration: int = 1024,
+    num_calibration_images: int | None = None,
     damping: float = 1e-3,
     seed: int = 0,
     **amount: Unpack[Amount],
 ) -> Pruned:
-    """Prune a copy of an encoder's MLPs and, where images are given, recover it in closed form. The original stays as it is.
+    """Prune a copy of a model's MLPs and, if images are given, recover it in closed form. The original is unchanged.
 
     Args:
-        model: anything :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
-        images: unlabelled images for recovery and for criteria that see the data: a folder, a tar, a folder of tars or a URL
-            of shards, or preprocessed batches ``[batch, 3, height, width]``. They are computed where the model is. None: no recovery.
+        model: a name or directory that :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
+        images: unlabeled images for recovery and for criteria that need them: a folder, a tar, a folder of tars or a URL
+            of shards, or preprocessed batches ``[batch, 3, height, width]``. They run on the model's device.
+            None: no recovery.
         pretrained: weights, for a model given by its library's name.
-        criterion: ``dgmr``, ``l1``, ``l2``, ``random``; with images ``output``, ``activation`` (see
-            :mod:`dgmr_tp.pruning.output_selection`), ``taylor`` or ``amp`` (see :mod:`dgmr_tp.pruning.amp`); or any torch-pruning importance.
+        criterion: a name in :data:`dgmr_tp.compression.criteria.CRITERIA`, or any torch-pruning importance.
             Default: ``output`` with images, ``dgmr`` without.
         plan: apply this plan and decide nothing.
-        calibration: how many images are read from a folder.
-        damping: see :func:`recover`.
-        seed: of ``random`` and of the choice of images.
-        amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
-            :func:`keep_counts`). Default: ``mlp_ratio=1``.
+        num_calibration_images: number of images. Default: 1,024 from a path, all batches.
+        damping: ridge of the recovery; see :func:`recover`.
+        seed: seeds the choice of images and the criterion ``random``.
+        amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to``; see
+            :func:`keep_counts`. Default: ``mlp_ratio=1``.
 
     Returns:
         The pruned model, its plan, and a row per site with the held-out errors.
 
     Raises:
-        DgmrError: bad input; says what and what to do.
+        DgmrError: bad input; the message says what to do.
     """
-    opened = open_model(model, pretrained) if isinstance(model, str) else model
-    images = (
-        images if images is None or isinstance(images, str | Path) else list(images)
-    )  # read twice by criteria that see them
-    if plan is None:
-        criterion = criterion or ("dgmr" if images is None else "output")
-        plan = make_plan(opened, criterion, images, calibration=calibration, seed=seed, **amount)
-    elif asked(amount):
-        raise DgmrError(f"a plan says how many neurons stay; leave out {', '.join(asked(amount))}")
-    result = (
-        opened.copy() if isinstance(opened, OpenedModel) else copy.deepcopy(opened)
-    )  # late: deciding may need the memory
-    MLPPruner(tower_of(result)).apply(plan)
-
-    errors = {}
+    dense = _opened(model, pretrained)
+    calibration = None
     if images is not None:
-        seen = batches(images, opened, calibration, seed)
-        report = recover(encoder_of(opened), encoder_of(result), seen, damping=damping)
+        calibration = CalibrationImages.read(images, dense, num_calibration_images, seed)
+    if plan is None:
+        plan = make_plan(dense, criterion or default_criterion(images is not None), calibration, seed=seed, **amount)
+    elif way := given_amount(amount):
+        raise DgmrError(f"A plan says how many neurons stay. Leave out {way}.")
+    pruned, table = prune_by_plan(dense, plan, calibration, damping=damping)
+    return Pruned(pruned.module if isinstance(model, nn.Module) else pruned, plan, table, calibration)
+
+
+def prune_by_plan(
+    dense: OpenedModel, plan: Plan, images: CalibrationImages | None = None, *, damping: float = 1e-3
+) -> tuple[OpenedModel, list[SiteRow]]:
+    """Cut a copy of ``dense`` by ``plan`` and, if images are given, recover it.
+
+    Raises:
+        DgmrError: the plan does not fit the model, or recovery is not possible on these images.
+    """
+    pruned = dense.copy()
+    MLPPruner(pruned.tower, sites=dense.sites, weight_hashes=dense.weight_hashes).apply(plan)
+    return pruned, recover_pruned(dense, pruned, plan, images, damping=damping)
+
+
+def recover_pruned(
+    dense: OpenedModel, pruned: OpenedModel, plan: Plan, images: CalibrationImages | None, *, damping: float = 1e-3
+) -> list[SiteRow]:
+    """Recover ``pruned`` in place, if images are given, and return a row per site of ``plan``."""
+    errors: dict[str, SiteRecovery] = {}
+    if images is not None:
+        report = recover(dense.adapter, pruned.adapter, images.on(dense), damping=damping)
         errors = {entry.site: entry for entry in report}
     table = []
-    for site, decided in plan.sites.items():
-        entry = errors.get(site)
-        cut, recovered, kept_cut = (
-            (entry.cut_error, entry.recovered_error, entry.kept_cut) if entry else (None, None, False)
-        )
-        table.append(SiteRow(site, decided.width, decided.hidden, len(decided.kept), cut, recovered, kept_cut))
-    return Pruned(result, plan, table)
+    for name, site in plan.sites.items():
+        entry = errors.get(name)
+        cut, recovered, kept_cut = (None, None, False)
+        if entry is not None:
+            cut, recovered, kept_cut = entry.cut_error, entry.recovered_error, entry.kept_cut
+        table.append(SiteRow(name, site.width, site.hidden, len(site.kept), cut, recovered, kept_cut))
+    return table
+
+
+def _opened(model: str | OpenedModel | nn.Module, pretrained: str | None) -> OpenedModel:
+    if isinstance(model, str):
+        return open_model(model, pretrained)
+    return wrap_tower(model) if isinstance(model, nn.Module) else model

@@ -1,10 +1,10 @@
-"""The smallest encoder that keeps a promise, measured on the user's own images: ``min_cosine`` or ``max_drop``."""
+"""The smallest model that meets a quality target on the user's own images: ``min_cosine`` or ``max_drop``."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -12,21 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgmr_tp.compression.criteria import Rankings, block_sites, rank
-from dgmr_tp.compression.prune import Pruned, prune
+from dgmr_tp.compression.calibration import NUM_CALIBRATION_IMAGES, CalibrationImages
+from dgmr_tp.compression.prune import Pruned, prune_by_plan
+from dgmr_tp.compression.rankings import Rankings, rank
 from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.pruning.allocation import least
+from dgmr_tp.pruning.allocation import given_amount, least
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.utils.knn import nearest_classes
 from dgmr_tp.utils.modules import evaluating
 
-FEWEST = 50
-"""Images that have to judge."""
-HALVINGS = 8
-"""Trials: the result has at most a 128th of what can be cut more than the fewest parameters that keep the promise."""
+QUALITY_TARGETS = ("min_cosine", "max_drop")
+"""The ways to say how much quality stays."""
+NUM_HELD_OUT_IMAGES = 512
+MIN_HELD_OUT_IMAGES = 50
+"""Minimum number of held-out images."""
+MIN_RECOVERY_IMAGES = 10
+MAX_BISECTIONS = 8
+"""Maximum number of bisection steps. The search ends within 1/128 of the prunable parameters of the optimum."""
+NUM_RESAMPLES = 2000
+"""Resamples of the bootstrap interval."""
 
 
 class Trial(NamedTuple):
@@ -34,143 +41,159 @@ class Trial(NamedTuple):
 
     parameters: int
     value: float
-    """Mean cosine, or drop of the k-NN accuracy as a fraction, on the images held out."""
+    """Mean cosine, or the drop of the k-NN accuracy as a fraction, on the held-out images."""
     bound: float
-    """The end of the 95 % bootstrap interval on the unfavourable side; this is what has to keep the promise."""
-    kept: bool
+    """Unfavorable end of the 95 % bootstrap interval. It decides whether the target is met."""
+    met: bool
 
 
-class Promise(NamedTuple):
-    """What :func:`prune_to_promise` returns."""
+class TargetResult(NamedTuple):
+    """Result of :func:`prune_to_target`."""
 
     pruned: Pruned
     trials: list[Trial]
     """In the order in which they were made."""
 
     @property
-    def judged(self) -> Trial:
-        """The trial of ``pruned``: the smallest that kept the promise."""
-        return min((trial for trial in self.trials if trial.kept), key=lambda trial: trial.parameters)
+    def best(self) -> Trial:
+        """The trial of ``pruned``: the smallest size that meets the target."""
+        return min((trial for trial in self.trials if trial.met), key=lambda trial: trial.parameters)
 
 
-def prune_to_promise(
+def prune_to_target(
     model: OpenedModel,
     images: str | Path,
     *,
     min_cosine: float | None = None,
     max_drop: float | None = None,
     criterion: str = "output",
-    calibration: int = 1024,
-    held_out: int = 512,
+    num_calibration_images: int = NUM_CALIBRATION_IMAGES,
+    held_out: int = NUM_HELD_OUT_IMAGES,
     round_to: int = 1,
     damping: float = 1e-3,
     seed: int = 0,
     rankings: Rankings | None = None,
-) -> Promise:
-    """Prune and recover to the fewest parameters at which the embedding still is what it was.
+) -> TargetResult:
+    """Prune and recover to the fewest parameters that meet a quality target.
 
-    The sizes are those of one ranking with fitted widths (:meth:`Rankings.plan`), searched by halving. Each trial is pruned,
-    recovered on the calibration images, and judged on others, which recovery did not see, nor selection if it is done here.
+    The sizes are those of one ranking with fitted widths (:meth:`Rankings.plan`), searched by bisection. Each trial is
+    pruned, recovered on the calibration images, and evaluated on held-out images that recovery did not see. Selection
+    did not see them either if the ranking is made here.
 
     Args:
-        model: the original; unchanged.
+        model: the dense model; unchanged.
         images: a folder, a tar or shards of images like those that are served.
-        min_cosine: the mean cosine between old and new embedding has to be this high.
-        max_drop: the accuracy of a k-NN classifier (k = 20, calibration images as neighbours) may fall by this fraction of all
-            images; needs classes: sub-folders, or ``.cls`` in tars. Give one of the two.
-        criterion, calibration, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
-        held_out: how many images judge.
-        rankings: made before; then ``criterion`` is theirs. Made on other images, or on as many of these with the same ``seed``, they do
-            not know the judges.
+        min_cosine: minimum mean cosine between the embeddings of the pruned and the dense model.
+        max_drop: maximum drop of the accuracy of a k-NN classifier, as a fraction of all images (k = 20, the calibration
+            images are the neighbors). It needs classes: subfolders, or ``.cls`` in tars. Give one of the two.
+        criterion, num_calibration_images, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
+        held_out: number of held-out images.
+        rankings: rankings made before; ``criterion`` is then theirs. If they were made on other images, or on
+            ``num_calibration_images`` of these with the same ``seed``, they did not see the held-out images.
 
     Raises:
-        DgmrError: not one of the two is given, too few images (with ``rankings``: fewer than ``calibration + held_out``), no classes, or
-            not even the whole tower keeps the promise.
+        DgmrError: not exactly one target is given, there are too few images (with ``rankings``: fewer than
+            ``num_calibration_images + held_out``), classes are missing, or even the dense model misses the target.
     """
-    if (min_cosine is None) == (max_drop is None):
-        raise DgmrError("give either min_cosine or max_drop")
-    name, limit = ("min_cosine", min_cosine) if max_drop is None else ("max_drop", max_drop)
-    if limit is None or not 0 < limit < 1:
-        raise DgmrError(f"{name} = {limit}; it must be between 0 and 1")
-    if held_out < FEWEST:
-        raise DgmrError(f"held_out = {held_out}; {FEWEST} images are the fewest that can bear a promise")
-    pictures, labels = Images.find(images).sample_labeled(calibration + held_out, seed, model.preprocess)
-    if len(pictures) < held_out + 10:
-        raise DgmrError(
-            f"{images} holds {len(pictures)} images; {held_out} to judge by and at least 10 to calibrate on are needed"
-        )
-    if rankings and len(pictures) < calibration + held_out:
-        raise DgmrError(
-            f"{images} holds {len(pictures)} images that can be read, fewer than the {calibration} to calibrate on and the {held_out} to "
-            "judge by: the ranking might know the judges; add images, or take fewer of the two"
-        )
+    name, limit = _target(min_cosine, max_drop)
+    if held_out < MIN_HELD_OUT_IMAGES:
+        raise DgmrError(f"held_out = {held_out} is too small. Hold out at least {MIN_HELD_OUT_IMAGES} images.")
+    pixels, labels = Images.find(images).sample_labeled(num_calibration_images + held_out, seed, model.preprocess)
+    _check_images(images, len(pixels), num_calibration_images, held_out, rankings)
     if max_drop is not None and None in labels:
         raise DgmrError(
-            f"max_drop compares accuracies, but not every image in {images} has a class; give sub-folders, or min_cosine"
+            f"max_drop compares accuracies, but not every image in {images} has a class. Give subfolders, or use min_cosine."
         )
-    pictures = pictures.to(next(model.tower.parameters()))
-    seen, judged = list(pictures[:-held_out].split(64)), list(pictures[-held_out:].split(64))
-    rankings = rankings or rank(model, criterion, seen)
+    calibration = CalibrationImages(list(pixels[:-held_out].split(64)))
+    held_out_batches = CalibrationImages(list(pixels[-held_out:].split(64)))
+    rankings = rankings or rank(model, criterion, calibration)
     classes = torch.tensor(np.unique([str(label) for label in labels], return_inverse=True)[1])
 
-    def right(encoder: OpenedModel, found: Tensor) -> Tensor:
-        return nearest_classes(_embeddings(encoder, seen), classes[:-held_out], found) == classes[-held_out:]
+    def correct(encoder: OpenedModel, queries: Tensor) -> Tensor:
+        bank = _embeddings(encoder, calibration)
+        return nearest_classes(bank, classes[:-held_out], queries) == classes[-held_out:]
 
-    dense = _embeddings(model, judged)
-    before = right(model, dense) if max_drop is not None else None
+    dense_embeddings = _embeddings(model, held_out_batches)
+    dense_correct = correct(model, dense_embeddings) if max_drop is not None else None
 
-    def trial(count: int) -> tuple[Pruned, Trial]:
+    def try_size(count: int) -> tuple[Pruned, Trial]:
         plan = rankings.plan(model, budget={"params": count}, round_to=round_to)
-        pruned = prune(model, seen, plan=plan, damping=damping)
-        found = _embeddings(pruned.model, judged)
-        if before is None:
-            values = F.cosine_similarity(found, dense).numpy()
-            bound = _interval(values, seed).low
-            kept = bound >= limit
+        pruned, table = prune_by_plan(model, plan, calibration, damping=damping)
+        embeddings = _embeddings(pruned, held_out_batches)
+        if dense_correct is None:
+            values = F.cosine_similarity(embeddings, dense_embeddings).numpy()
+            bound = _interval(values, seed)[0]
+            met = bound >= limit
         else:
-            values = before.float().numpy() - right(pruned.model, found).float().numpy()
-            bound = _interval(values, seed).high
-            kept = bound <= limit
-        return pruned, Trial(parameters(pruned.model.tower), float(values.mean()), float(bound), bool(kept))
+            values = dense_correct.float().numpy() - correct(pruned, embeddings).float().numpy()
+            bound = _interval(values, seed)[1]
+            met = bound <= limit
+        trial = Trial(parameters(pruned.tower), float(values.mean()), float(bound), bool(met))
+        return Pruned(pruned, plan, table, calibration), trial
 
-    tower, sites = model.tower, block_sites(model) or []
-    cost = parameter_cost(tower, sites)
-    fewest = cost.without(
-        {site.name: site.hidden - count for site, count in zip(sites, least(sites, round_to).values(), strict=True)}
-    )
-    low, high, count = fewest, cost.total, fewest  # the fewest may do
+    cost = parameter_cost(model.tower, model.sites)
+    smallest_widths = least(model.sites, round_to)
+    smallest = cost.without({site.name: site.hidden - smallest_widths[site.name] for site in model.sites})
+    low, high, count = smallest, cost.total, smallest  # the smallest size may do
     best, trials = None, []
-    for _ in range(HALVINGS):
-        pruned, made = trial(count)
-        trials.append(made)
-        if made.kept:
-            pruned.model.module.cpu()  # the device is for the original and one trial
+    for _ in range(MAX_BISECTIONS):
+        pruned, trial = try_size(count)
+        trials.append(trial)
+        if trial.met:
+            pruned.model.module.cpu()  # the device holds the dense model and one trial
             best, high = pruned, count
         else:
             low = count
         del pruned
-        if high == fewest:
+        if high == smallest:
             break
         count = (low + high) // 2
     if best is None:
-        closest = trials[-1]
+        last = trials[-1]
         raise DgmrError(
-            f"{name} = {limit} is not kept even at {closest.parameters:,} of {cost.total:,} parameters: {closest.value:.4f}, "
-            f"interval to {closest.bound:.4f}; hold out more images, or promise less"
+            f"{name} = {limit} is not met even at {last.parameters:,} of {cost.total:,} parameters: {last.value:.4f}, "
+            f"interval to {last.bound:.4f}. Hold out more images, or set a lower target."
         )
-    best.model.module.to(pictures.device)
-    return Promise(best, trials)
+    best.model.module.to(next(model.tower.parameters()).device)
+    return TargetResult(best, trials)
+
+
+def _target(min_cosine: float | None, max_drop: float | None) -> tuple[str, float]:
+    targets = {"min_cosine": min_cosine, "max_drop": max_drop}
+    name = given_amount(targets, QUALITY_TARGETS)
+    limit = targets[name] if name else None
+    if name is None or limit is None:
+        raise DgmrError(f"There is no quality target. Give either {' or '.join(QUALITY_TARGETS)}.")
+    if not 0 < limit < 1:
+        raise DgmrError(f"{name} = {limit} is out of range. It must be between 0 and 1.")
+    return name, limit
+
+
+def _check_images(
+    source: str | Path, count: int, num_calibration_images: int, held_out: int, rankings: Rankings | None
+) -> None:
+    if count < held_out + MIN_RECOVERY_IMAGES:
+        raise DgmrError(
+            f"{source} holds {count} images, fewer than {held_out} held-out images and {MIN_RECOVERY_IMAGES} for "
+            "calibration. Add images, or hold out fewer."
+        )
+    if rankings and count < num_calibration_images + held_out:
+        raise DgmrError(
+            f"{source} holds {count} readable images, fewer than {num_calibration_images} for calibration and {held_out} "
+            "held out, so the ranking may have seen the held-out images. Add images, or take fewer of the two."
+        )
 
 
 @torch.no_grad()
-def _embeddings(model: OpenedModel, batches: Sequence[Tensor]) -> Tensor:
+def _embeddings(model: OpenedModel, images: CalibrationImages) -> Tensor:
+    encoder = ImageEncoder(model.adapter)
     with evaluating(model.tower):
-        return torch.cat([ImageEncoder(model.adapter)(batch).float().cpu() for batch in batches])
+        return torch.cat([encoder(batch).float().cpu() for batch in images.on(model)])
 
 
-def _interval(values: np.ndarray, seed: int) -> Any:
-    """The 95 % bootstrap interval of the mean."""
+def _interval(values: np.ndarray, seed: int) -> Sequence[float]:
+    """The 95 % bootstrap interval of the mean: its lower and its upper end."""
     bootstrap = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(seed)
+        (values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
     )
     return bootstrap.confidence_interval

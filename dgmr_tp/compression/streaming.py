@@ -1,15 +1,15 @@
-"""Pruning from file to file: towers that do not fit into memory.
+"""Prune from file to file: towers that do not fit into memory.
 
-The weights stay on the disk, memory-mapped. One MLP at a time is looked at, decided, cut, and written; what is written is
-one safetensors file, because that is what open_clip and timm open.
+The weights stay on disk, memory-mapped. One MLP at a time is scored, cut, and written to one safetensors file, which
+open_clip and timm read.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Unpack
 
@@ -17,19 +17,20 @@ import torch
 import torch_pruning as tp
 from torch import Tensor
 
-from dgmr_tp.compression.criteria import DIFFERENTIATING, SEEING, make_plan
+from dgmr_tp.compression.criteria import needs_images
+from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.encoders.model import unfinished
+from dgmr_tp.encoders.model import staging_path
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.utils.files import hold, write_whole
+from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory
 from dgmr_tp.utils.modules import meta_copy
 from dgmr_tp.utils.progress import report_progress
 
 JOURNAL = "decided.json"
-"""The plan so far, in the unfinished directory: a run that was killed goes on from there."""
-TYPES = {
+"""The decisions so far, in the staging directory. A killed run resumes from it."""
+SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -48,93 +49,93 @@ def prune_streaming(
     seed: int = 0,
     **amount: Unpack[Amount],
 ) -> Plan:
-    """Prune a checkpoint into a model directory, MLP by MLP, without ever holding the dense tower. Same result as ``prune``.
+    """Prune a checkpoint into a model directory, MLP by MLP, without holding the dense tower. Same result as ``prune``.
 
-    Memory: a few float64 copies of one MLP's first Linear, whatever the size of the tower. Killed and called again, it goes
-    on with the MLPs that were not decided yet; ``directory`` appears whole or not at all. No recovery: it needs the tower. The
-    file keeps the checkpoint's number type.
+    Memory: a few float64 copies of one MLP's first Linear, for a tower of any size. A killed call resumes with the MLPs
+    that were not decided yet, and ``directory`` appears only when it is complete. There is no recovery, which needs the
+    tower in memory. The file keeps the checkpoint's dtype.
 
     Args:
-        source, pretrained: a model directory, or a library's name and a checkpoint file (see :func:`open_model`). Weights
-            that are named by a library's tag are loaded by the library, whole.
-        directory: where to; must not exist.
+        source, pretrained: a model directory, or a library's name and a checkpoint file (see :func:`open_model`).
+            Weights named by a library's tag are loaded by the library, all at once.
+        directory: the directory to write; it must not exist.
         criterion, seed, amount: as for :func:`dgmr_tp.prune`.
 
     Raises:
-        DgmrError: bad input; says what and what to do.
+        DgmrError: bad input; the message says what to do.
     """
     directory = Path(directory)
-    aside = unfinished(directory)
-    if isinstance(criterion, str) and criterion in (*SEEING, *DIFFERENTIATING):
-        raise DgmrError(f"criterion {criterion} runs the tower on images, which streaming does not do")
+    staging = staging_path(directory)
+    if needs_images(criterion):
+        raise DgmrError(
+            f"Criterion {criterion} runs the tower on images, which streaming does not do. Use one that reads weights only."
+        )
     opened = open_model(source, pretrained, weights="disk")
     rule = criterion if isinstance(criterion, str) else type(criterion).__name__
     request = {"source": source, "pretrained": pretrained, "criterion": rule, "seed": seed, "amount": amount}
-    journal = aside / JOURNAL
+    journal = staging / JOURNAL
 
     def remember(plan: Plan) -> None:
-        write_whole(journal, json.dumps({"request": request, "plan": plan.to_json()}))
+        atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
 
-    with hold(aside, "dgmr-tp prune is working") as lock:
+    with lock_directory(staging, "dgmr-tp prune is working"):
         done = _read_journal(journal, request)
         plan = make_plan(opened, criterion, seed=seed, done=done, remember=remember, **amount)
-        for left in aside.iterdir():  # by a run that was killed while it wrote
-            if left.name not in (JOURNAL, Path(lock.name).name):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        pruned = _shadow(opened)
+        for leftover in staging.iterdir():  # of a run killed while it wrote
+            if leftover.name not in (JOURNAL, LOCK_NAME):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        pruned = replace(opened, module=meta_copy(opened.module))
         resize(pruned.tower, {name: len(site.kept) for name, site in plan.sites.items()})
         shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
-        _write(aside / opened.weights_name, shapes, opened.module.state_dict(), _cut(opened, plan))
+        _write(staging / opened.weights_name, shapes, opened.module.state_dict(), _pruned_tensors(opened, plan))
         journal.unlink()
-        Path(lock.name).unlink()
+        (staging / LOCK_NAME).unlink()
         pruned.finish(directory, plan, directory)
     return plan
 
 
 def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
+    """The decisions of an interrupted call for the same request; None on the first start or if the file is damaged."""
     try:
-        found = json.loads(path.read_text())
-        return Plan.from_json(found["plan"]) if found["request"] == json.loads(json.dumps(request)) else None
-    except (OSError, ValueError, KeyError, DgmrError):  # the first time, or a damaged one
+        journal = json.loads(path.read_text())
+        return Plan.from_json(journal["plan"]) if journal["request"] == json.loads(json.dumps(request)) else None
+    except (OSError, ValueError, KeyError, DgmrError):
         return None
 
 
-def _shadow(opened: OpenedModel) -> OpenedModel:
-    """The same model on the meta device."""
-    shadow = copy.copy(opened)
-    shadow.module = meta_copy(opened.module)
-    return shadow
-
-
-def _cut(opened: OpenedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the pruned model in the order of its modules; each MLP is cut, verified, and forgotten again."""
-    pruner = MLPPruner(opened.tower)
+def _pruned_tensors(opened: OpenedModel, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Yield all tensors of the pruned model in the order of its modules. Each MLP is cut, verified and released."""
+    pruner = MLPPruner(opened.tower, sites=opened.sites, weight_hashes=opened.weight_hashes)
     prefix = f"{opened.tower_path}." if opened.tower_path else ""
-    waiting: dict[str, Site] = {f"{prefix}{site.name}.": site for site in pruner.sites if site.name in plan.sites}
+    waiting: dict[str, Site] = {f"{prefix}{site.name}.": site for site in opened.sites if site.name in plan.sites}
     names = list(opened.module.state_dict())
-    for place, name in enumerate(names):
-        inside = next((path for path in waiting if name.startswith(path)), None)
-        if inside is not None:
-            site = waiting[inside]
+    for position, name in enumerate(names):
+        mlp_path = next((path for path in waiting if name.startswith(path)), None)
+        if mlp_path is not None:
+            site = waiting[mlp_path]
             if opened.tower.get_submodule(site.consumer).in_features == site.hidden:
                 pruner.apply(Plan(plan.encoder, plan.criterion, {site.name: plan.sites[site.name]}))
         owner, _, leaf = name.rpartition(".")
         yield name, getattr(opened.module.get_submodule(owner), leaf)
-        if inside is not None and (place + 1 == len(names) or not names[place + 1].startswith(inside)):
-            opened.module.get_submodule(inside.removesuffix(".")).to("meta")
-            del waiting[inside]
+        if mlp_path is not None and (position + 1 == len(names) or not names[position + 1].startswith(mlp_path)):
+            opened.module.get_submodule(mlp_path.removesuffix(".")).to("meta")
+            del waiting[mlp_path]
             report_progress("write", len(plan.sites) - len(waiting), len(plan.sites))
 
 
 def _write(
     path: Path, shapes: Mapping[str, torch.Size], types: Mapping[str, Tensor], tensors: Iterator[tuple[str, Tensor]]
 ) -> None:
-    """A safetensors file from tensors that come one after the other: its header needs only their shapes."""
+    """Write a safetensors file from tensors that arrive one by one. Its header needs only their shapes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
         end = offset + shape.numel() * types[name].element_size()
-        header[name] = {"dtype": TYPES[types[name].dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[types[name].dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)

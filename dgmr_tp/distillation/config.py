@@ -6,14 +6,14 @@ The recipe imports these classes. They know the schedule and the batch arithmeti
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from dgmr_tp.distillation.losses import DistillationLoss
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.config import Config, DataPath
 
 NON_OUTCOME_KEYS = {
     "processes",
@@ -59,7 +59,7 @@ class TrainingConfig(Config):
 
     processes: int = Field(default=1, ge=1)
     """Processes on this machine. With fewer GPUs than that, one process a GPU."""
-    hostfile: str | None = None
+    hostfile: Annotated[str | None, DataPath()] = None
     """DeepSpeed host file, to train on more than one machine: lines such as ``node1 slots=8``."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -81,7 +81,7 @@ class TrainingConfig(Config):
     """What DeepSpeed shards over the processes: 1 the optimizer states, 2 also the gradients, 3 also the parameters."""
     bf16: bool = False
     """Compute in bfloat16. Master weights, losses and averages are always float32."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, DataPath()] = None
     """A DeepSpeed JSON file that is merged with what this section sets."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between two checkpoints."""
@@ -214,9 +214,9 @@ class TuneTextConfig(TrainingConfig):
     title = "text tuning"
     memory_advice = "Start more processes, or set tune_text.bf16: true, and run again (--redo tune_text)."
 
-    captions: str
+    captions: Annotated[str, DataPath()]
     """Images with a ``.txt`` next to each, in a folder or in tars; or a Karpathy JSON; or ``scenes:pairs``."""
-    images: str | None = None
+    images: Annotated[str | None, DataPath()] = None
     """For a Karpathy JSON: the folder of its images."""
     first_caption: bool = False
     """Always use the first of several captions, as in the paper, instead of drawing one for every epoch."""

@@ -1,5 +1,5 @@
-"""Opening encoders by name or directory, and saving them so that the library they come from opens them again."""
+"""Open encoders by name or directory, and save them so that their own library opens them again."""
 
-from dgmr_tp.encoders.model import OpenedModel, adapt, load_pruned, open_model
+from dgmr_tp.encoders.model import OpenedModel, adapt, load_pruned, open_model, wrap_tower
 
-__all__ = ["OpenedModel", "adapt", "load_pruned", "open_model"]
+__all__ = ["OpenedModel", "adapt", "load_pruned", "open_model", "wrap_tower"]

@@ -1,4 +1,7 @@
-"""Weights as data: tensors out of files that are never executed, and a module that takes the widths they have."""
+"""Read checkpoints as data, and load them into modules of other hidden widths.
+
+Works on files and ``nn.Module``, and executes nothing from a file. Does not know any model library.
+"""
 
 from __future__ import annotations
 
@@ -16,100 +19,119 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError, first_line
 
 Weights = Literal["memory", "disk", "none"]
-"""Where the weights of an opened model are: in memory; on the disk, memory-mapped; or nowhere, for its shapes alone."""
-WRAPPERS = ("state_dict", "model_ema", "model", "module", "teacher")
-"""Keys under which training programs keep the weights."""
+"""Location of an opened model's weights: in memory, memory-mapped on disk, or none (shapes on the meta device)."""
+WRAPPER_KEYS = ("state_dict", "model_ema", "model", "module", "teacher")
+"""Keys under which training programs store the weights."""
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, an index of shards (``.index.json``), or a ``.pt``, ``.pth`` or ``.bin`` file.
+    """Return the tensors of a checkpoint file by name.
 
-    A pickle is read by torch's weights-only loader, which executes nothing. What training programs wrap around the weights
-    (``state_dict``, ``model``, ``module.``) is taken off.
+    Pickles are read by torch's weights-only loader, which executes nothing. Keys that training programs wrap around the
+    weights (``state_dict``, ``model``) and the prefix ``module.`` are removed.
+
+    Args:
+        path: a ``.safetensors`` file, the ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` file.
 
     Raises:
-        DgmrError: the file is missing, damaged, or holds more than tensors.
+        DgmrError: the file is missing, damaged, or contains more than tensors; names the file.
     """
     path = Path(path)
     try:
         if path.name.endswith(".index.json"):
             shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in read_tensors(path.parent / shard).items()}
+            tensors: dict[str, Tensor] = {}
+            for shard in shards:
+                tensors |= read_tensors(path.parent / shard)
+            return tensors
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = _unpickled(path)
+        content = _unpickle(path)
     except Exception as error:  # a damaged file fails in many ways
         if "weights_only" in str(error) or "Weights only load" in str(error):
             raise DgmrError(
-                f"{path} holds Python objects, which are never executed; save its state_dict alone"
+                f"{path} holds Python objects, which are never executed. Save its state_dict alone."
             ) from error
         raise DgmrError(
-            f"cannot read {path}: {first_line(error)}; the file is missing, cut short or damaged"
+            f"cannot read {path}: {first_line(error)}. The file is missing, truncated or damaged."
         ) from error
-    while isinstance(found, Mapping) and (
-        inner := next((found[key] for key in WRAPPERS if isinstance(found.get(key), Mapping)), None)
+    while isinstance(content, Mapping) and (
+        inner := next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
     ):
-        found = inner
-    if not isinstance(found, Mapping) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise DgmrError(f"{path} is no checkpoint: it holds something else than tensors by name")
-    prefix = "module." if all(name.startswith("module.") for name in found) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
+        content = inner
+    if not isinstance(content, Mapping) or not content:
+        raise DgmrError(f"{path} is not a checkpoint: it does not hold tensors by name. Name a file with a state_dict.")
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise DgmrError(f"{path} is not a checkpoint: it holds more than tensors by name. Save its state_dict alone.")
+    prefix = "module." if all(name.startswith("module.") for name in content) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
 
 
-def _unpickled(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
 
 
 def weights_file(directory: Path) -> Path:
-    """The file of a Hugging Face folder that holds its weights, or the index of their shards.
+    """Return the weights file of a Hugging Face folder, or the index of its shards.
 
     Raises:
-        DgmrError: there is none.
+        DgmrError: the folder has neither.
     """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in names:
         if (directory / name).exists():
             return directory / name
-    raise DgmrError(f"{directory} holds no weights; one of these is needed: {', '.join(names)}")
+    raise DgmrError(f"{directory} holds no weights. Add one of {', '.join(names)}.")
 
 
-def empty(weights: Weights) -> AbstractContextManager[Any]:
-    """Where a model is built: on the meta device unless its weights are to come into memory."""
+def build_device(weights: Weights) -> AbstractContextManager[Any]:
+    """Return a context for building a model: the default device for weights in memory, else the meta device."""
     return contextlib.nullcontext() if weights == "memory" else torch.device("meta")
 
 
 def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Load ``tensors`` strictly after giving every Linear and norm the width that its tensors have.
+    """Resize every Linear and norm to its tensors, and load ``tensors`` strictly.
 
-    A module on the meta device takes the tensors themselves, which are memory-mapped: its weights stay on the disk until
-    they are looked at. Its buffers that no checkpoint holds stay on the meta device, so that it cannot be run.
+    A module on the meta device takes the memory-mapped tensors themselves, so that weights stay on disk until they are
+    read. Buffers that the checkpoint does not contain stay on the meta device. Such a module cannot be run.
+
+    Args:
+        module: the module to load into.
+        tensors: by name in ``module``.
+        source: name of the checkpoint in messages.
 
     Raises:
-        DgmrError: a tensor is missing, unknown or of another shape; names the first, and ``source``.
+        DgmrError: a tensor is missing, unknown or of another shape; names the first one and ``source``.
     """
     for name, layer in module.named_modules():
         weight = tensors.get(f"{name}.weight")
         if weight is not None and weight.ndim > 0:
-            _take_width(layer, weight)
+            _resize_layer(layer, weight)
     expected = module.state_dict()
     for key in sorted(expected.keys() | tensors.keys()):
         if key not in tensors:
-            raise DgmrError(f"{source} has no tensor {key!r}, which the model asks for")
+            raise DgmrError(
+                f"{source} has no tensor {key!r}, which the model needs. Check that it is a checkpoint of this model."
+            )
         if key not in expected:
-            raise DgmrError(f"{source} holds a tensor {key!r} that the model does not know")
+            raise DgmrError(
+                f"{source} holds a tensor {key!r} that the model does not have. Check that it is a checkpoint of this "
+                "model."
+            )
         if tensors[key].shape != expected[key].shape:
             raise DgmrError(
-                f"{source}: {key!r} is {tuple(tensors[key].shape)}, the model says {tuple(expected[key].shape)}"
+                f"{source} holds {key!r} with shape {tuple(tensors[key].shape)}, and the model has "
+                f"{tuple(expected[key].shape)}. Check that it is a checkpoint of this model."
             )
     module.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in module.parameters()))
 
 
-def _take_width(layer: nn.Module, weight: Tensor) -> None:
+def _resize_layer(layer: nn.Module, weight: Tensor) -> None:
     is_norm = hasattr(layer, "normalized_shape")
     if (
         not (isinstance(layer, nn.Linear) or is_norm)

@@ -1,7 +1,8 @@
-"""EVA-CLIP-8B's vision tower as a timm model, ``timm:eva_clip_8b_patch14_224``: timm has its parts, but no name for it.
+"""EVA-CLIP-8B's vision tower as a timm model, ``timm:eva_clip_8b_patch14_224``.
 
-Two releases open: ``EVA_CLIP_8B_psz14_s9B.pt`` in EVA-CLIP's own keys, and the shards of the Hugging Face repository in those
-of its remote code, which is never run.
+timm contains the layers of this tower but no entry for it. This module registers one. It reads both releases:
+``EVA_CLIP_8B_psz14_s9B.pt`` with EVA-CLIP's own keys, and the shards of the Hugging Face repository, whose remote code
+is not run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-FROM_TRANSFORMERS = (
+TRANSFORMERS_KEY_PATTERNS = (
     (r"^vision_model\.encoder\.layers\.", "blocks."),
     (r"^vision_model\.embeddings\.class_embedding$", "cls_token"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "patch_embed.proj."),
@@ -42,15 +43,21 @@ FROM_TRANSFORMERS = (
     (r"\.self_attn\.out_proj\.", ".attn.proj."),
     (r"\.self_attn\.", ".attn."),
 )
+"""Patterns of the Hugging Face release's keys and their timm names, applied in this order."""
 
 
 class EvaCLIP8B(eva.Eva):
-    """timm's Eva under a class of its own, so that :func:`checkpoint_filter_fn` below is found for it."""
+    """timm's Eva as a class of this module.
+
+    Loaders look for :func:`checkpoint_filter_fn` in the module of the class.
+    """
 
 
 @register_model
 def eva_clip_8b_patch14_224(pretrained: bool = False, **kwargs: Any) -> eva.Eva:
-    """32 blocks of width 4096, hidden 20480, RMS norms, no bias on query, key and value."""
+    """Build EVA-CLIP-8B's tower: 32 blocks of width 4096, hidden width 20480, RMS norms, no bias on query, key and
+    value.
+    """
     arguments: dict[str, Any] = {
         "img_size": 224,
         "patch_size": 14,
@@ -72,7 +79,7 @@ def eva_clip_8b_patch14_224(pretrained: bool = False, **kwargs: Any) -> eva.Eva:
 
 
 def checkpoint_filter_fn(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Either release under timm's keys; the text tower is left out."""
+    """Convert the keys of either release to timm's. The text tower is left out."""
     if any(name.startswith("vision_model.") for name in tensors):
         tensors = _from_transformers(tensors)
     else:
@@ -87,7 +94,7 @@ def _from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not name.startswith(("vision_model.", "visual_projection.")) or name.endswith("position_ids"):
             continue
-        for pattern, replacement in FROM_TRANSFORMERS:
+        for pattern, replacement in TRANSFORMERS_KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
         renamed[name] = tensor
     for name in [name for name in renamed if name.endswith(".attn.q_proj.weight")]:

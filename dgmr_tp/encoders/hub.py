@@ -1,4 +1,7 @@
-"""Names of files and folders: local paths, and ``hf-hub:org/repo`` or ``hf-hub:org/repo/sub/file.pth`` wherever a path is taken."""
+"""Resolve names of files and folders: local paths, ``hf-hub:org/repo`` and ``hf-hub:org/repo/sub/file.pth``.
+
+Returns local paths, after a download if the Hugging Face cache does not contain them.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,31 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.utils.lazy_imports import require
 
 HUB = "hf-hub:"
-IGNORED = ("*.py", "*.msgpack", "*.h5", "*.onnx")
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
-ENDINGS = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+"""Prefix of names on the Hugging Face hub."""
+IGNORE_PATTERNS = ("*.py", "*.msgpack", "*.h5", "*.onnx")
+"""Files of a repository that are not downloaded: code, and weights of other frameworks."""
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+"""Files that are not downloaded if only the config is needed."""
+CHECKPOINT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
+"""Suffixes of checkpoint files."""
 
 
 def is_file_name(name: str) -> bool:
-    """Whether ``name`` means a checkpoint file, not a library's tag."""
-    return name.endswith(ENDINGS) or Path(name).exists()
+    """Return whether ``name`` is a checkpoint file and not a library's tag."""
+    return name.endswith(CHECKPOINT_SUFFIXES) or Path(name).exists()
 
 
 def local_file(name: str) -> Path:
-    """A local path as it is; of a hub name the file, downloaded if it is not in the cache."""
+    """Return the path of a checkpoint file. A hub name is downloaded to the cache, with its shards if it is an index.
+
+    Raises:
+        DgmrError: a hub name contains no file, or the download fails.
+    """
     if not name.startswith(HUB):
         return Path(name)
     parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 3:
-        raise DgmrError(f"{name} names no file; write it as hf-hub:ORG/REPO/FILE")
+        raise DgmrError(f"{name} names no file. Write it as hf-hub:ORG/REPO/FILE.")
     repository = "/".join(parts[:2])
     path = Path(_from_hub(name, "hf_hub_download", repository, filename=parts[2]))
     if path.name.endswith(".index.json"):
@@ -37,14 +48,19 @@ def local_file(name: str) -> Path:
 
 
 def local_folder(name: str, *, weights: bool = True) -> Path:
-    """A local path as it is; of a hub name the repository's folder, downloaded if it is not in the cache, weights or not."""
+    """Return the path of a folder. A repository of the hub is downloaded to the cache.
+
+    Args:
+        name: a path, or ``hf-hub:org/repo``.
+        weights: download the weights too.
+
+    Raises:
+        DgmrError: the download fails.
+    """
     if not name.startswith(HUB):
         return Path(name)
-    return Path(
-        _from_hub(
-            name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=[*IGNORED, *(() if weights else WEIGHTS)]
-        )
-    )
+    ignore_patterns = [*IGNORE_PATTERNS, *(() if weights else WEIGHT_PATTERNS)]
+    return Path(_from_hub(name, "snapshot_download", name.removeprefix(HUB), ignore_patterns=ignore_patterns))
 
 
 def _from_hub(name: str, function: str, repository: str, **options: Any) -> str:

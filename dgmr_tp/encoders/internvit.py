@@ -1,4 +1,7 @@
-"""InternViT as OpenGVLab released it (``InternVisionModel``, remote code that is never run) as transformers' InternVLVisionModel."""
+"""Convert OpenGVLab's InternViT release (``InternVisionModel``) to transformers' ``InternVLVisionModel``.
+
+Works on the release's config and tensors. Its remote code is not run.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import InternVLVisionConfig
 
-RELEASED = "InternVisionModel"
-SAME = (
+RELEASE_ARCHITECTURE = "InternVisionModel"
+"""Architecture in the config of the release."""
+SHARED_CONFIG_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
@@ -19,7 +23,8 @@ SAME = (
     "norm_type",
     "num_channels",
 )
-NAMES = (
+"""Config keys that the release and transformers have in common."""
+KEY_PATTERNS = (
     (r"^(vision_model|vision_tower)\.", ""),
     (r"^encoder\.layers\.", "encoder.layer."),
     (r"class_embedding", "cls_token"),
@@ -31,27 +36,28 @@ NAMES = (
     (r"\.attn\.proj\.", ".attention.projection_layer."),
     (r"\.attn\.", ".attention."),
 )
+"""Patterns of the release's keys and their names in transformers, applied in this order."""
 
 
 def config_from_release(config: dict[str, Any]) -> InternVLVisionConfig:
-    """transformers' configuration of a released one."""
+    """Convert the release's config."""
     size, patch = config["image_size"], config["patch_size"]
     return InternVLVisionConfig(
-        **{key: config[key] for key in SAME if key in config},
+        **{key: config[key] for key in SHARED_CONFIG_KEYS if key in config},
         image_size=[size, size],
         patch_size=[patch, patch],
         use_qk_norm=config.get("qk_normalization", False),
         attention_bias=config.get("qkv_bias", True),
         use_absolute_position_embeddings=True,
-        use_mean_pooling=True,  # in transformers: no norm after the last block, as in the release
+        use_mean_pooling=True,  # removes transformers' norm after the last block, which the release does not have
     )
 
 
 def tensors_from_release(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Released tensors under transformers' names; the fused query, key and value are taken apart."""
+    """Convert the release's tensors: rename them, and split the fused query, key and value."""
     renamed = {}
     for name, tensor in tensors.items():
-        for pattern, replacement in NAMES:
+        for pattern, replacement in KEY_PATTERNS:
             name = re.sub(pattern, replacement, name)
         if ".attention.qkv." in name:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):

@@ -1,9 +1,11 @@
-"""One object for an encoder with all that belongs to it, whichever library it comes from.
+"""An encoder with everything that belongs to it, whatever library it comes from: opened, saved and described here.
 
-A model directory is what its library reads (``open_clip_config.json`` + ``open_clip_model.safetensors``, or timm's or
-transformers' ``config.json`` + ``model.safetensors``) with ``dgmr_tp.json``, which holds the hidden widths, ``README.md``,
-which says how to open it, and once pruned ``plan.json``. ``load_pruned`` opens every one; the plain library opens it too
-wherever its config can say the widths.
+A model directory contains what its library reads: ``open_clip_config.json`` and ``open_clip_model.safetensors``, or
+timm's or transformers' ``config.json`` and ``model.safetensors``. It also contains ``dgmr_tp.json`` with the hidden
+widths, ``README.md`` with the code that opens it, and after pruning ``plan.json``. ``load_pruned`` opens all of them.
+The stock library opens a directory if its config can express the hidden widths.
+
+:data:`ADAPTERS` is the one place where a new family of towers is registered.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ import difflib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,37 +27,43 @@ from torch import Tensor, nn
 from dgmr_tp.encoders.checkpoint import Weights
 from dgmr_tp.encoders.hub import HUB, local_folder
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.pruning import Plan, TowerAdapter, find_sites
+from dgmr_tp.pruning import Plan, Site, TowerAdapter, find_sites
+from dgmr_tp.pruning.plan import weight_sha256
+from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
-SIDECAR = "dgmr_tp.json"
-TEXT_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
-"""How the names of a tokenizer's files begin."""
+"""Model directory of the small CLIP that ships with the package."""
+SIDECAR_NAME = "dgmr_tp.json"
+"""File of a model directory with the library, the encoder's name and the hidden widths."""
+TOKENIZER_FILE_PREFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
+"""Prefixes of the names of a tokenizer's files."""
+
+V = TypeVar("V")
 
 
 @dataclass
 class OpenedModel:
-    """An encoder, the model it is part of, and what is needed to feed and to save it."""
+    """An encoder, the model that contains it, and what is needed to feed and to save it."""
 
     library: str
-    """``open_clip``, ``timm`` or ``transformers``."""
+    """``open_clip``, ``timm`` or ``transformers``. Empty for a bare tower (:func:`wrap_tower`)."""
     module: nn.Module
     """The whole model: a CLIP with its text tower, or the vision model alone."""
     tower_path: str
-    """Where in ``module`` the vision tower stands, such as ``visual``; empty where it is the module itself."""
+    """Path of the vision tower in ``module``, such as ``visual``. Empty if the tower is ``module``."""
     name: str
-    """What it is and where it came from, such as ``open_clip:ViT-g-14``."""
+    """The model and its library, such as ``open_clip:ViT-g-14``."""
     preprocess: Callable[[Any], Tensor]
-    """PIL image to ``[3, height, width]``, as the model was evaluated."""
+    """Maps a PIL image to ``[3, height, width]``, with the preprocessing of the model's evaluation."""
     preprocess_config: dict[str, Any]
-    """The same in words: size, mean, std, and what else the library says."""
+    """Description of ``preprocess``: size, mean, std, and the library's other settings. Empty if it is unknown."""
     config: dict[str, Any] = field(default_factory=dict)
-    """open_clip: its model_cfg. The models of the other libraries carry their own."""
+    """open_clip's model_cfg. Models of the other libraries contain their config."""
     tokenizer: Callable[[list[str]], Tensor] | None = None
-    """Texts to token ids ``[n, length]``."""
+    """Maps texts to token ids ``[n, length]``."""
     source: Path | None = None
-    """The model directory it was read from, whose tokenizer files come along."""
+    """The model directory that was opened. :meth:`save` copies its tokenizer files."""
 
     @property
     def tower(self) -> nn.Module:
@@ -73,91 +81,151 @@ class OpenedModel:
         return adapt(self.tower, self.name, **outside)
 
     @property
-    def text(self) -> nn.Module | None:
-        """The text tower, without the vision tower: has ``encode_text(tokens, normalize=False)``. None, if there is none."""
-        if not hasattr(self.module, "encode_text") and not hasattr(self.module, "get_text_features"):
-            return None
-        alone = copy.copy(self.module)
-        alone._modules = {
-            name: child
-            for name, child in self.module._modules.items()
-            if name not in (self.tower_path.partition(".")[0], "visual_projection")
-        }
-        return alone if hasattr(alone, "encode_text") else _room(self.library).TextTower(alone)
+    def has_adapter(self) -> bool:
+        """True if :attr:`adapter` exists. Without one, a tower can be pruned but not recovered or distilled."""
+        try:
+            return self.adapter is not None
+        except DgmrError:
+            return False
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """MLP sites of the tower, found once. With an adapter, only those inside the residual blocks.
+
+        They describe the tower at the first access. Prune a :meth:`copy` to keep them valid.
+
+        Raises:
+            DgmrError: the tower has no MLP that can be pruned.
+        """
+        if not self.has_adapter:
+            return find_sites(self.tower)
+        if not self.adapter.sites:
+            raise DgmrError(
+                f"no block of {self.name} holds an MLP that can be cut by itself. Check whether the MLP shares its "
+                "projection with attention; such a block is not supported."
+            )
+        return self.adapter.sites
+
+    @cached_property
+    def weight_hashes(self) -> dict[str, str]:
+        """:func:`~dgmr_tp.pruning.plan.weight_sha256` by site name, computed once. Valid as long as :attr:`sites`."""
+        return {site.name: weight_sha256(self.tower, site) for site in self.sites}
 
     @property
-    def image_size(self) -> int:
-        """Height and width of the images that ``preprocess`` gives."""
+    def text(self) -> nn.Module | None:
+        """The text tower with ``encode_text(tokens, normalize=False)``, without the vision tower.
+
+        None if there is none.
+        """
+        if not hasattr(self.module, "encode_text") and not hasattr(self.module, "get_text_features"):
+            return None
+        vision_modules = (self.tower_path.partition(".")[0], "visual_projection")
+        text_only = copy.copy(self.module)
+        text_only._modules = {name: child for name, child in self.module._modules.items() if name not in vision_modules}
+        return text_only if hasattr(text_only, "encode_text") else _loader(self.library).TextTower(text_only)
+
+    @property
+    def image_size(self) -> int | None:
+        """Height and width in pixels of the images that ``preprocess`` returns.
+
+        None if the preprocessing is unknown.
+        """
+        if not self.preprocess_config:
+            return None
         size = self.preprocess_config.get("size") or self.preprocess_config["input_size"]
         return size if isinstance(size, int) else size[-1]
 
+    @property
+    def weights_name(self) -> str:
+        """Name of the weights file in a model directory of this library."""
+        return _loader(self.library).WEIGHTS_NAME
+
     def copy(self) -> OpenedModel:
-        """The same model with weights of its own."""
+        """Return the same model with its own weights. Sites, hashes and adapter are computed anew."""
         return replace(self, module=copy.deepcopy(self.module), config=copy.deepcopy(self.config))
 
     def save(self, directory: Path, plan: Plan | None = None, *, final: Path | None = None) -> None:
-        """Write a model directory; it must not exist yet, and appears whole or not at all.
+        """Write a model directory atomically.
 
         Args:
-            directory: where to.
-            plan: the plan that the encoder was pruned by, kept beside the weights.
-            final: where the directory will be moved to, if it will; its README and its config name that place.
+            directory: a path that does not exist yet.
+            plan: the plan that the encoder was pruned by. It is stored next to the weights.
+            final: the path that the directory will be moved to, if any. Its README and its config name that path.
+
+        Raises:
+            DgmrError: ``directory`` exists, or the model is a bare tower.
         """
         directory = Path(directory)
-        aside = unfinished(directory)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        room = _room(self.library)
-        if hasattr(room, "save_weights"):
-            room.save_weights(self, aside)
+        loader = _loader(self.library)
+        staging = staging_path(directory)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        if hasattr(loader, "save_weights"):
+            loader.save_weights(self, staging)
         else:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
-            save_file(tensors, aside / room.WEIGHTS, metadata={"format": "pt"})
+            save_file(tensors, staging / loader.WEIGHTS_NAME, metadata={"format": "pt"})
         self.finish(directory, plan, final or directory)
 
     def finish(self, directory: Path, plan: Plan | None, final: Path) -> None:
-        """Complete the unfinished directory, which holds the weights, and give it its name."""
-        aside = unfinished(directory)
-        opens = _room(self.library).save_config(self, aside, final)
-        if hasattr(self.tokenizer, "save_pretrained"):  # open_clip looks for a Hugging Face tokenizer in the directory
-            self.tokenizer.save_pretrained(str(aside))
+        """Add everything but the weights to the staging directory of ``directory``, and rename it to ``directory``.
+
+        The arguments are those of :meth:`save`. The staging directory contains the weights already.
+        """
+        staging = staging_path(directory)
+        module_sites = find_sites(self.module)
+        stock_code = _loader(self.library).save_config(self, staging, final, module_sites)
+        if hasattr(self.tokenizer, "save_pretrained"):  # open_clip reads a Hugging Face tokenizer from the directory
+            self.tokenizer.save_pretrained(str(staging))
         if self.source is not None:
             for file in self.source.glob("*"):
-                if file.name.startswith(TEXT_FILES) and not (aside / file.name).exists():
-                    shutil.copyfile(file, aside / file.name)
+                if file.name.startswith(TOKENIZER_FILE_PREFIXES) and not (staging / file.name).exists():
+                    shutil.copyfile(file, staging / file.name)
         if plan is not None:
-            (aside / "plan.json").write_text(plan.to_json() + "\n")
-        hidden = {site.name: site.hidden for site in find_sites(self.tower)}
+            (staging / "plan.json").write_text(plan.to_json() + "\n")
+        hidden = {site.name: site.hidden for site in sites_inside(module_sites, self.tower_path)}
         sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
-        (aside / SIDECAR).write_text(json.dumps(sidecar, indent=1) + "\n")
-        (aside / "README.md").write_text(_readme(self, final, opens, hidden, moved=(aside / "trunk").is_dir()))
-        for file in aside.rglob("*"):  # safetensors keeps its files from other users; a server is another user
+        (staging / SIDECAR_NAME).write_text(json.dumps(sidecar, indent=1) + "\n")
+        has_trunk = (staging / "trunk").is_dir()
+        (staging / "README.md").write_text(_readme(self, final, stock_code, hidden, has_trunk))
+        for file in staging.rglob("*"):  # safetensors writes files that only their owner can read
             file.chmod(0o755 if file.is_dir() else 0o644)
-        os.rename(aside, directory)
-
-    @property
-    def weights_name(self) -> str:
-        """The file of a model directory that holds the weights."""
-        return _room(self.library).WEIGHTS
+        os.rename(staging, directory)
 
 
-def unfinished(directory: Path) -> Path:
-    """Where a model directory is written before it gets its name.
+def staging_path(directory: Path) -> Path:
+    """Return the path where the model directory ``directory`` is written before it is renamed.
 
     Raises:
-        DgmrError: there is something by that name.
+        DgmrError: ``directory`` exists.
     """
     if directory.exists():
-        raise DgmrError(f"{directory} exists already; name a new directory")
+        raise DgmrError(f"{directory} exists already. Name a new directory.")
     return directory.with_name(f".{directory.name}.partial")
 
 
-def _room(library: str) -> Any:
-    """The module that opens and saves a library's models."""
+def _loader(library: str) -> Any:
+    """Import the module that opens and saves the models of ``library``."""
+    if not library:
+        raise DgmrError(
+            "a bare tower belongs to no library that could write its config. Save its state_dict, or open the encoder "
+            "with open_model."
+        )
     return require(f"dgmr_tp.encoders.{library}_models", "encoders")
 
 
-def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict[str, int], moved: bool) -> str:
+def _readme(
+    model: OpenedModel, directory: Path, stock_code: str | None, hidden: dict[str, int], has_trunk: bool
+) -> str:
+    """Return the text of a model directory's README.
+
+    Args:
+        model: the model of the directory.
+        directory: its final path.
+        stock_code: Python expression by which the stock library opens ``{path}``, or None if it cannot.
+        hidden: hidden widths by site name.
+        has_trunk: True if the config contains the absolute path of a timm trunk.
+    """
     widths = sorted(set(hidden.values()))
     lines = [
         f"# {model.name}, hidden width {widths[0] if len(widths) == 1 else f'{widths[0]} to {widths[-1]}'}",
@@ -165,26 +233,32 @@ def _readme(model: OpenedModel, directory: Path, opens: str | None, hidden: dict
         "Opens with dgmr-tp:",
         "",
         "```python",
-        f"import dgmr_tp\n\nmodel = dgmr_tp.load_pruned({str(directory)!r})  # model.module, model.preprocess, model.adapter",
+        "import dgmr_tp",
+        "",
+        f"model = dgmr_tp.load_pruned({str(directory)!r})  # model.module, model.preprocess, model.adapter",
         "```",
         "",
     ]
-    if opens is None:
+    if stock_code is None:
         lines.append(
-            f"{model.library} alone does not open it: it does not know this tower, or its configuration cannot say these hidden widths."
+            f"{model.library} alone does not open it. It has no such tower, or its config cannot express these hidden "
+            "widths."
         )
     else:
         lines += [
-            f"and with {model.library} alone, dgmr-tp not installed:",
+            f"Opens with {model.library} alone, without dgmr-tp:",
             "",
             "```python",
-            f"import {model.library}\n\nmodel = {opens.format(path=directory)}",
+            f"import {model.library}",
+            "",
+            f"model = {stock_code.format(path=directory)}",
             "```",
         ]
-        if moved:
+        if has_trunk:
             lines += [
                 "",
-                "For this its config holds the directory's absolute path; after a move run `dgmr-tp relocate DIRECTORY`.",
+                "For this, its config contains the directory's absolute path. Run `dgmr-tp relocate DIRECTORY` after "
+                "a move.",
             ]
     return "\n".join(lines) + "\n"
 
@@ -201,35 +275,67 @@ ADAPTERS = {
     "transformers.Dinov2Model": "transformers_vit.TransformersViT",
     "transformers.InternVLVisionModel": "transformers_vit.TransformersViT",
 }
-"""Library and class of a tower, and where its walk stands; looked up by name, so that only the library in use is loaded."""
+"""Adapters by the tower's class: ``library.Class`` to ``module.Class`` in ``dgmr_tp.encoders``.
+
+The keys are names, so that only the library in use is imported. Subclasses use the adapter of their parent class.
+"""
+
+
+def find_by_class(registry: Mapping[str, V], module: nn.Module) -> V | None:
+    """Return the entry of the first class of ``module``'s MRO that ``registry`` names, or None.
+
+    Args:
+        registry: keys are ``library.Class``, such as ``timm.Eva``.
+        module: the module whose class is looked up.
+    """
+    for cls in type(module).__mro__:
+        key = f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
+        if key in registry:
+            return registry[key]
+    return None
 
 
 def has_adapter(module: nn.Module) -> bool:
-    """Whether :func:`adapt` knows the class of ``module``."""
-    return _adapter_path(module) is not None
+    """Return whether :data:`ADAPTERS` names the class of ``module`` or one of its parent classes."""
+    return find_by_class(ADAPTERS, module) is not None
 
 
-def _adapter_path(module: nn.Module) -> str | None:
-    known = (ADAPTERS.get(f"{cls.__module__.partition('.')[0]}.{cls.__name__}") for cls in type(module).__mro__)
-    return next((walk for walk in known if walk), None)
+def adapt(tower: nn.Module, name: str | None = None, **outside: nn.Module) -> TowerAdapter:
+    """Return the adapter of a vision tower.
 
-
-def adapt(module: nn.Module, name: str | None = None, **outside: nn.Module) -> TowerAdapter:
-    """The walk of a vision tower; ``outside`` is what its walk takes beside it.
+    Args:
+        tower: the vision module.
+        name: name of the encoder in messages and plans. Default: the class name of ``tower``.
+        outside: modules outside the tower that its adapter takes, such as ``projection``.
 
     Raises:
-        DgmrError: no walk is known for this class; such a model can be pruned, but not recovered.
+        DgmrError: no adapter is known for this class. The tower can be pruned, but not recovered.
     """
-    walk = _adapter_path(module)
-    if walk is None:
+    path = find_by_class(ADAPTERS, tower)
+    if path is None:
         raise DgmrError(
-            f"no walk is known for {type(module).__module__}.{type(module).__name__}: it can be pruned with MLPPruner, "
-            f"but recovery and distillation need one; known: {', '.join(ADAPTERS)}"
+            f"no adapter is known for {type(tower).__module__}.{type(tower).__name__}, so it cannot be recovered or "
+            f"distilled. Prune it with MLPPruner, or use one of {', '.join(ADAPTERS)}."
         )
-    where, cls = walk.split(".")
-    return getattr(require(f"dgmr_tp.encoders.{where}", "encoders"), cls)(
-        module, name or type(module).__name__, **outside
-    )
+    module_name, class_name = path.split(".")
+    adapter_class = getattr(require(f"dgmr_tp.encoders.{module_name}", "encoders"), class_name)
+    return adapter_class(tower, name or type(tower).__name__, **outside)
+
+
+def wrap_tower(tower: nn.Module) -> OpenedModel:
+    """Return a bare vision module as an :class:`OpenedModel` without preprocessing, library and text tower.
+
+    It takes preprocessed batches. :meth:`OpenedModel.save` raises DgmrError.
+    """
+
+    def preprocess(image: Any) -> Tensor:
+        raise DgmrError(
+            "a folder of images needs the encoder's preprocessing, which a bare tower does not have. Open the encoder "
+            "with "
+            "open_model, or pass preprocessed batches."
+        )
+
+    return OpenedModel("", tower, "", type(tower).__name__, preprocess, {})
 
 
 def open_model(
@@ -238,73 +344,85 @@ def open_model(
     """Open an encoder.
 
     Args:
-        source: ``open_clip:NAME``, ``timm:NAME``, a model directory of any of the three libraries (also as ``local-dir:PATH``
-            or ``hf-hub:org/repo``), or ``demo``, the small CLIP that ships with the package.
-        pretrained: for a name: the library's tag, or a checkpoint file as it was published (``.safetensors``, the
-            ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` of nothing but tensors; ``hf-hub:org/repo/file`` too),
-            with hidden widths of its own or not; ``none`` for random weights. For open_clip also ``TAG+FILE``: everything by the
-            tag, then the vision tower of the file. Not for directories.
-        image_size: for a name: height and width of the images, where they are not to be the library's; positions are
-            interpolated.
-        weights: ``memory``; ``disk``: memory-mapped, enough to prune from file to file, not to run; ``none``: on the meta
-            device, for its shapes alone, and nothing is read but the configuration.
+        source: ``open_clip:NAME``, ``timm:NAME``, a model directory of any of the three libraries (also as
+            ``local-dir:PATH`` or ``hf-hub:org/repo``), or ``demo``, the small CLIP that ships with the package.
+        pretrained: for a NAME: the library's tag, or a published checkpoint file (``.safetensors``, the ``.index.json``
+            of shards, a ``.pt``, ``.pth`` or ``.bin`` that contains only tensors, or ``hf-hub:org/repo/file``). The
+            checkpoint may have other hidden widths. ``none`` means random weights. open_clip also takes ``TAG+FILE``:
+            all weights of the tag, with the vision tower of the file. Not for directories.
+        image_size: for a NAME: height and width of the images in pixels. Positions are interpolated. Default: the
+            library's.
+        weights: ``memory``; ``disk``, memory-mapped, which can be pruned from file to file but not run; or ``none``,
+            shapes on the meta device, for which only the config is read.
 
     Raises:
-        DgmrError: unknown name, no weights named, or a file that cannot be read; names the file and what to do.
+        DgmrError: the name is unknown, no weights are named, or a file cannot be read; names the file and the remedy.
     """
-    kind, _, name = source.partition(":")
-    if kind in ("open_clip", "timm") and name:
+    library, _, name = source.partition(":")
+    if library in ("open_clip", "timm") and name:
         if pretrained is None and weights != "none":
             raise DgmrError(
-                f"{source}: name the weights with --pretrained (a tag or a file; 'none' for random weights)"
+                f"{source} needs weights. Name them with --pretrained (a tag or a file, or 'none' for random weights)."
             )
-        return _room(kind).by_name(name, None if pretrained == "none" else pretrained, weights, image_size)
+        return _loader(library).by_name(name, None if pretrained == "none" else pretrained, weights, image_size)
     if image_size is not None:
-        raise DgmrError(f"image_size {image_size} goes with open_clip:NAME or timm:NAME; {source} has its own")
+        raise DgmrError(
+            f"image_size {image_size} cannot change {source}, which has its own. Use it with open_clip:NAME or "
+            "timm:NAME."
+        )
     if pretrained is not None:
         raise DgmrError(
-            f"--pretrained {pretrained} goes with open_clip:NAME or timm:NAME; {source} holds its own weights"
+            f"{source} holds its own weights. Use --pretrained {pretrained} with open_clip:NAME or timm:NAME only."
         )
     directory = DEMO if source == "demo" else local_folder(source.removeprefix("local-dir:"), weights=weights != "none")
     if not directory.is_dir():
         raise DgmrError(
-            f"unknown model {source!r}: give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo"
+            f"unknown model {source!r}. Give open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo."
         )
     return load_pruned(directory, name=source if source == "demo" or source.startswith(HUB) else None, weights=weights)
 
 
 def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weights = "memory") -> OpenedModel:
-    """Open a model directory (or ``hf-hub:org/repo``), pruned or not, with whatever hidden width each block has.
+    """Open a model directory or ``hf-hub:org/repo``, pruned or not, with any hidden width per block.
 
     Args:
-        directory: of any of the three libraries.
-        name: what it is called in plans and reports. Default: the encoder that it was made from.
+        directory: a model directory of any of the three libraries.
+        name: name in plans and reports. Default: the encoder that the directory was made from.
         weights: as for :func:`open_model`.
 
     Raises:
-        DgmrError: it is no model directory, or a file in it is damaged or does not fit; names the file or the key.
+        DgmrError: it is not a model directory, or a file in it is damaged or does not fit; names the file or the key.
     """
     directory = local_folder(str(directory), weights=weights != "none")
-    sidecar = read_json(directory / SIDECAR) if (directory / SIDECAR).exists() else {}
+    sidecar = read_json(directory / SIDECAR_NAME) if (directory / SIDECAR_NAME).exists() else {}
     name = name or sidecar.get("encoder") or str(directory)
     if (directory / "open_clip_config.json").exists():
-        opened = _room("open_clip").from_directory(directory, name, weights)
+        opened = _loader("open_clip").from_directory(directory, name, weights)
     elif not (directory / "config.json").exists():
-        raise DgmrError(f"{directory} is no model directory: it holds neither open_clip_config.json nor config.json")
+        raise DgmrError(
+            f"{directory} is not a model directory: it has neither open_clip_config.json nor config.json. Name one "
+            "that has."
+        )
     elif "architecture" in read_json(directory / "config.json"):
-        opened = _room("timm").from_directory(directory, name, weights)
+        opened = _loader("timm").from_directory(directory, name, weights)
     else:
-        opened = _room("transformers").from_directory(directory, name, weights, sidecar.get("hidden"))
+        opened = _loader("transformers").from_directory(directory, name, weights, sidecar.get("hidden"))
     return replace(opened, source=directory)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file.
+
+    Raises:
+        DgmrError: it cannot be read, or it is not JSON; names the file.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise DgmrError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {', '.join(close)}?" if close else ""
+def suggest_names(name: str, names: list[str]) -> str:
+    """Return `` Did you mean …?`` with the entries of ``names`` that resemble ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else ""

@@ -1,4 +1,4 @@
-"""A timm tower inside an open_clip model as a walk: EVA02-CLIP, SigLIP, SigLIP2, Perception Encoder."""
+"""Adapter of a timm tower inside an open_clip model: EVA02-CLIP, SigLIP, SigLIP2, Perception Encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dgmr_tp.pruning import Block, TowerAdapter
 
 
 class OpenCLIPTimm(TowerAdapter):
-    """The walk of ``visual.trunk``, followed by open_clip's projection ``visual.head``."""
+    """Runs ``visual.trunk`` with its own adapter, then open_clip's projection ``visual.head``."""
 
     def __init__(self, tower: TimmModel, name: str) -> None:
         super().__init__(tower, name)

@@ -1,4 +1,4 @@
-"""open_clip's own ViT as a walk."""
+"""Adapter of open_clip's own ViT."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from dgmr_tp.pruning import Block, TowerAdapter
 
 
 class OpenCLIPViT(TowerAdapter):
-    """The vision tower ``visual`` of an open_clip model (``open_clip.transformer.VisionTransformer``)."""
+    """Adapter of the tower ``visual`` of an open_clip model (``open_clip.transformer.VisionTransformer``).
+
+    Raises:
+        DgmrError: the tower was built with ``batch_first=False``.
+    """
 
     def __init__(self, tower: VisionTransformer, name: str) -> None:
         if not tower.transformer.batch_first:
             raise DgmrError(
-                f"{name}: a tower built with batch_first=False is not supported; build it with batch_first=True"
+                f"{name} was built with batch_first=False, which is not supported. Build it with batch_first=True."
             )
         super().__init__(tower, name)
 
@@ -34,9 +38,9 @@ class OpenCLIPViT(TowerAdapter):
         return state[:, 0], state[:, 1:]
 
     def norm(self, state: Tensor) -> Tensor:
-        # CoCa pools first: its norm is for what comes out of the pooling, not for tokens.
-        pooled_first = self.tower.attn_pool is not None and self.tower.attn_pool_contrastive is None
-        return state if pooled_first else self.tower.ln_post(state)
+        # CoCa applies its norm to the pooled features, not to the tokens.
+        pools_before_norm = self.tower.attn_pool is not None and self.tower.attn_pool_contrastive is None
+        return state if pools_before_norm else self.tower.ln_post(state)
 
     def embed(self, state: Tensor) -> Tensor:
         pooled, _ = self.tower._pool(state)

@@ -1,4 +1,4 @@
-"""timm's Eva as a walk: EVA, EVA02, EVA-CLIP, Perception Encoder, DINOv3."""
+"""Adapter of timm's Eva: EVA, EVA02, EVA-CLIP, Perception Encoder, DINOv3."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from dgmr_tp.pruning import Block, TowerAdapter
 
 
 class TimmEva(TowerAdapter):
-    """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
+    """Adapter of ``timm.models.Eva``.
+
+    ``embed`` returns logits, or the pooled features if the model has no classifier.
+    """
 
     def stem(self, images: Tensor) -> Tensor:
         tokens, _ = self.tower._pos_embed(self.tower.patch_embed(images))
@@ -23,19 +26,22 @@ class TimmEva(TowerAdapter):
 
     def _block(self, index: int, state: Tensor) -> Tensor:
         rotary = self._rotary(state)
-        if rotary is not None and self.tower.rope_mixed:  # each block has angles of its own
+        if rotary is not None and self.tower.rope_mixed:  # the angles differ per block
             rotary = rotary[index]
         return self.tower.blocks[index](state, rope=rotary)
 
     def _rotary(self, state: Tensor) -> Tensor | None:
-        """The rotary positions, which depend on the grid of patches alone, so that the state stays one tensor."""
+        """Return the rotary position embedding of ``state``, or None if the model has none.
+
+        It depends on the grid of patches only and is computed in each block, so that the state is one tensor.
+        """
         model = self.tower
         if model.rope is None:
             return None
         if not model.dynamic_img_size and hasattr(model.rope, "feat_shape"):
             return model.rope.get_embed()
         patches, grid = state.shape[1] - model.num_prefix_tokens, tuple(model.patch_embed.grid_size)
-        if patches != grid[0] * grid[1]:  # images of another size are square
+        if patches != grid[0] * grid[1]:  # another image size; images are square
             grid = (isqrt(patches), isqrt(patches))
         return model.rope.get_embed(shape=grid)
 

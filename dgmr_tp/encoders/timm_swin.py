@@ -1,4 +1,7 @@
-"""timm's Swin and SwinV2 as a walk: the state is a list of tokens, which each block lays out on its stage's grid."""
+"""Adapter of timm's Swin and SwinV2.
+
+The state is a sequence of tokens, and each block reshapes it to its stage's grid.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from dgmr_tp.pruning import Block, TowerAdapter
 
 
 class TimmSwin(TowerAdapter):
-    """Stages halve the grid: the first block of a stage takes the tokens of the stage before. There is no class token."""
+    """Adapter of ``timm.models.SwinTransformer`` and ``SwinTransformerV2``. There is no class token.
+
+    Each stage halves the grid. The first block of a stage takes the tokens of the previous stage.
+    """
 
     def stem(self, images: Tensor) -> Tensor:
         return self.tower.patch_embed(images).flatten(1, 2)

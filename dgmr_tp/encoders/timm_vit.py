@@ -1,4 +1,4 @@
-"""timm's ViT as a walk: ViT, DeiT, DINOv2 and whatever else is a ``timm.models.VisionTransformer``."""
+"""Adapter of timm's ViT: ViT, DeiT, DINOv2 and every other ``timm.models.VisionTransformer``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from dgmr_tp.pruning import Block, TowerAdapter
 
 
 class TimmViT(TowerAdapter):
-    """``embed`` gives what the model gives: logits, or the pooled features where it has no classifier."""
+    """Adapter of ``timm.models.VisionTransformer``.
+
+    ``embed`` returns logits, or the pooled features if the model has no classifier. A model without a classifier, such
+    as DINOv2, serves dense tasks with the patch tokens of the last block, so that ``gives_tokens`` is true.
+    """
 
     def __init__(self, tower: VisionTransformer, name: str) -> None:
         super().__init__(tower, name)
         self.gives_tokens = tower.num_classes == 0
-        """A DINOv2 without a classifier serves dense tasks with the patch tokens of the last block."""
 
     def stem(self, images: Tensor) -> Tensor:
         model = self.tower

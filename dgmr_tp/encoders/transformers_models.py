@@ -1,10 +1,13 @@
-"""transformers: opening a directory as ``from_pretrained`` does, saving so that it opens it again. Never remote code."""
+"""Open directories of transformers' models, and save them so that ``from_pretrained`` opens them again.
+
+Imported by ``dgmr_tp.encoders.model`` for the library ``transformers``. Remote code is not run.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,123 +19,135 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import Weights, empty, load_by_shape, read_tensors, weights_file
-from dgmr_tp.encoders.internvit import RELEASED, config_from_release, tensors_from_release
-from dgmr_tp.encoders.model import TEXT_FILES, OpenedModel, has_adapter, read_json
+from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.internvit import RELEASE_ARCHITECTURE, config_from_release, tensors_from_release
+from dgmr_tp.encoders.model import TOKENIZER_FILE_PREFIXES, OpenedModel, has_adapter, read_json
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.pruning import find_sites
+from dgmr_tp.pruning import Site, find_sites
 from dgmr_tp.pruning.pruner import resize
+from dgmr_tp.pruning.sites import sites_inside
 
-WEIGHTS = "model.safetensors"
-TOWERS = ("", "vision_model", "vision_tower", "model.vision_tower")
-"""Where the vision tower stands in transformers' models."""
+WEIGHTS_NAME = "model.safetensors"
+TOWER_PATHS = ("", "vision_model", "vision_tower", "model.vision_tower")
+"""Paths of the vision tower in models of transformers, tried in this order."""
+MAX_SHARD_SIZE = "5GB"
+MAX_MLP_RATIO = 8
+"""Largest ``mlp_ratio`` that is tried as an expression of the hidden width."""
 
 
 def from_directory(
     directory: Path, name: str, weights: Weights, hidden: Mapping[str, int] | None = None
 ) -> OpenedModel:
-    """``hidden`` is the hidden width of each site of the tower, where its config cannot say it."""
+    """Open a model directory; see :func:`dgmr_tp.encoders.load_pruned`.
+
+    ``hidden`` contains the tower's hidden widths by site name, for a config that cannot express them.
+    """
     config = read_json(directory / "config.json")
     architecture = next(iter(config.get("architectures") or []), "")
-    if architecture == RELEASED:
+    if architecture == RELEASE_ARCHITECTURE:
         try:
-            with empty(weights):
+            with build_device(weights):
                 module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
-        except Exception as error:  # a key that is missing, or a value that is impossible
-            raise DgmrError(f"{directory}/config.json describes no InternViT: {first_line(error)}") from error
+        except Exception as error:  # a missing key or an impossible value
+            raise DgmrError(f"{directory}/config.json does not describe an InternViT: {first_line(error)}") from error
         if weights != "none":
             path = weights_file(directory)
             load_by_shape(module, tensors_from_release(read_tensors(path)), path)
     elif weights != "memory":
-        module = _on_meta(directory, architecture, hidden or {})
-        if weights == "disk":  # for checkpoints that stand there under the names that the class has in memory
+        module = _build_on_meta(directory, architecture, hidden or {})
+        if weights == "disk":  # needs a checkpoint whose keys are those of the class
             path = weights_file(directory)
             load_by_shape(module, read_tensors(path), path)
     else:
-        module = _by_transformers(directory, architecture, hidden or {})
-    where = _where(module)
-    if where is None:
-        raise DgmrError(f"{architecture} in {directory} holds no vision tower that is known")
+        module = _load_by_transformers(directory, architecture, hidden or {})
+    tower_path = _tower_path(module)
+    if tower_path is None:
+        raise DgmrError(
+            f"{architecture} in {directory} holds no known vision tower. Use a CLIP, SigLIP, DINOv2 or InternViT."
+        )
     processor = _processor(directory)
-    speaks = hasattr(module, "get_text_features") and any(
-        file.name.startswith(TEXT_FILES) for file in directory.iterdir()
-    )
-    tokenizer = _Tokenizer(directory, module.config.text_config.max_position_embeddings) if speaks else None
-    described = _in_words(processor)
-    return OpenedModel(
-        "transformers", module.eval(), where, name, _Preprocess(processor), described, tokenizer=tokenizer
-    )
+    has_tokenizer = any(file.name.startswith(TOKENIZER_FILE_PREFIXES) for file in directory.iterdir())
+    tokenizer = None
+    if has_tokenizer and hasattr(module, "get_text_features"):
+        tokenizer = _Tokenizer(directory, module.config.text_config.max_position_embeddings)
+    preprocess, config = _Preprocess(processor), _preprocess_config(processor)
+    return OpenedModel("transformers", module.eval(), tower_path, name, preprocess, config, tokenizer=tokenizer)
 
 
 def _class(directory: Path, architecture: str) -> Any:
     cls = getattr(transformers, architecture, None)
     if cls is None:
         raise DgmrError(
-            f"{directory}/config.json names the architecture {architecture!r}, which transformers {transformers.__version__} does not "
-            "have; remote code is never run: convert the checkpoint to a class of transformers' own"
+            f"{directory}/config.json names the architecture {architecture!r}, which transformers "
+            f"{transformers.__version__} does not have. Remote code is never run: convert the checkpoint to a class of "
+            "transformers."
         )
     return cls
 
 
-def _on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+def _build_on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
     cls = _class(directory, architecture)
     try:
         with torch.device("meta"):
             module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
-    except Exception as error:  # whatever a wrong config leads to inside transformers
-        raise DgmrError(f"{directory}/config.json describes no {architecture}: {first_line(error)}") from error
+    except Exception as error:  # a wrong config fails with exceptions of many types
+        raise DgmrError(f"{directory}/config.json does not describe a {architecture}: {first_line(error)}") from error
     module.__class__ = cls
     return module
 
 
-def _by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
+def _load_by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
     cls = _class(directory, architecture)
     try:
         with _no_progress_bar():
             module, loading = _resized(cls, hidden).from_pretrained(
                 directory, local_files_only=True, output_loading_info=True
             )
-    except Exception as error:  # whatever a damaged file or a wrong config leads to inside transformers
+    except Exception as error:  # a damaged file or a wrong config fails with many types
         raise DgmrError(f"cannot open {directory} as {architecture}: {first_line(error)}") from error
     module.__class__ = cls
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, loading[problem])):
             raise DgmrError(
-                f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}"
+                f"the weights in {directory} do not fit {architecture}: {problem.replace('_', ' ')}, first {keys[0]}. "
+                "Check that they belong to this config."
             )
     return module
 
 
 def _resized(cls: Any, hidden: Mapping[str, int]) -> Any:
-    """``cls`` whose tower has the widths ``hidden`` as soon as it is built, so that transformers' own loader fills it."""
+    """Return a subclass of ``cls`` whose constructor narrows the tower to the widths ``hidden``, by site name.
+
+    transformers' own loader can then load pruned weights.
+    """
 
     def __init__(self: nn.Module, config: Any) -> None:
         cls.__init__(self, config)
-        if hidden and (where := _where(self)) is not None:
-            resize(self.get_submodule(where), hidden)
+        if hidden and (path := _tower_path(self)) is not None:
+            resize(self.get_submodule(path), hidden)
 
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
-def _where(module: nn.Module) -> str | None:
-    """The path of the vision tower in ``module``."""
+def _tower_path(module: nn.Module) -> str | None:
+    """Return the path of the first vision tower in ``module`` that has an adapter, or None."""
     modules = dict(module.named_modules())
-    return next((path for path in TOWERS if path in modules and has_adapter(modules[path])), None)
+    return next((path for path in TOWER_PATHS if path in modules and has_adapter(modules[path])), None)
 
 
 class _Preprocess:
-    """PIL image to ``[3, height, width]`` by transformers' image processor."""
+    """Maps a PIL image to ``[3, height, width]`` with transformers' image processor."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -142,7 +157,7 @@ class _Preprocess:
 
 
 class TextTower(nn.Module):
-    """What open_clip's CLIPs have, for a CLIP of transformers."""
+    """Text tower of a CLIP of transformers, with the method of open_clip's CLIPs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -154,7 +169,7 @@ class TextTower(nn.Module):
 
 
 class _Tokenizer:
-    """Texts to token ids, all of the length that the model was trained with. Loaded when it is asked: who prunes needs none."""
+    """Maps texts to token ids of the model's text length. The tokenizer is loaded at the first call."""
 
     def __init__(self, directory: Path, length: int) -> None:
         self.directory, self.length = directory, length
@@ -170,7 +185,7 @@ class _Tokenizer:
             return transformers.AutoTokenizer.from_pretrained(
                 self.directory, local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # a damaged file, or a package that this tokenizer wants
+        except Exception as error:  # a damaged file, or a missing package
             raise DgmrError(f"{self.directory}: cannot load its tokenizer: {first_line(error)}") from error
 
 
@@ -179,11 +194,12 @@ def _processor(directory: Path) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
     except Exception as error:
         raise DgmrError(
-            f"{directory} has no image processor (preprocessor_config.json) that transformers reads: {first_line(error)}"
+            f"transformers cannot read the image processor (preprocessor_config.json) of {directory}: "
+            f"{first_line(error)}"
         ) from error
 
 
-def _in_words(processor: Any) -> dict[str, Any]:
+def _preprocess_config(processor: Any) -> dict[str, Any]:
     size = dict(getattr(processor, "crop_size", None) or processor.size)
     return {
         "size": [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))],
@@ -193,53 +209,70 @@ def _in_words(processor: Any) -> dict[str, Any]:
 
 
 def save_weights(model: OpenedModel, directory: Path) -> None:
-    """By transformers itself, which renames keys and makes shards."""
+    """Write the weights with transformers, which renames keys and makes shards."""
     with _no_progress_bar():
-        model.module.save_pretrained(directory, max_shard_size="5GB")
+        model.module.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
 
 
-def save_config(model: OpenedModel, directory: Path, final: Path) -> str | None:
-    tower = model.tower
-    opens = _say(tower)
-    _refuse_other_cuts(model)
+def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequence[Site]) -> str | None:
+    """Write the config and the image processor.
+
+    Args:
+        model: the model.
+        directory: the staging directory.
+        final: path of the finished directory.
+        sites: all sites of ``model.module``.
+
+    Returns:
+        Python expression by which transformers opens ``{path}``, or None if the config cannot express the hidden
+        widths.
+
+    Raises:
+        DgmrError: a site outside the vision tower was pruned.
+    """
+    expressible = _set_config_width(model.tower, sites_inside(sites, model.tower_path))
+    _check_sites_outside_tower(model, sites)
     model.module.config.architectures = [type(model.module).__name__]
     model.module.config.save_pretrained(directory)
     model.preprocess.processor.save_pretrained(directory)  # type: ignore[attr-defined]
     name = type(model.module).__name__
     cls = "AutoModel" if name in MODEL_MAPPING_NAMES.values() else name
-    return f"transformers.{cls}.from_pretrained('{{path}}')" if opens else None
+    return f"transformers.{cls}.from_pretrained('{{path}}')" if expressible else None
 
 
-def _refuse_other_cuts(model: OpenedModel) -> None:
-    """Nothing in a model directory says the widths of what is no vision tower."""
+def _check_sites_outside_tower(model: OpenedModel, sites: Sequence[Site]) -> None:
+    """Raise DgmrError if a site outside the vision tower was pruned. A model directory cannot express its width."""
     with torch.device("meta"):
-        built = type(model.module)(copy.deepcopy(model.module.config))
+        dense = type(model.module)(copy.deepcopy(model.module.config))
     inside = f"{model.tower_path}." if model.tower_path else ""
-    wanted = {site.name: site.hidden for site in find_sites(built)}
-    for site in find_sites(model.module):
-        if not site.name.startswith(inside) and site.hidden != wanted[site.name]:
+    dense_hidden = {site.name: site.hidden for site in find_sites(dense)}
+    for site in sites:
+        if not site.name.startswith(inside) and site.hidden != dense_hidden[site.name]:
             raise DgmrError(
-                f"{site.name} lies outside the vision tower and was cut to {site.hidden}; transformers' models save cuts of the tower alone"
+                f"{site.name} is outside the vision tower and was pruned to {site.hidden}. For models of "
+                "transformers, prune "
+                "the vision tower only."
             )
 
 
-def _say(tower: nn.Module) -> bool:
-    """Put the tower's hidden width into its config, if its library can read it from there."""
-    wanted = [(site.name, site.hidden) for site in find_sites(tower)]
-    [width, *others] = {hidden for _, hidden in wanted}
-    if others:
+def _set_config_width(tower: nn.Module, sites: Sequence[Site]) -> bool:
+    """Set the tower's hidden width in its config. Returns False if the config cannot express it."""
+    widths = [(site.name, site.hidden) for site in sites]
+    [width, *other_widths] = {hidden for _, hidden in widths}
+    if other_widths:
         return False
-    choices: list[dict[str, int]] = [{}, {"intermediate_size": width}, *({"mlp_ratio": ratio} for ratio in range(1, 9))]
-    for choice in choices:
+    ratios = [{"mlp_ratio": ratio} for ratio in range(1, MAX_MLP_RATIO + 1)]
+    candidates: list[dict[str, int]] = [{}, {"intermediate_size": width}, *ratios]
+    for candidate in candidates:
         config = copy.deepcopy(tower.config)
-        if not all(hasattr(config, key) for key in choice):
+        if not all(hasattr(config, key) for key in candidate):
             continue
-        for key, value in choice.items():
+        for key, value in candidate.items():
             setattr(config, key, value)
         with torch.device("meta"):
             built = type(tower)(config)
-        if [(site.name, site.hidden) for site in find_sites(built)] == wanted:
-            for key, value in choice.items():
+        if [(site.name, site.hidden) for site in find_sites(built)] == widths:
+            for key, value in candidate.items():
                 setattr(tower.config, key, value)
             return True
     return False

@@ -1,267 +1,281 @@
-"""Must an index of old embeddings be rebuilt? Old and new embeddings of the same images, compared by what a search returns."""
+"""Decide whether an index of old embeddings can be kept, by comparing what old and new embeddings retrieve.
+
+:func:`compare_embeddings` works on two arrays of embeddings of the same images. :func:`compare_encoders` computes the
+arrays first. Both return the figures and a verdict. They know nothing about the model that made the embeddings.
+"""
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
-from dgmr_tp.encoders import OpenedModel
-from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.lazy_imports import require
 
+MIN_IMAGES = 100
 PERCENTILES = (1, 5, 25, 50, 75)
-NEAR, FAR = 10, 100
-MANY = 500
-"""Images of an index from which on its first 100 mean something."""
-WORST = 8
-CHUNK = 65536
-"""Embeddings that are worked on at a time."""
-FEWEST = 100
-"""Images that a comparison needs."""
+NUM_WORST = 8
+"""Number of images with the lowest cosines to report."""
+NEIGHBORS, MANY_NEIGHBORS = 10, 100
+MIN_INDEX_FOR_MANY = 500
+"""Minimum index size for the overlap of the first 100 neighbors, which is not informative in a smaller one."""
+CHUNK_ROWS = 65536
+"""Number of embeddings to convert to float32 at a time."""
+THUMBNAIL_PIXELS = 112
+"""Longer side of a thumbnail."""
 WAYS = {
     "new queries, old index": ("new", "old"),
     "old queries, new index": ("old", "new"),
     "new queries, new index": ("new", "new"),
 }
-THUMBNAIL = 112
-"""Pixels of the longer side."""
-PROMPTS = "zeroshot_classification_templates.txt"
+"""Searches that are compared with old queries in the old index: the encoder of the queries and of the index."""
+REEMBEDDED = "new queries, new index"
 VERDICTS = ("keep the index", "re-embed when convenient", "re-embed before you deploy")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """From which score on an index is kept, or may wait; between 0 and 1."""
+class Thresholds(Config):
+    """Minimum scores of the verdicts."""
 
-    keep: float = 0.98
-    convenient: float = 0.9
+    keep: float = Field(default=0.98, ge=0, le=1)
+    """Minimum score at which the index can be kept."""
+    convenient: float = Field(default=0.9, ge=0, le=1)
+    """Minimum score at which re-embedding can be deferred."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.convenient <= self.keep <= 1:
-            raise DgmrError(
-                f"the limits must rise from convenient to keep, between 0 and 1: {self.convenient}, {self.keep}"
+    @model_validator(mode="after")
+    def _check_order(self) -> Thresholds:
+        if self.convenient > self.keep:
+            raise ValueError(
+                f"convenient = {self.convenient} is above keep = {self.keep}. Lower convenient or raise keep."
             )
+        return self
 
     def place(self, score: float) -> int:
-        """Of the verdict, in :data:`VERDICTS`."""
-        return 0 if score >= self.keep else 1 if score >= self.convenient else 2
+        """Return the index in :data:`VERDICTS` of the verdict for a score."""
+        if score >= self.keep:
+            return 0
+        return 1 if score >= self.convenient else 2
 
 
-def compatibility(
+class CompareConfig(Thresholds):
+    """Compatibility of the pruned encoder with an index of the dense encoder's embeddings.
+
+    See :func:`dgmr_tp.evaluation.index_compatibility.compare_encoders`.
+    """
+
+    images: Annotated[str, DataPath()]
+    """Images like those in the index: a directory, a tar file, or a directory of tar files."""
+    classes: Annotated[str | None, DataPath()] = None
+    """Class names to compare zero-shot decisions: a text file, a directory with ``classnames.txt``, or class embeddings
+    that clip_benchmark saved (``.pt``)."""
+    count: int = Field(5000, ge=MIN_IMAGES)
+    """Number of images to use."""
+    queries: int = Field(1000, ge=1)
+    """Number of these images that are queries. The others form the index."""
+    workers: int = Field(0, ge=0)
+    """Number of processes that read images."""
+
+
+class ComparedEncoder(NamedTuple):
+    """An encoder to compare."""
+
+    embed: Callable[[Tensor], Tensor]
+    """Maps preprocessed images to embeddings."""
+    preprocess: Callable[[Any], Tensor]
+    """Maps a PIL image to a tensor."""
+
+
+def compare_embeddings(
     old: Tensor,
     new: Tensor,
     *,
     classifier: Tensor | None = None,
     queries: int = 1000,
-    limits: Limits | None = None,
+    thresholds: Thresholds | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Compare two encoders by their embeddings of the same images.
 
-    A random part of the images are queries, the others are the index; what old queries find in the old index is what users get today.
-    The neighbour search is faiss's exact one by cosine.
+    Random images become queries and the others form the index. The reference is what old queries retrieve from the old
+    index. The search is faiss's exact search by cosine.
 
     Args:
-        old, new: ``[n, width]`` of any float type, row by row of the same images, n ≥ 100.
-        classifier: class embeddings of the *old* text tower, float32 ``[width, classes]``: zero-shot decisions are compared too.
-        queries: how many images ask, at most half of them.
-        limits: of the verdict.
-        seed: draws the queries.
+        old, new: embeddings of the same images in the same order, ``[n, width]`` of any float dtype, n ≥ 100.
+        classifier: class embeddings of the *old* text tower, float32 ``[width, classes]``, to compare zero-shot
+            decisions too.
+        queries: number of queries, limited to half of the images.
+        thresholds: minimum scores of the verdicts.
+        seed: seed of the choice of queries.
 
     Returns:
-        ``images``, ``queries``; ``cosine`` between old and new: ``mean`` and percentiles; ``worst``: rows of the lowest cosines;
-        ``ways``: for new queries in the old index, old ones in the new, and new ones in the new (after re-embedding everything):
-        ``overlap@10`` and ``overlap@100`` with today's neighbours (the second None in an index of less than 500), and ``recall@10``, how
-        often today's first neighbour is among ten; ``agreement`` of the zero-shot decisions, None without a classifier; ``score``, the
-        lowest of the agreement and the recalls of the two mixed ways, ``limits``, and the ``verdict`` with its ``place`` among the three.
+        - ``images``, ``queries``: their numbers.
+        - ``cosine``: between old and new embeddings, ``mean`` and percentiles. ``worst``: rows with the lowest cosines.
+        - ``ways``: for each search of :data:`WAYS`, ``overlap@10`` and ``overlap@100``, the share of the reference
+          neighbors that it retrieves (the second is None for an index below 500), and ``recall@10``, how often the
+          first reference neighbor is among the first ten.
+        - ``agreement``: share of equal zero-shot decisions, None without a classifier.
+        - ``score``: the minimum of the agreement and of the recall of the two mixed searches.
+        - ``limits``: the thresholds. ``verdict``: one of :data:`VERDICTS`. ``place``: its index.
 
     Raises:
-        DgmrError: widths or numbers of images differ, too few images, embeddings that are not finite, or a classifier of another width.
+        DgmrError: the shapes differ, there are fewer than 100 images, an embedding is not finite, or the classifier has
+            another width.
     """
-    limits = limits or Limits()
-    if old.shape != new.shape:
-        raise DgmrError(
-            f"old embeddings are {list(old.shape)}, new ones {list(new.shape)}: these cannot share an index; re-embed"
-        )
-    if len(old) < FEWEST:
-        raise DgmrError(f"{len(old)} images; a comparison needs at least {FEWEST}")
-    if classifier is not None and classifier.shape[0] != old.shape[1]:
-        raise DgmrError(
-            f"class embeddings are {list(classifier.shape)}; they must be [{old.shape[1]}, classes] for these encoders"
-        )
-    cosines, alike = [], []
-    for before, after in zip(old.split(CHUNK), new.split(CHUNK), strict=True):
-        before, after = before.float(), after.float()
-        if not bool(before.isfinite().all() and after.isfinite().all()):
-            raise DgmrError("there are embeddings that are not finite")
-        cosines.append(F.cosine_similarity(before, after))
-        if classifier is not None:
-            alike.append((before @ classifier).argmax(1) == (after @ classifier).argmax(1))
+    thresholds = thresholds or Thresholds()
+    _check_shapes(old, new, classifier)
+    cosines, agreement = _cosines_and_agreement(old, new, classifier)
     order = np.random.default_rng(seed).permutation(len(old))
-    asked, indexed = np.split(order, [min(queries, len(old) // 2)])
-    rows = {"old": old, "new": new}
-    found = {}
-    for answering in rows:
-        index = _index(rows[answering], indexed)
-        for asking in rows:
-            found[asking, answering] = index.search(_unit(rows[asking], asked), min(FAR, len(indexed)))[1]
-    today = found["old", "old"]
-    ways: dict[str, dict[str, Any]] = {
-        name: {
-            f"overlap@{NEAR}": _overlap(today[:, :NEAR], found[way][:, :NEAR]),
-            f"overlap@{FAR}": _overlap(today, found[way]) if len(indexed) >= MANY else None,
-            f"recall@{NEAR}": float((found[way][:, :NEAR] == today[:, :1]).any(1).mean()),
+    query_rows, index_rows = np.split(order, [min(queries, len(old) // 2)])
+    neighbors = _search({"old": old, "new": new}, query_rows, index_rows)
+    reference = neighbors["old", "old"]
+    many = len(index_rows) >= MIN_INDEX_FOR_MANY
+    ways: dict[str, dict[str, Any]] = {}
+    for name, way in WAYS.items():
+        first = neighbors[way][:, :NEIGHBORS]
+        ways[name] = {
+            f"overlap@{NEIGHBORS}": _overlap(reference[:, :NEIGHBORS], first),
+            f"overlap@{MANY_NEIGHBORS}": _overlap(reference, neighbors[way]) if many else None,
+            f"recall@{NEIGHBORS}": float((first == reference[:, :1]).any(1).mean()),
         }
-        for name, way in WAYS.items()
-    }
-    agreement = None if classifier is None else float(torch.cat(alike).float().mean())
-    mixed = [ways[name][f"recall@{NEAR}"] for name in WAYS if name != "new queries, new index"]
-    score = min(mixed if agreement is None else [*mixed, agreement])
-    values = torch.cat(cosines).numpy()
+    scores = [figures[f"recall@{NEIGHBORS}"] for name, figures in ways.items() if name != REEMBEDDED]
+    score = min(scores if agreement is None else [*scores, agreement])
+    percentiles = {f"p{p}": float(np.percentile(cosines, p)) for p in PERCENTILES}
     return {
         "images": len(old),
-        "queries": len(asked),
-        "cosine": {"mean": float(values.mean()), **{f"p{p}": float(np.percentile(values, p)) for p in PERCENTILES}},
-        "worst": [{"row": int(row), "cosine": float(values[row])} for row in values.argsort()[:WORST]],
+        "queries": len(query_rows),
+        "cosine": {"mean": float(cosines.mean()), **percentiles},
+        "worst": [{"row": int(row), "cosine": float(cosines[row])} for row in cosines.argsort()[:NUM_WORST]],
         "ways": ways,
         "agreement": agreement,
         "score": score,
-        "limits": {"keep": limits.keep, "convenient": limits.convenient},
-        "place": limits.place(score),
-        "verdict": VERDICTS[limits.place(score)],
+        "limits": {"keep": thresholds.keep, "convenient": thresholds.convenient},
+        "place": thresholds.place(score),
+        "verdict": VERDICTS[thresholds.place(score)],
     }
 
 
-def _index(rows: Tensor, indexed: np.ndarray) -> Any:
-    """faiss's exact index of the cosines with ``rows[indexed]``, filled by chunks: a million embeddings are held once, not thrice."""
-    flat = require("faiss", "eval").IndexFlatIP(rows.shape[1])
-    for start in range(0, len(indexed), CHUNK):
-        flat.add(_unit(rows, indexed[start : start + CHUNK]))
-    return flat
-
-
-def _unit(rows: Tensor, places: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(F.normalize(rows[places].float(), dim=-1).numpy())
-
-
-def _overlap(before: np.ndarray, after: np.ndarray) -> float:
-    """The mean share of the first that are among the second, per row."""
-    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(before.tolist(), after.tolist(), strict=True)]))
-
-
-class Side(NamedTuple):
-    """One of the two encoders."""
-
-    embed: Callable[[Tensor], Tensor]
-    """Preprocessed images to embeddings."""
-    preprocess: Callable[[Any], Tensor]
-    """A PIL image to a tensor."""
-
-
-def survey(
-    old: Side,
-    new: Side,
+def compare_encoders(
+    old: ComparedEncoder,
+    new: ComparedEncoder,
     images: str | Path,
     *,
     classifier: Tensor | None = None,
     count: int = 5000,
     queries: int = 1000,
-    limits: Limits | None = None,
+    thresholds: Thresholds | None = None,
     seed: int = 0,
     device: str = "cpu",
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Embed the same images by both encoders and compare.
+    """Embed the same images with both encoders and compare the embeddings.
 
     Args:
-        old: the encoder of the index; new: the one that is to be served.
-        images: a folder, a tar or shards of images like those in the index.
-        classifier: class embeddings, see :func:`text_classifier`; None: decisions are not compared.
-        count: how many of the images, drawn by ``seed``.
-        queries, limits: see :func:`~dgmr_tp.evaluation.index_compatibility.compatibility`.
-        device, workers: where images are embedded and how many processes read them.
+        old: the encoder of the index.
+        new: the encoder to deploy.
+        images: a directory, a tar file, or a directory of tar files, with images like those in the index.
+        classifier, queries, thresholds: see :func:`compare_embeddings`.
+        count: number of images, drawn at random.
+        seed: seed of the choice of images and queries.
+        device: device of the encoders.
+        workers: number of processes that read images.
 
     Returns:
-        What ``compatibility`` returns; the ``worst`` images have their ``name`` and a ``thumbnail``, a data URI. ``left_out`` is the number
-        of images that do not decode.
+        The result of :func:`compare_embeddings`, in which the ``worst`` images have a ``name`` and a ``thumbnail`` (a
+        data URI) instead of a row. ``left_out`` is the number of images that could not be decoded.
 
     Raises:
-        DgmrError: no images, or as ``compatibility``.
+        DgmrError: there are no images, or as :func:`compare_embeddings`.
     """
-    found = Images.find(images)
-    if len(found) > count:
-        found, _ = found.split(count, seed)
-    how: dict[str, Any] = {"device": device, "workers": workers}
-    before, places = embed_share(*old, found, title="old embeddings", **how)
-    after, _ = embed_share(*new, found, title="new embeddings", **how)
-    result = compatibility(before.cpu(), after.cpu(), classifier=classifier, queries=queries, limits=limits, seed=seed)
-    result["left_out"] = len(found.broken)
+    sample = Images.find(images)
+    if len(sample) > count:
+        sample, _ = sample.split(count, seed)
+    options: dict[str, Any] = {"device": device, "workers": workers}
+    old_rows, places = embed_share(*old, sample, title="old embeddings", **options)
+    new_rows, _ = embed_share(*new, sample, title="new embeddings", **options)
+    result = compare_embeddings(
+        old_rows.cpu(), new_rows.cpu(), classifier=classifier, queries=queries, thresholds=thresholds, seed=seed
+    )
+    result["left_out"] = len(sample.broken)
     for worst in result["worst"]:
-        record = found.records[int(places[worst.pop("row")])]
+        record = sample.records[int(places[worst.pop("row")])]
         worst |= {"name": record.name, "thumbnail": _thumbnail(record.read())}
     return result
 
 
-def text_classifier(model: OpenedModel, classes: Path) -> Tensor:
-    """Class embeddings ``[width, classes]`` of a model's text tower, as clip_benchmark makes them.
-
-    Args:
-        model: a CLIP.
-        classes: a text file with a class name a line; a folder with ``classnames.txt`` and, if there are prompts,
-            ``zeroshot_classification_templates.txt`` (``a photo of a {c}``); or class embeddings that clip_benchmark saved (``.pt``).
-
-    Raises:
-        DgmrError: the file cannot be read, or the model has no text tower.
-    """
-    if classes.suffix == ".pt":
-        return saved_classifier(classes)
-    tower = model.text
-    if model.tokenizer is None or tower is None:
-        raise DgmrError(f"{model.name} has no text tower for the classes of {classes}")
-    names, prompts = (
-        (classes / "classnames.txt", classes / PROMPTS) if classes.is_dir() else (classes, classes.with_name(PROMPTS))
-    )
-    try:
-        lines = [line.strip() for line in names.read_text("utf-8").splitlines() if line.strip()]
-        templates = (
-            [line for line in prompts.read_text("utf-8").splitlines() if "{c}" in line] if prompts.exists() else []
+def _check_shapes(old: Tensor, new: Tensor, classifier: Tensor | None) -> None:
+    if old.shape != new.shape:
+        raise DgmrError(
+            f"the old embeddings are {list(old.shape)} and the new ones {list(new.shape)}, so they cannot share an "
+            "index. Re-embed the images."
         )
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgmrError(f"cannot read the class names {names}: {first_line(error)}") from error
-    if len(lines) < 2:
-        raise DgmrError(f"{names} names {len(lines)} classes; decisions need at least two, one a line")
-    metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
-    device = next(tower.parameters()).device.type
-    model.module.eval()  # text towers with dropout
-    prompts_or_one = templates or ["a photo of a {c}."]
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        return (
-            metric.zero_shot_classifier(tower, model.tokenizer, lines, prompts_or_one, device, amp=False).float().cpu()
+    if len(old) < MIN_IMAGES:
+        raise DgmrError(f"there are {len(old)} images, and a comparison needs at least {MIN_IMAGES}. Give more images.")
+    if classifier is not None and classifier.shape[0] != old.shape[1]:
+        raise DgmrError(
+            f"the class embeddings are {list(classifier.shape)}, and these encoders need [{old.shape[1]}, classes]. "
+            "Use the class embeddings of the old encoder's text tower."
         )
 
 
-def saved_classifier(path: Path) -> Tensor:
-    """Class embeddings ``[width, classes]`` as clip_benchmark's ``--save_clf`` keeps them."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True).float()
-    except Exception as error:  # pickle and torch raise many kinds
-        raise DgmrError(f"cannot read the class embeddings {path}: {first_line(error)}") from error
+def _cosines_and_agreement(old: Tensor, new: Tensor, classifier: Tensor | None) -> tuple[np.ndarray, float | None]:
+    """Return the cosine of each image's embeddings, and the share of equal zero-shot decisions."""
+    cosines, equal = [], []
+    for old_chunk, new_chunk in zip(old.split(CHUNK_ROWS), new.split(CHUNK_ROWS), strict=True):
+        old_chunk, new_chunk = old_chunk.float(), new_chunk.float()
+        if not bool(old_chunk.isfinite().all() and new_chunk.isfinite().all()):
+            raise DgmrError("some embeddings are not finite. Check the encoders, or compute the embeddings in float32.")
+        cosines.append(F.cosine_similarity(old_chunk, new_chunk))
+        if classifier is not None:
+            equal.append((old_chunk @ classifier).argmax(1) == (new_chunk @ classifier).argmax(1))
+    agreement = None if classifier is None else float(torch.cat(equal).float().mean())
+    return torch.cat(cosines).numpy(), agreement
+
+
+def _search(
+    embeddings: dict[str, Tensor], query_rows: np.ndarray, index_rows: np.ndarray
+) -> dict[tuple[str, str], np.ndarray]:
+    """Return the neighbors of all queries in all indices, ``[queries, 100]``, by (query encoder, index encoder)."""
+    neighbors = {}
+    for index_encoder, rows in embeddings.items():
+        index = _faiss_index(rows, index_rows)
+        for query_encoder in embeddings:
+            queries = _unit_rows(embeddings[query_encoder], query_rows)
+            neighbors[query_encoder, index_encoder] = index.search(queries, min(MANY_NEIGHBORS, len(index_rows)))[1]
+    return neighbors
+
+
+def _faiss_index(embeddings: Tensor, rows: np.ndarray) -> Any:
+    """Return faiss's exact cosine index of some rows. Filling it in chunks avoids a second float32 copy of all rows."""
+    index = require("faiss", "eval").IndexFlatIP(embeddings.shape[1])
+    for start in range(0, len(rows), CHUNK_ROWS):
+        index.add(_unit_rows(embeddings, rows[start : start + CHUNK_ROWS]))
+    return index
+
+
+def _unit_rows(embeddings: Tensor, rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(F.normalize(embeddings[rows].float(), dim=-1).numpy())
+
+
+def _overlap(reference: np.ndarray, neighbors: np.ndarray) -> float:
+    """Return the mean share, per row, of the reference neighbors that are among the neighbors."""
+    pairs = zip(reference.tolist(), neighbors.tolist(), strict=True)
+    return float(np.mean([len(set(a) & set(b)) / len(a) for a, b in pairs]))
 
 
 def _thumbnail(image: Any) -> str:
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    """Return a small JPEG of the image as a data URI."""
+    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

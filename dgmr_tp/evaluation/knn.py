@@ -1,20 +1,33 @@
-"""The k-NN accuracy of an encoder's embeddings, as DINOv2 measures it; the processes of a launcher share the images."""
+"""k-NN accuracy of an encoder's embeddings, measured as in DINOv2. The processes of a launch share the images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
 from dgmr_tp.utils.knn import predict_classes
 
-NEIGHBOURS = (10, 20, 100, 200)
+NEIGHBORS = (10, 20, 100, 200)
+
+
+class KNNConfig(Config):
+    """k-NN accuracy of the embeddings. It needs no text tower."""
+
+    train: Annotated[str, DataPath()]
+    """Labeled images: a directory with a subdirectory per class, or tar files with ``.cls``."""
+    test: Annotated[str, DataPath()]
+    """Labeled images to classify, in the same form."""
+    workers: int = Field(0, ge=0)
+    """Number of processes that read images."""
 
 
 def knn_accuracy(
@@ -27,39 +40,39 @@ def knn_accuracy(
     batch_size: int = 64,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Top-1 of the test images by their nearest training images, k = 10, 20, 100, 200, temperature 0.07.
+    """Return the top-1 accuracy of a k-NN classifier with k = 10, 20, 100, 200 and temperature 0.07.
 
-    Under torch.distributed every process embeds and judges its share; all return the same. Images that do not decode are left out.
+    Under torch.distributed every process embeds and classifies its share of the images, and all return the same
+    figures. Images that cannot be decoded are left out and listed in ``train.broken`` and ``test.broken``.
 
     Args:
-        embed: preprocessed images ``[batch, 3, height, width]`` on ``device`` to embeddings ``[batch, width]``.
-        preprocess: a PIL image to a tensor.
-        train, test: images with classes: folders of folders, or tars with ``.cls``.
-        device: where embeddings are compared.
-        batch_size, workers: how images are read.
+        embed: maps preprocessed images ``[batch, 3, height, width]`` on ``device`` to embeddings ``[batch, width]``.
+        preprocess: maps a PIL image to a tensor.
+        train, test: labeled images: directories with a subdirectory per class, or tar files with ``.cls``.
+        device: device on which embeddings are computed and compared.
+        batch_size: images per batch.
+        workers: number of processes that read images.
 
     Returns:
-        ``{"knn@10": …, "knn@20": …, …}`` as fractions; a k above the number of training images is left out.
+        ``{"knn@10": …, "knn@20": …, …}`` as fractions. A k above the number of training images is left out.
 
     Raises:
         DgmrError: an image has no class, or a test class does not occur in training.
     """
-    known, asked = train.classes(), test.classes()
-    names = sorted({*known, *asked})
+    train_classes, test_classes = train.classes(), test.classes()
+    names = sorted({*train_classes, *test_classes})
     number = {name: i for i, name in enumerate(names)}
-    how: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
-    bank, places = (
-        all_gather_rows(part.to(device))
-        for part in embed_share(embed, preprocess, train, title="training images", **how)
-    )
-    classes = torch.tensor([number[known[place]] for place in places.tolist()], device=bank.device)
-    if missing := set(asked) - {names[i] for i in classes.unique().tolist()}:
+    options: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
+    share = embed_share(embed, preprocess, train, title="training images", **options)
+    bank, places = (all_gather_rows(part.to(device)) for part in share)
+    labels = torch.tensor([number[train_classes[place]] for place in places.tolist()], device=bank.device)
+    if missing := set(test_classes) - {names[i] for i in labels.unique().tolist()}:
         raise DgmrError(
-            f"{test.source} has the class {min(missing)!r}, which {train.source} has not; both need the same classes"
+            f"{test.source} has the class {min(missing)!r}, which is missing in {train.source}. Give both the same "
+            "classes."
         )
-    queries, places = embed_share(embed, preprocess, test, title="test images", **how)
-    answers = torch.tensor([number[asked[place]] for place in places.tolist()], device=bank.device)
-    correct = (predict_classes(bank, classes, queries, NEIGHBOURS) == answers).sum(1)
-    right = torch.cat([correct, correct.new_tensor([len(queries)])]).double()
-    right = all_reduce_sum(right)
-    return {f"knn@{count}": float(right[i] / right[-1]) for i, count in enumerate(NEIGHBOURS) if count <= len(bank)}
+    queries, places = embed_share(embed, preprocess, test, title="test images", **options)
+    answers = torch.tensor([number[test_classes[place]] for place in places.tolist()], device=bank.device)
+    correct = (predict_classes(bank, labels, queries, NEIGHBORS) == answers).sum(1)
+    counts = all_reduce_sum(torch.cat([correct, correct.new_tensor([len(queries)])]).double())
+    return {f"knn@{k}": float(counts[i] / counts[-1]) for i, k in enumerate(NEIGHBORS) if k <= len(bank)}

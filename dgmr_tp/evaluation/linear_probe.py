@@ -1,4 +1,7 @@
-"""A linear probe for machines without a GPU, where clip_benchmark has none: scikit-learn's logistic regression on the same features."""
+"""Linear probe on a CPU: scikit-learn's logistic regression on image features.
+
+clip_benchmark's own linear probe needs a GPU.
+"""
 
 from __future__ import annotations
 
@@ -13,51 +16,62 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.lazy_imports import require
 
-STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
-"""Inverse strengths of the ridge; one is chosen on a fifth of the training images."""
+INVERSE_REGULARIZATION = (1.0, 10.0, 100.0, 1000.0)
+"""Candidates for scikit-learn's ``C``. One is chosen on a fifth of the training images."""
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 def linear_probe(
     model: nn.Module, train: Batches, test: Batches, fewshot_k: int = -1, *_: Any, normalize: bool = True, **__: Any
 ) -> dict[str, float]:
-    """Top-1 of a logistic regression on the image features; takes the arguments of clip_benchmark's function.
+    """Return the top-1 accuracy of a logistic regression on the image features.
+
+    The function takes the arguments of clip_benchmark's linear probe and ignores those that it does not need.
 
     Args:
-        model: has ``encode_image``.
-        train, test: batches of images and classes.
-        fewshot_k: images of every class to learn from, the first of a random order; -1 for all.
-        normalize: features get length 1.
+        model: module with ``encode_image`` on the CPU.
+        train, test: batches of images and labels.
+        fewshot_k: training images per class, the first in a random order; -1 for all.
+        normalize: normalize the features to length 1.
 
     Returns:
-        ``{"lp_acc1_sklearn": …}`` as a fraction: the name says that it is not clip_benchmark's own.
+        ``{"lp_acc1_sklearn": …}`` as a fraction. The name differs from clip_benchmark's because the method does.
 
     Raises:
         DgmrError: a class has fewer training images than ``fewshot_k``.
     """
-    (features, classes), (judged, answers) = (_features(model, batches, normalize) for batches in (train, test))
-    chosen = np.random.default_rng(0).permutation(len(classes))
+    train_features, train_labels = (part.numpy() for part in image_features(model, train, normalize=normalize))
+    test_features, test_labels = (part.numpy() for part in image_features(model, test, normalize=normalize))
+    rows = np.random.default_rng(0).permutation(len(train_labels))
     if fewshot_k > 0:
-        chosen = np.concatenate([chosen[classes[chosen] == one][:fewshot_k] for one in np.unique(classes)])
-        if (np.bincount(classes[chosen], minlength=1)[np.unique(classes)] < fewshot_k).any():
-            raise DgmrError(f"--fewshot_k {fewshot_k}: a class has fewer training images")
-    return {"lp_acc1_sklearn": float(regression(features[chosen], classes[chosen]).score(judged, answers))}
+        rows = np.concatenate([rows[train_labels[rows] == label][:fewshot_k] for label in np.unique(train_labels)])
+        if (np.bincount(train_labels[rows], minlength=1)[np.unique(train_labels)] < fewshot_k).any():
+            raise DgmrError(
+                f"a class has fewer training images than --fewshot_k {fewshot_k}. Lower --fewshot_k, or give more "
+                "images."
+            )
+    probe = fit_logistic_regression(train_features[rows], train_labels[rows])
+    return {"lp_acc1_sklearn": float(probe.score(test_features, test_labels))}
 
 
-def regression(features: np.ndarray, classes: Sequence[Any]) -> Any:
-    """scikit-learn's logistic regression, its strength chosen on a fifth of the images and then fitted to all."""
+def fit_logistic_regression(features: np.ndarray, labels: Sequence[Any] | np.ndarray) -> Any:
+    """Return scikit-learn's logistic regression, with its regularization chosen on a held-out fifth of the images."""
     selection, linear = require("sklearn.model_selection", "eval"), require("sklearn.linear_model", "eval")
     held_out = selection.ShuffleSplit(1, test_size=0.2, random_state=0)
-    return selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), {"C": STRENGTHS}, cv=held_out).fit(
-        features, classes
+    candidates = {"C": INVERSE_REGULARIZATION}
+    return selection.GridSearchCV(linear.LogisticRegression(max_iter=1000), candidates, cv=held_out).fit(
+        features, labels
     )
 
 
 @torch.no_grad()
-def _features(model: nn.Module, batches: Batches, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
-    features, classes = [], []
-    for images, labels in batches:
-        found = model.encode_image(images)  # type: ignore[operator]
-        features.append((F.normalize(found, dim=-1) if normalize else found).float())
-        classes.append(labels)
-    return torch.cat(features).numpy(), torch.cat(classes).numpy()
+def image_features(
+    model: nn.Module, batches: Batches, *, device: str = "cpu", normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Return the features ``[n, width]`` in float32 and the labels ``[n]`` of all batches, on the CPU."""
+    features, labels = [], []
+    for images, batch_labels in batches:
+        embeddings = model.encode_image(images.to(device))  # type: ignore[operator]
+        features.append((F.normalize(embeddings, dim=-1) if normalize else embeddings).float().cpu())
+        labels.append(batch_labels)
+    return torch.cat(features), torch.cat(labels)

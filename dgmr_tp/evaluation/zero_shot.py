@@ -1,7 +1,8 @@
-"""The bridge to clip_benchmark: its own command line, run in this process, with one more model type registered.
+"""Zero-shot classification, retrieval and linear probe, measured with clip_benchmark's data sets and metric functions.
 
-clip_benchmark has no plug-ins, but the dictionary of its loaders is shared with its command line. Everything it computes
-and writes is its own, but for the linear probe on a CPU, which it does not have. In comparisons amp is always off.
+The results are written in clip_benchmark's JSON form. Mixed precision (amp) is always off. The metrics are the ones
+that clip_benchmark's command line reports with ``--no_amp``, except for the linear probe on a CPU, which clip_benchmark
+does not have; see :mod:`dgmr_tp.evaluation.linear_probe`.
 """
 
 from __future__ import annotations
@@ -11,31 +12,47 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
 
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.evaluation.linear_probe import linear_probe
+from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size
+from dgmr_tp.utils.config import Config, DataPath
+from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
+from dgmr_tp.utils.files import write_whole
 from dgmr_tp.utils.lazy_imports import require
 
-RECALLS = ("1", "5", "10")
-MODEL_TYPE = "dgmr_tp"
-Loader = Callable[..., tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor] | None]]
-"""clip_benchmark's own form: ``(model_name, pretrained, cache_dir, device)`` to model, transform and tokenizer."""
+RECALLS = (1, 5, 10)
+SEED = 0
+"""clip_benchmark's default seed."""
+PROBE_LEARNING_RATE, PROBE_EPOCHS = 0.1, 10
+"""clip_benchmark's defaults for the linear probe on a GPU."""
+TASKS = ("zeroshot_classification", "zeroshot_retrieval", "image_caption_selection", "linear_probe")
+
+
+class DatasetConfig(Config):
+    """A clip_benchmark data set."""
+
+    dataset: str
+    """clip_benchmark's name, such as ``wds/cifar10``."""
+    root: Annotated[str, DataPath()]
+    """Directory of the data set, or ``scenes:classes`` or ``scenes:captions``."""
+    task: Literal["auto", "zeroshot_classification", "zeroshot_retrieval"] = "auto"
+    """Task to evaluate. ``auto`` uses the data set's default task."""
 
 
 class CLIPWithEncoder(nn.Module):
-    """A CLIP whose image encoder is something else, such as an exported file; text goes through the CLIP's own tower."""
+    """A CLIP with another image encoder, such as an exported file. Text goes through the CLIP's text tower."""
 
     def __init__(self, clip: nn.Module, encode_image: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -43,25 +60,30 @@ class CLIPWithEncoder(nn.Module):
         self.encode_image = encode_image
 
     def encode_text(self, text: Tensor) -> Tensor:
+        """Return the CLIP's text embeddings."""
         return self.clip.encode_text(text)  # type: ignore[operator]
 
 
 def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
-    """A model with ``encode_image``, its own or another, and, if it has a text tower, ``encode_text``."""
+    """Return a module with ``encode_image`` and, if the model has a text tower, ``encode_text``.
+
+    Args:
+        model: the model.
+        encode_image: image encoder to use instead of the model's own.
+    """
     if encode_image is None and hasattr(model.module, "encode_image"):
         return model.module
     return CLIPWithEncoder(model.text or model.module, encode_image or ImageEncoder(model.adapter))
 
 
-def shared(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The same function, of whose every batch each process of a launcher embeds its part."""
+def split_over_processes(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function with the same result in which each process of a launch encodes its part of every batch."""
 
     def encode(images: Tensor) -> Tensor:
-        rank, world = get_rank(), get_world_size()
-        share = -(-len(images) // world)
-        padded = torch.cat(
-            [images, images[:1].expand(share * world - len(images), *images.shape[1:])]
-        )  # an empty part suits no runtime
+        rank, world_size = get_rank(), get_world_size()
+        share = -(-len(images) // world_size)
+        padding = images[:1].expand(share * world_size - len(images), *images.shape[1:])
+        padded = torch.cat([images, padding])  # no process gets an empty batch, which some runtimes refuse
         return all_gather_rows(encode_image(padded[rank * share :][:share]))[: len(images)]
 
     return encode
@@ -85,151 +107,250 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
 ) -> dict[str, float]:
-    """Evaluate with clip_benchmark and keep its JSON file. Under torch.distributed the processes share the images of every batch.
+    """Evaluate a model on a clip_benchmark data set and write the result in clip_benchmark's JSON form.
+
+    Under torch.distributed the processes share the images of every batch, and the main process writes the file.
 
     Args:
-        model: has ``encode_image`` and, for what is zero-shot, ``encode_text``.
-        preprocess, tokenizer: the model's own.
-        dataset: a clip_benchmark data set, such as ``wds/NAME`` for a webdataset folder.
-        root: where it lies.
-        output: the JSON file; its folder is made.
-        name: what the file calls the model.
-        task: ``zeroshot_classification``, ``zeroshot_retrieval``, ``linear_probe``, or ``auto``: by the folder's ``dataset_type.txt``.
-        annotations: the caption file of data sets such as ``mscoco_captions`` and ``flickr30k``.
-        classnames, templates: JSON files of your own, keyed by the data set's name.
-        save_classifier: where to keep the class embeddings; load_classifiers: use the mean of these instead of the text tower.
-        batch_size: images a step; workers: processes that read them.
+        model: module with ``encode_image`` and, for the zero-shot tasks, ``encode_text``.
+        preprocess: the model's preprocessing of a PIL image.
+        tokenizer: the model's tokenizer, or None.
+        dataset: clip_benchmark's name of the data set, such as ``wds/NAME`` for a directory of webdataset shards.
+        root: directory of the data set.
+        output: the JSON file. Its directory is created.
+        name: name of the model in the file.
+        task: one of :data:`TASKS`, or ``auto`` for the data set's default; see :func:`task_of`.
+        annotations: caption file of data sets such as ``mscoco_captions`` and ``flickr30k``.
+        classnames, templates: JSON files with custom class names and prompts, keyed by the data set's name.
+        save_classifier: file to which the class embeddings are saved.
+        load_classifiers: saved class embeddings to average and use instead of the text tower.
+        batch_size: images per batch.
+        workers: number of processes that read images.
 
     Returns:
-        The metrics of the JSON file, such as ``acc1`` or ``text_retrieval_recall@5``, as fractions.
+        The metrics in the file, such as ``acc1`` or ``text_retrieval_recall@5``, as fractions.
 
     Raises:
-        DgmrError: the model has no text tower and needs one, the data set cannot be read, or a linear probe on several GPUs.
+        DgmrError: the task is unknown, the model lacks a text tower that the task needs, a file is missing, the data
+            set cannot be read, or a linear probe runs on several GPUs.
     """
-    cli = require("clip_benchmark.cli", "eval")
+    require("clip_benchmark", "eval")
     root = Path(root)
     if not root.is_dir():
-        raise DgmrError(f"the data set folder {root} does not exist")
+        raise DgmrError(f"the data set directory {root} does not exist. Check --root, or the root in the recipe.")
     task = task_of(dataset, root) if task == "auto" else task
-    if (tokenizer is None or not hasattr(model, "encode_text")) and task != "linear_probe" and not load_classifiers:
-        raise DgmrError(f"{name} has no text tower, or no tokenizer; zero-shot evaluation needs a CLIP")
+    device = _device_of(model)
+    _check_request(name, model, tokenizer, task, load_classifiers, device)
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
-            raise DgmrError(f"{path} does not exist")
-    rank = get_rank()
-    device = next(model.parameters()).device if any(True for _ in model.parameters()) else torch.device("cpu")
-    if task == "linear_probe" and device.type == "cuda" and distributed.is_initialized():
-        raise DgmrError("clip_benchmark's linear probe takes one process; start it without torchrun")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{rank}.partial")
-    features = output.with_name(
-        f".{output.name}.features"
-    )  # clip_benchmark would take those of another model by the same name
-    options: dict[str, Any] = {
-        "--model_type": MODEL_TYPE,
-        "--model": name,
-        "--pretrained": "none",
-        "--dataset": dataset,
-        "--dataset_root": root,
-        "--task": task,
-        "--annotation_file": annotations,
-        "--custom_classname_file": classnames,
-        "--custom_template_file": templates,
-        "--save_clf": save_classifier,
-        "--batch_size": batch_size,
-        "--num_workers": workers,
-        "--feature_root": features,
-        "--output": str(aside).replace("{", "{{").replace("}", "}}"),
-    }
-    arguments = [part for key, value in options.items() if value is not None for part in (key, str(value))]
-    arguments += ["--no_amp", "--quiet", "--recall_k", *RECALLS]
-    arguments += ["--load_clfs", *map(str, load_classifiers)] if load_classifiers else []
-    shutil.rmtree(features, ignore_errors=True)  # of an evaluation that was interrupted
+            raise DgmrError(f"{path} does not exist. Check the path.")
     if distributed.is_initialized():
-        model = CLIPWithEncoder(model, shared(model.encode_image))
-    with (
-        patch.object(torch.cuda, "is_available", lambda: device.type == "cuda"),
-        patch.object(
-            torch.cuda, "device_count", lambda: 1
-        ),  # a linear probe would spread a tower that does not take it
-        registered(lambda **_: (model, preprocess, tokenizer)),
-        contextlib.nullcontext(io.StringIO())
-        if sys.stderr.isatty()
-        else contextlib.redirect_stderr(io.StringIO()) as noise,
-    ):
-        try:
-            _call(cli.main, ["eval", *arguments])
-        except SystemExit as error:
-            raise DgmrError(
-                f"clip_benchmark refused its arguments: {' '.join(noise.getvalue().splitlines()[-1:])}"
-            ) from error
-        except Exception as error:  # whatever a data set or a loader inside clip_benchmark raises
-            raise DgmrError(
-                f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
-            ) from error
-    shutil.rmtree(features, ignore_errors=True)
-    metrics = json.loads(aside.read_text())["metrics"]
-    if rank == 0:
-        os.replace(aside, output)
-    else:
-        aside.unlink()
+        model = CLIPWithEncoder(model, split_over_processes(model.encode_image))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    data = _Data(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
+    try:
+        with _progress_on_terminal_only():
+            torch.manual_seed(SEED)
+            model.eval()
+            if task == "linear_probe":
+                metrics = _linear_probe(model, data, device, output.parent)
+            else:
+                save = save_classifier if is_main_process() else None
+                metrics = _zero_shot(model, tokenizer, data, device, save, load_classifiers)
+    except DgmrError:
+        raise
+    except Exception as error:  # data sets and loaders of clip_benchmark raise many kinds
+        raise DgmrError(
+            f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if is_main_process():
+        write_whole(output, json.dumps(result_form(dataset, name, task, metrics)))
     return metrics
 
 
+def result_form(
+    dataset: str, model: str, task: str, metrics: dict[str, float], *, language: str = "en"
+) -> dict[str, Any]:
+    """Return a result with the keys of clip_benchmark's JSON files."""
+    return {
+        "dataset": dataset,
+        "model": model,
+        "pretrained": "none",
+        "task": task,
+        "metrics": metrics,
+        "language": language,
+    }
+
+
 def task_of(dataset: str, root: Path) -> str:
-    """What a data set is for: a webdataset folder's ``dataset_type.txt`` says it, of the others clip_benchmark knows it."""
+    """Return the default task of a data set.
+
+    A webdataset directory states it in ``dataset_type.txt``. For other data sets clip_benchmark knows it.
+    """
     if not dataset.startswith("wds/"):
         return require("clip_benchmark.datasets.builder", "eval").get_dataset_default_task(dataset)
     kind = root / "dataset_type.txt"
-    return (
-        "zeroshot_retrieval" if kind.exists() and kind.read_text().strip() == "retrieval" else "zeroshot_classification"
-    )
-
-
-def clip_benchmark(arguments: Sequence[str], load: Loader) -> None:
-    """clip_benchmark's own command line with every argument as it is, and ``--model_type dgmr_tp`` known and the default.
-
-    Raises:
-        DgmrError: what clip_benchmark raised, in one sentence.
-    """
-    cli = require("clip_benchmark.cli", "eval")
-    given = list(arguments)
-    if given[:1] == ["eval"] and not any(argument.partition("=")[0] == "--model_type" for argument in given):
-        given += ["--model_type", MODEL_TYPE]
-    with registered(load):
-        try:
-            _call(cli.main, given)
-        except DgmrError:
-            raise
-        except Exception as error:
-            raise DgmrError(f"clip_benchmark: {type(error).__name__}: {first_line(error)}") from error
+    retrieval = kind.exists() and kind.read_text().strip() == "retrieval"
+    return "zeroshot_retrieval" if retrieval else "zeroshot_classification"
 
 
 def tabulate(files: Iterable[Path], table: Path) -> None:
-    """clip_benchmark's CSV of its JSON files, one row each."""
+    """Write a CSV file with one row per JSON result, as clip_benchmark's ``build`` command does."""
     cli = require("clip_benchmark.cli", "eval")
-    aside = table.with_name(f".{table.name}.partial")
-    cli.main_build(argparse.Namespace(files=[str(path) for path in files], output=str(aside)))
-    os.replace(aside, table)
+    staging_path = table.with_name(f".{table.name}.partial")
+    cli.main_build(argparse.Namespace(files=[str(path) for path in files], output=str(staging_path)))
+    os.replace(staging_path, table)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A data set and the options to load it."""
+
+    dataset: str
+    root: Path
+    preprocess: Callable[[Any], Tensor]
+    task: str
+    annotations: Path | None
+    classnames: Path | None
+    templates: Path | None
+    batch_size: int
+    workers: int
+
+    def test_loader(self) -> tuple[Any, DataLoader[Any]]:
+        """Return the test split and its batches."""
+        custom = {"custom_classname_file": self.classnames, "custom_template_file": self.templates}
+        paths = {key: str(path) if path else None for key, path in custom.items()}
+        test = self._build("test", language="en", task=self.task, **paths)
+        if self.dataset.startswith("wds/"):
+            batches = test.batched(self.batch_size)
+            return test, DataLoader(batches, batch_size=None, shuffle=False, num_workers=self.workers)
+        return test, self._loader(test)
+
+    def train_loader(self) -> DataLoader[Any]:
+        """Return the batches of the training split."""
+        return self._loader(self._build("train"))
+
+    def _build(self, split: str, **options: Any) -> Any:
+        builder = require("clip_benchmark.datasets.builder", "eval")
+        annotations = str(self.annotations) if self.annotations else ""
+        return builder.build_dataset(
+            self.dataset,
+            root=str(self.root),
+            transform=self.preprocess,
+            split=split,
+            annotation_file=annotations,
+            **options,
+        )
+
+    def _loader(self, dataset: Any) -> DataLoader[Any]:
+        builder = require("clip_benchmark.datasets.builder", "eval")
+        collate = builder.get_dataset_collate_fn(self.dataset)
+        return DataLoader(dataset, self.batch_size, shuffle=False, num_workers=self.workers, collate_fn=collate)
+
+
+def _check_request(
+    name: str,
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor] | None,
+    task: str,
+    load_classifiers: Sequence[Path],
+    device: str,
+) -> None:
+    """Raise DgmrError if the model or the launch does not suit the task."""
+    if task not in TASKS:
+        raise DgmrError(f"unknown task {task!r}. Use auto, {', '.join(TASKS)}.")
+    has_text = tokenizer is not None and hasattr(model, "encode_text")
+    if not has_text and task != "linear_probe" and not load_classifiers:
+        raise DgmrError(
+            f"{name} has no text tower, or no tokenizer. Use a CLIP for zero-shot tasks, or evaluate by k-NN or "
+            "linear_probe."
+        )
+    if task == "linear_probe" and device == "cuda" and distributed.is_initialized():
+        raise DgmrError("clip_benchmark's linear probe runs in a single process. Start it without torchrun.")
+
+
+def _device_of(model: nn.Module) -> str:
+    """Return the type of the device of a model's parameters, or ``cpu``."""
+    parameter = next(iter(model.parameters()), None)
+    return "cpu" if parameter is None else parameter.device.type
+
+
+def _zero_shot(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor] | None,
+    data: _Data,
+    device: str,
+    save_classifier: Path | None,
+    load_classifiers: Sequence[Path],
+) -> dict[str, float]:
+    """Return clip_benchmark's metrics of a task other than the linear probe."""
+    dataset, loader = data.test_loader()
+    options = {"device": device, "amp": False}
+    if data.task == "zeroshot_retrieval":
+        metric = require("clip_benchmark.metrics.zeroshot_retrieval", "eval")
+        return metric.evaluate(model, loader, tokenizer, recall_k_list=list(RECALLS), **options)
+    if data.task == "image_caption_selection":
+        metric = require("clip_benchmark.metrics.image_caption_selection", "eval")
+        return metric.evaluate(model, loader, tokenizer, **options)
+    classes, templates = getattr(dataset, "classes", None), getattr(dataset, "templates", None)
+    if classes is None or templates is None:
+        raise DgmrError(
+            f"{data.dataset} in {data.root} has no class names or no prompts for zero-shot classification. "
+            "Give custom class names and prompts, or choose another task."
+        )
+    metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
+    return metric.evaluate(
+        model,
+        loader,
+        tokenizer,
+        classes,
+        templates,
+        save_clf=str(save_classifier) if save_classifier else None,
+        load_clfs=[str(path) for path in load_classifiers],
+        **options,
+    )
+
+
+def _linear_probe(model: nn.Module, data: _Data, device: str, scratch: Path) -> dict[str, float]:
+    """Return clip_benchmark's metrics of a linear probe on a GPU, or those of our own on a CPU.
+
+    On a GPU we compute the features and store them where clip_benchmark looks for features of an earlier run. It would
+    spread the model over all visible GPUs, which not every tower supports.
+    """
+    _, test = data.test_loader()
+    train = data.train_loader()
+    if device == "cpu":
+        return linear_probe(model, train, test)
+    metric = require("clip_benchmark.metrics.linear_probe", "eval")
+    model_id = "model"
+    with tempfile.TemporaryDirectory(dir=scratch, prefix=".features-") as features_root:
+        (Path(features_root) / model_id).mkdir()
+        for split, batches in (("train", train), ("test", test)):
+            features, labels = image_features(model, batches, device=device)
+            torch.save(features, Path(features_root) / model_id / f"features_{split}.pt")
+            torch.save(labels, Path(features_root) / model_id / f"targets_{split}.pt")
+        return metric.evaluate(
+            model,
+            train,
+            test,
+            fewshot_k=-1,
+            batch_size=data.batch_size,
+            num_workers=data.workers,
+            lr=PROBE_LEARNING_RATE,
+            epochs=PROBE_EPOCHS,
+            model_id=model_id,
+            seed=SEED,
+            feature_root=features_root,
+            device=device,
+            amp=False,
+        )
 
 
 @contextlib.contextmanager
-def registered(load: Loader) -> Iterator[None]:
-    """clip_benchmark knows the model type ``dgmr_tp``, and a linear probe where there is no GPU."""
-    cli, models = require("clip_benchmark.cli", "eval"), require("clip_benchmark.models", "eval")
-    models.MODEL_TYPES.append(MODEL_TYPE)
-    try:
-        with (
-            patch.dict(models.TYPE2FUNC, {MODEL_TYPE: load}),
-            contextlib.nullcontext()
-            if torch.cuda.is_available()
-            else patch.object(cli.linear_probe, "evaluate", linear_probe),
-        ):
+def _progress_on_terminal_only() -> Iterator[None]:
+    """Hide clip_benchmark's progress bars unless standard error is a terminal."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
-    finally:
-        models.MODEL_TYPES.remove(MODEL_TYPE)
-
-
-def _call(main: Callable[[], None], arguments: Sequence[str]) -> None:
-    with patch.object(sys, "argv", ["clip_benchmark", *arguments]):
-        main()

@@ -1,4 +1,7 @@
-"""The three figures of DGMR's model zoo, beside the published ones (arXiv 2506.08591, its README; arXiv 2603.08100 tables 1 and 2)."""
+"""The three figures of DGMR's model zoo, and their published values.
+
+Sources: the README of DGMR's code (arXiv 2506.08591), and AMP's paper (arXiv 2603.08100), tables 1 and 2.
+"""
 
 from __future__ import annotations
 
@@ -29,51 +32,53 @@ PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
     "DINOv2-g, DGMR 0.66 B": (None, None, 83.5),
     "DINOv2-g, AMP 0.62 B": (None, None, 83.5),
 }
-"""Percent: mean of the six ImageNets' top-1, mean of the twelve recalls, k-NN on ImageNet."""
+"""Published values in percent: mean top-1 of the six ImageNet sets, mean of the twelve recalls, k-NN on ImageNet."""
 
 
 def find_zoo(root: Path) -> dict[str, tuple[str, Path]]:
-    """Where each of the zoo's data sets lies below ``root``: by its name, clip_benchmark's name for it and its folder.
+    """Return clip_benchmark's name and the directory of each of the zoo's data sets, by data set.
 
-    ``root/NAME`` is webdataset shards (with ``test/nshards.txt``; needs no network) or what clip_benchmark keeps for NAME.
+    ``root/NAME`` contains webdataset shards (with ``test/nshards.txt``, no network needed) or clip_benchmark's own
+    files.
 
     Raises:
-        DgmrError: folders are missing; names all of them.
+        DgmrError: directories are missing. The message names all of them.
     """
-    wanted = (*CLASSIFICATION, *RETRIEVAL)
-    if missing := [name for name in wanted if not (root / name).is_dir()]:
-        raise DgmrError(f"{root} lacks {', '.join(missing)}; the suite needs a folder for each of {', '.join(wanted)}")
+    names = (*CLASSIFICATION, *RETRIEVAL)
+    if missing := [name for name in names if not (root / name).is_dir()]:
+        raise DgmrError(
+            f"{root} lacks {', '.join(missing)}. The suite needs a directory for each of {', '.join(names)}."
+        )
     return {
         name: (f"wds/{name}" if (root / name / "test" / "nshards.txt").exists() else name, root / name)
-        for name in wanted
+        for name in names
     }
 
 
 def knn_folders(root: Path) -> tuple[Path, Path]:
-    """ImageNet's training images and those that are judged: ``imagenet1k/train`` and ``imagenet1k/test`` or ``imagenet1k/val``.
+    """Return the directories of ImageNet's training and test images below ``root``.
+
+    They are ``imagenet1k/train``, and ``imagenet1k/test`` or ``imagenet1k/val``.
 
     Raises:
-        DgmrError: one of them is not there.
+        DgmrError: one of them is missing.
     """
-    train = root / "imagenet1k" / "train"
-    judged = next((path for name in ("test", "val") if (path := root / "imagenet1k" / name).is_dir()), None)
-    if not train.is_dir() or judged is None:
-        raise DgmrError(f"{root / 'imagenet1k'} needs the folders train and test (or val) for k-NN")
-    return train, judged
+    imagenet = root / "imagenet1k"
+    train = imagenet / "train"
+    test = next((path for name in ("test", "val") if (path := imagenet / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise DgmrError(f"{imagenet} lacks images for k-NN. It needs the directories train and test (or val).")
+    return train, test
 
 
 def zoo_figures(metrics: dict[str, dict[str, float]], knn: dict[str, float]) -> dict[str, float]:
-    """The three figures, percent, from every data set's metrics and the k-NN accuracies (the best k, as DINOv2 reports it).
+    """Return the three figures in percent.
 
     Args:
-        metrics: by data set: ``acc1``, or recalls at 1, 5 and 10 in both directions.
-        knn: ``knn@10`` and so on.
+        metrics: metrics by data set: ``acc1``, or recalls at 1, 5 and 10 in both directions.
+        knn: k-NN accuracies, ``knn@10`` and so on. The figure is the best one, as DINOv2 reports it.
     """
-    recalls = [
-        metrics[name][f"{side}_retrieval_recall@{k}"]
-        for name in RETRIEVAL
-        for side in ("text", "image")
-        for k in (1, 5, 10)
-    ]
+    keys = [f"{side}_retrieval_recall@{k}" for side in ("text", "image") for k in (1, 5, 10)]
+    recalls = [metrics[name][key] for name in RETRIEVAL for key in keys]
     top1 = [metrics[name]["acc1"] for name in CLASSIFICATION]
     return dict(zip(FIGURES, (100 * mean(top1), 100 * mean(recalls), 100 * max(knn.values())), strict=True))

@@ -1,190 +1,251 @@
-"""The report of a run: one table on the terminal and one HTML file that needs no network."""
+"""The report of a run: one table on the terminal, and one HTML file that needs no network."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from dgmr_tp.utils.files import write_whole
-from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.export.formats import FORMATS
+from dgmr_tp.pipeline.stages import STAGES
+from dgmr_tp.pipeline.stages.evaluate import DENSE
+from dgmr_tp.utils.files import atomic_write
 
-LABELS = ("pruned", "recovered", "distilled", "tuned", "onnx", "onnx-fp16", "onnx-int8")
-AT_A_TIME = 3
-"""Columns of figures that 80 characters hold beside size, stage and cost."""
-TRAININGS = {"distill": "Distillation", "tune_text": "Text tower"}
-SHORT = {
+METRIC_COLUMNS = 3
+"""Columns of metrics that fit into 80 characters next to size, stage and cost."""
+METRIC_TITLES = {
     "acc1": "top-1",
     "text_retrieval_recall@5": "image→text R@5",
     "image_retrieval_recall@5": "text→image R@5",
     "knn@20": "top-1",
     "head@1": "top-1",
 }
+"""Metrics that the tables show, and what they are called there."""
+Figures = Mapping[str, dict[str, Any] | None]
+"""The figures of every step, by key, such as ``prune/mlp_ratio-1``; None for a step that has not run."""
 
 
-def collect(
-    directory: Path, name: str, figures: dict[str, dict[str, Any] | None], not_zero_shot: Iterable[str] = ()
-) -> dict[str, Any]:
-    """What the report shows, from the figures of the steps (by key, such as ``prune/mlp_ratio-1``; None: not run).
+class Curve(NamedTuple):
+    """A curve of a training: points ``(step, value)``."""
 
-    ``not_zero_shot`` are the data sets of the kind that the text tower was tuned on.
+    title: str
+    points: list[tuple[int, float]]
+    logarithmic: bool
+
+
+class TrainingReport(NamedTuple):
+    """The curves of one training."""
+
+    title: str
+    curves: list[Curve]
+    details: list[Curve]
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """What the report shows of one size."""
+
+    name: str
+    cost: dict[str, int] | None
+    """``parameters`` and ``flops`` of the pruned tower; None if it has not run."""
+    rows: list[dict[str, Any]]
+    """``label`` and ``metrics`` of every model and exported file."""
+    sites: list[dict[str, Any]]
+    trainings: list[TrainingReport]
+    files: list[dict[str, Any]]
+    threads: int | None
+    quality_target: str | None
+    compatibility: dict[str, Any] | None
+    not_zero_shot: list[str]
+    """Data sets of the kind that the text tower was tuned on."""
+    skipped: int
+    """Calibration images that did not decode."""
+    broken: list[str]
+    """Training images that did not decode."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the report shows."""
+
+    name: str
+    directory: str
+    columns: list[dict[str, str]]
+    """``dataset`` and ``metric`` of every column of metrics."""
+    original: dict[str, Any]
+    """``metrics`` and ``cost`` of the dense model."""
+    left_out: dict[str, int]
+    """Images that did not decode in the evaluation, by data set."""
+    sizes: list[SizeReport] = field(default_factory=list)
+
+
+def collect(directory: Path, name: str, figures: Figures, not_zero_shot: Iterable[str] = ()) -> Report:
+    """Collect what the report shows from the figures of the steps.
+
+    Args:
+        directory: the run directory.
+        name: of the run.
+        figures: of every step.
+        not_zero_shot: data sets of the kind that the text tower was tuned on.
     """
-    sizes = [key.split("/")[1] for key in figures if key.startswith("prune/")]
     done = {key: value for key, value in figures.items() if value is not None}
-    original = done.get("evaluate/original", {}).get("original", {})
-    data: dict[str, Any] = {"name": name, "directory": str(directory), "sizes": []}
-    columns = [(dataset, metric) for dataset, metrics in original.items() for metric in SHORT if metric in metrics]
-    data["columns"] = [
-        {"dataset": dataset.removeprefix("wds/"), "metric": SHORT[metric]} for dataset, metric in columns
-    ]
-    pick = lambda metrics: [metrics.get(dataset, {}).get(metric) for dataset, metric in columns]  # noqa: E731
-    data["original"] = {"metrics": pick(original), "cost": None}
-    data["left_out"] = {
-        dataset: metrics["images_left_out"] for dataset, metrics in original.items() if "images_left_out" in metrics
-    }
-    for size in sizes:
-        cut = done.get(f"prune/{size}", {})
-        data["original"]["cost"] = cut.get("original", data["original"]["cost"])
-        exported = done.get(f"export/{size}", {})
-        measured = {**done.get(f"evaluate/{size}", {}), **exported.get("metrics", {})}
-        recovery = {row["site"]: row for row in done.get(f"recover/{size}", {}).get("sites", [])}
-        data["sizes"].append(
-            {
-                "name": size.replace("-", " ", 1),
-                "cost": cut.get("pruned"),
-                "promise": promise_in_words(size, cut["promise"]) if "promise" in cut else None,
-                "rows": [{"label": label, "metrics": pick(measured[label])} for label in LABELS if label in measured],
-                "sites": [
-                    {
-                        **row,
-                        **{
-                            k: v
-                            for k, v in recovery.get(row["site"], {}).items()
-                            if k.endswith("error") or k == "kept_cut"
-                        },
-                    }
-                    for row in cut.get("sites", [])
-                ],
-                "trainings": [
-                    {
-                        "title": title,
-                        "curves": _curves(done[f"{stage}/{size}"]),
-                        "details": _details(done[f"{stage}/{size}"]),
-                    }
-                    for stage, title in TRAININGS.items()
-                    if f"{stage}/{size}" in done
-                ],
-                "not_zero_shot": [dataset.removeprefix("wds/") for dataset in not_zero_shot]
-                if f"tune_text/{size}" in done
-                else [],
-                "compatibility": done.get(f"compare/{size}"),
-                "files": _files(exported),
-                "threads": exported.get("threads"),
-                "skipped": len(done.get(f"recover/{size}", {}).get("broken_images", {})),
-                "broken": sorted(
-                    {name for stage in TRAININGS for name in done.get(f"{stage}/{size}", {}).get("broken_images", {})}
-                ),
-            }
-        )
-    return data
+    dense = done.get(f"evaluate/{DENSE}", {}).get(DENSE, {})
+    columns = [(dataset, metric) for dataset, metrics in dense.items() for metric in METRIC_TITLES if metric in metrics]
+    titles = [{"dataset": dataset.removeprefix("wds/"), "metric": METRIC_TITLES[metric]} for dataset, metric in columns]
+    names = [key.split("/")[1] for key in figures if key.startswith("prune/")]
+    costs = [cost for size in names if (cost := done.get(f"prune/{size}", {}).get("original"))]
+    return Report(
+        name=name,
+        directory=str(directory),
+        columns=titles,
+        original={"metrics": _pick(dense, columns), "cost": costs[-1] if costs else None},
+        left_out={name: metrics["images_left_out"] for name, metrics in dense.items() if "images_left_out" in metrics},
+        sizes=[_size_report(size, done, columns, not_zero_shot) for size in names],
+    )
 
 
-def _curves(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]], bool]]:
-    """What a training's curves show, their points, and whether they are drawn on a logarithmic scale."""
-    original = training.get("original", {}).get("knn")
-    said = "" if original is None else f"; the original: {percent(original)} %"
+def _size_report(
+    size: str, done: Mapping[str, dict[str, Any]], columns: list[tuple[str, str]], not_zero_shot: Iterable[str]
+) -> SizeReport:
+    def of(stage: str) -> dict[str, Any]:
+        return done.get(f"{stage}/{size}", {})
+
+    pruned, exported, recovered = of("prune"), of("export"), of("recover")
+    measured = {**of("evaluate"), **exported.get("metrics", {})}
+    labels = [stage.model_label for stage in STAGES if stage.model_label]
+    rows = [label for label in (*labels, *FORMATS) if label in measured]
+    errors = {row["site"]: row for row in recovered.get("sites", [])}
+    trained = [stage for stage in STAGES if stage.training_title and of(stage.name)]
+    broken = {name for stage in trained for name in of(stage.name).get("broken_images", {})}
+    is_tuned = bool(of("tune_text"))
+    return SizeReport(
+        name=size.replace("-", " ", 1),
+        cost=pruned.get("pruned"),
+        rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
+        sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
+        trainings=[
+            TrainingReport(str(stage.training_title), _curves(of(stage.name)), _details(of(stage.name)))
+            for stage in trained
+        ],
+        files=_files(exported),
+        threads=exported.get("threads"),
+        quality_target=describe_target(size, pruned["quality_target"]) if "quality_target" in pruned else None,
+        compatibility=of("compare") or None,
+        not_zero_shot=[dataset.removeprefix("wds/") for dataset in not_zero_shot] if is_tuned else [],
+        skipped=len(recovered.get("broken_images", {})),
+        broken=sorted(broken),
+    )
+
+
+def _pick(metrics: Mapping[str, dict[str, float]], columns: list[tuple[str, str]]) -> list[float | None]:
+    return [metrics.get(dataset, {}).get(metric) for dataset, metric in columns]
+
+
+def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("cut_error", "recovered_error", "kept_cut") if key in row}
+
+
+def _curves(training: dict[str, Any]) -> list[Curve]:
+    """The main curves of a training."""
+    teacher = training.get("original", {}).get("knn")
+    teacher_note = "" if teacher is None else f"; the original: {percent(teacher)} %"
     curves = [
-        ("loss, logarithmic", training.get("losses", []), True),
-        ("mean cosine to the original on images held out", training.get("scores", []), False),
-        (f"k-NN accuracy on images held out{said}", training.get("knn", []), False),
+        Curve("loss, logarithmic", training.get("losses", []), True),
+        Curve("mean cosine to the original on held-out images", training.get("scores", []), False),
+        Curve(f"k-NN accuracy on held-out images{teacher_note}", training.get("knn", []), False),
     ]
-    return [(says, points, logarithmic) for says, points, logarithmic in curves if len(points) > 1]
+    return [curve for curve in curves if len(curve.points) > 1]
 
 
-def _details(training: dict[str, Any]) -> list[tuple[str, list[tuple[int, float]], bool]]:
-    """The same for the parts of the loss, the gradient, and the speed."""
-    known = training.get("details", {})
-    parts = [name for name in known if name.startswith("loss_")]
-    curves = [
-        (f"loss, {name.removeprefix('loss_').replace('_', ' ')}, logarithmic", name, True)
-        for name in parts
-        if len(parts) > 1
-    ]
-    curves += [
-        ("norm of the gradient, logarithmic", "gradient_norm", True),
-        ("images per second", "samples_per_second", False),
-    ]
-    curves += [("share of what a large matrix product reaches", "share_of_peak", False)]
-    return [(says, known[name], logarithmic) for says, name, logarithmic in curves if len(known.get(name, [])) > 1]
+def _details(training: dict[str, Any]) -> list[Curve]:
+    """The curves of the parts of the loss, the gradient, and the speed."""
+    details = training.get("details", {})
+    parts = [name for name in details if name.startswith("loss_")]
+    curves = []
+    if len(parts) > 1:
+        for name in parts:
+            title = name.removeprefix("loss_").replace("_", " ")
+            curves.append(Curve(f"loss, {title}, logarithmic", details[name], True))
+    for name, title, logarithmic in (
+        ("gradient_norm", "norm of the gradient, logarithmic", True),
+        ("samples_per_second", "images per second", False),
+        ("share_of_peak", "fraction of the throughput of a large matrix product", False),
+    ):
+        curves.append(Curve(title, details.get(name, []), logarithmic))
+    return [curve for curve in curves if len(curve.points) > 1]
 
 
-def print_table(data: dict[str, Any], console: Console) -> None:
-    """Parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
-    for first in range(0, max(1, len(data["columns"])), AT_A_TIME):
-        console.print(_table(data, slice(first, first + AT_A_TIME), with_cost=first == 0))
-    for name, count in data["left_out"].items():
+def print_table(report: Report, console: Console) -> None:
+    """Print parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
+    for first in range(0, max(1, len(report.columns)), METRIC_COLUMNS):
+        console.print(_table(report, slice(first, first + METRIC_COLUMNS), with_cost=first == 0))
+    for name, count in report.left_out.items():
         console.print(f"{name}: {count} images do not decode and are left out", highlight=False)
-    for size in data["sizes"]:
-        if size["promise"]:
-            console.print(f"{size['name']}: {size['promise']}", highlight=False, soft_wrap=True)
-        if size["not_zero_shot"]:
-            console.print(f"{size['name']}: {warning(size['not_zero_shot'])}", highlight=False)
-        if found := size["compatibility"]:
-            console.print(f"{size['name']}, {in_words(found)}", highlight=False, soft_wrap=True)
-        for entry in size["files"]:
-            if not entry["verified"]:
-                console.print(f"{size['name']}, {entry['file']}: {entry['verdict']}", highlight=False)
-            for batch, times in entry["latency"].items():
-                if "original" in times:
-                    before, after = times["original"]["median"], times["pruned"]["median"]
-                    console.print(
-                        f"{size['name']}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
-                        f"({before / after:.2f} ×, {size['threads']} threads)"
-                    )
+    for size in report.sizes:
+        if size.quality_target:
+            console.print(f"{size.name}: {size.quality_target}", highlight=False, soft_wrap=True)
+        if size.not_zero_shot:
+            console.print(f"{size.name}: {tuned_warning(size.not_zero_shot)}", highlight=False)
+        if size.compatibility:
+            line = f"{size.name}, {describe_compatibility(size.compatibility)}"
+            console.print(line, highlight=False, soft_wrap=True)
+        for entry in size.files:
+            _print_file(size, entry, console)
 
 
-def _table(data: dict[str, Any], shown: slice, with_cost: bool) -> Table:
+def _print_file(size: SizeReport, entry: dict[str, Any], console: Console) -> None:
+    if not entry["verified"]:
+        console.print(f"{size.name}, {entry['file']}: {entry['status']}", highlight=False)
+    for batch, times in entry["latency"].items():
+        if "original" in times:
+            before, after = times["original"]["median"], times["pruned"]["median"]
+            console.print(
+                f"{size.name}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
+                f"({before / after:.2f} ×, {size.threads} threads)"
+            )
+
+
+def _table(report: Report, metrics: slice, with_cost: bool) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("size", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    costs = ("M params", "GFLOPs") if with_cost else ()
-    for heading in (*costs, *(f"{column['dataset']}\n{column['metric']}" for column in data["columns"][shown])):
-        table.add_column(heading, justify="right")
-    table.add_row(
-        "original",
-        "",
-        *_cost(data["original"]["cost"])[: len(costs)],
-        *map(percent, data["original"]["metrics"][shown]),
-    )
-    for size in data["sizes"]:
-        rows = size["rows"] or [{"label": "pruned", "metrics": []}]
-        for i, row in enumerate(rows):
-            cost = _cost(size["cost"])[: len(costs)] if i == 0 else [""] * len(costs)
-            table.add_row(size["name"] if i == 0 else "", row["label"], *cost, *map(percent, row["metrics"][shown]))
+    cost_titles = ("M params", "GFLOPs") if with_cost else ()
+    metric_titles = [f"{column['dataset']}\n{column['metric']}" for column in report.columns[metrics]]
+    for title in (*cost_titles, *metric_titles):
+        table.add_column(title, justify="right")
+    cost = _cost(report.original["cost"])[: len(cost_titles)]
+    table.add_row(DENSE, "", *cost, *map(percent, report.original["metrics"][metrics]))
+    for size in report.sizes:
+        name, cost = size.name, _cost(size.cost)[: len(cost_titles)]
+        for row in size.rows or [{"label": "pruned", "metrics": []}]:
+            table.add_row(name, row["label"], *cost, *map(percent, row["metrics"][metrics]))
+            name, cost = "", ("",) * len(cost_titles)
     return table
 
 
-def write_html(data: dict[str, Any], path: Path, template: str = "report.html.j2") -> Path:
-    """Write a page from a template; it appears whole or not at all."""
-    jinja2 = require("jinja2", "export")
+def write_html(content: Report | Mapping[str, Any], path: Path, template: str = "report.html.j2") -> Path:
+    """Write a page from a template, atomically."""
     loader = jinja2.PackageLoader("dgmr_tp.pipeline", "templates")
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
         percent=percent,
-        curve=curve,
-        warning=warning,
+        polyline=polyline,
+        warning=tuned_warning,
         million=lambda n: f"{n / 1e6:.2f} M",
         giga=lambda n: f"{n / 1e9:.3f} G",
         spread=lambda t: f"{t['median']:.1f} ({t['low']:.1f}–{t['high']:.1f})",
         basename=lambda name: Path(name).name,
     )
-    write_whole(path, environment.get_template(template).render(data))
+    variables = vars(content) if isinstance(content, Report) else content
+    atomic_write(path, environment.get_template(template).render(variables))
     return path
 
 
@@ -193,18 +254,17 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for tower, entries in exported.get("towers", {}).items():
         for name, entry in entries["files"].items():
+            errors, cosines = entry.get("relative_error", {}), entry.get("cosine", {})
             rows.append(
                 {
                     "tower": tower,
                     "format": name,
                     "file": entry["file"],
                     "megabytes": entry["megabytes"],
-                    "verdict": entry["verdict"],
-                    "verified": entry["verdict"] == "verified",
-                    "errors": {
-                        output: _extreme(values, max) for output, values in entry.get("relative_error", {}).items()
-                    },
-                    "cosines": {output: _extreme(values, min) for output, values in entry.get("cosine", {}).items()},
+                    "status": entry["status"],
+                    "verified": entry["status"] == "verified",
+                    "errors": {output: _extreme(values, max) for output, values in errors.items()},
+                    "cosines": {output: _extreme(values, min) for output, values in cosines.items()},
                     "memory": entry.get("peak_memory_mb"),
                     "latency": entry.get("latency_ms", {}),
                 }
@@ -213,44 +273,47 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _extreme(by_batch: dict[str, float | None], pick: Callable[[Iterable[float]], float]) -> float | None:
-    """Over the batch sizes; None if one of them gave no number."""
+    """The extreme value over the batch sizes; None if one of them has no value."""
     values = list(by_batch.values())
     return None if None in values else pick(value for value in values if value is not None)
 
 
-def promise_in_words(size: str, found: dict[str, Any]) -> str:
-    """What a size that was found by what it keeps does keep."""
-    what, side = ("mean cosine", "at least") if size.startswith("min_cosine") else ("k-NN accuracy lost", "at most")
-    tried = f"the smallest of {len(found['trials'])} sizes tried that keeps the promise"
-    return f"recovered, {what} {found['value']:.4f} on images held out, {side} {found['bound']:.4f} (95 %); {tried}"
+def describe_target(size: str, figures: dict[str, Any]) -> str:
+    """Return one line on a size that was found by a quality target."""
+    metric, side = ("mean cosine", "at least") if size.startswith("min_cosine") else ("k-NN accuracy lost", "at most")
+    tried = f"the smallest of {len(figures['trials'])} sizes tried that meets the target"
+    return (
+        f"recovered, {metric} {figures['value']:.4f} on held-out images, {side} {figures['bound']:.4f} (95 %); {tried}"
+    )
 
 
-def in_words(found: dict[str, Any]) -> str:
-    """A compatibility in one line."""
-    agreement = "" if found["agreement"] is None else f", decisions {percent(found['agreement'])} %"
-    recall = percent(min(way["recall@10"] for name, way in found["ways"].items() if name != "new queries, new index"))
-    return f"{found['verdict']}: neighbours {recall} %{agreement}"
+def describe_compatibility(figures: dict[str, Any]) -> str:
+    """Return one line on the compatibility of two encoders."""
+    agreement = "" if figures["agreement"] is None else f", decisions {percent(figures['agreement'])} %"
+    mixed = [way["recall@10"] for name, way in figures["ways"].items() if name != "new queries, new index"]
+    return f"{figures['verdict']}: neighbors {percent(min(mixed))} %{agreement}"
 
 
-def warning(datasets: list[str]) -> str:
-    """What to think of the tuned text tower's figures on data of the kind that it was tuned on."""
+def tuned_warning(datasets: list[str]) -> str:
+    """Return a warning about the tuned text tower's figures on data of the kind that it was tuned on."""
     return f"the text tower was tuned on captions of this kind: tuned is not zero-shot on {', '.join(datasets)}"
 
 
 def percent(value: float | None) -> str:
+    """Format a fraction in percent."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def curve(points: list[tuple[int, float]], width: int, height: int, logarithmic: bool = True) -> str:
-    """The points of an SVG polyline: steps from left to right."""
-    logs = [math.log10(max(value, 1e-12)) if logarithmic else value for _, value in points]
-    low, high, last = min(logs), max(logs), points[-1][0]
+def polyline(points: list[tuple[int, float]], width: int, height: int, logarithmic: bool = True) -> str:
+    """Return the points of an SVG polyline, with steps from left to right."""
+    values = [math.log10(max(value, 1e-12)) if logarithmic else value for _, value in points]
+    low, high, last_step = min(values), max(values), points[-1][0]
     scale = (height - 1) / ((high - low) or 1)
+    pairs = zip(points, values, strict=True)
     return " ".join(
-        f"{width * step / last:.1f},{height - (value - low) * scale:.1f}"
-        for (step, _), value in zip(points, logs, strict=True)
+        f"{width * step / last_step:.1f},{height - (value - low) * scale:.1f}" for (step, _), value in pairs
     )
 
 
-def _cost(cost: dict[str, int] | None) -> tuple[str, str]:
+def _cost(cost: dict[str, int] | None) -> tuple[str, ...]:
     return (f"{cost['parameters'] / 1e6:.2f}", f"{cost['flops'] / 1e9:.3f}") if cost else ("–", "–")

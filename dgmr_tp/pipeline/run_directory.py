@@ -1,8 +1,8 @@
-"""The steps of a run directory: each is done whole or not at all, and true only while what it was made from is.
+"""A run directory: a folder per stage and, in it, one per step.
 
-A finished step's folder has a ``manifest.json`` with what it was made from (its part of the recipe, its inputs' hashes, the package
-versions) and its figures. A step works in a folder beside its own and renames it when it is done; only trainings and searches leave
-something there to go on from.
+A finished step's folder holds ``manifest.json``: what the step was made from (its section of the recipe, its inputs'
+hashes, the package versions) and its figures. A step works in a staging directory and is renamed when it is complete.
+Training stages leave checkpoints there, AMP's search a journal, and both resume from them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dgmr_tp.distillation.checkpoints import MANIFEST as CHECKPOINT_MANIFEST
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import files_below, sha256, write_whole
+from dgmr_tp.utils.files import atomic_write, list_files, sha256, staging_path
 
 PACKAGES = (
     "dgmr-tp",
@@ -33,10 +35,12 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
 )
+"""Packages whose versions a manifest records."""
+MANIFEST = "manifest.json"
+REQUEST = "made_from.json"
+"""In a staging directory: what the step is being made from."""
 JOURNAL = "search.json"
-"""What AMP's search decided so far; a step that was interrupted goes on from it."""
-TRAININGS = ("distill", "tune_text")
-"""Stages that leave checkpoints to go on from."""
+"""The decisions of AMP's search so far. An interrupted step resumes from it."""
 
 
 @dataclass(frozen=True)
@@ -45,134 +49,139 @@ class Step:
 
     stage: str
     size: str
-    section: dict[str, Any]
-    """The part of the recipe that decides the outcome."""
+    describe: Callable[[], dict[str, Any]] = field(compare=False)
+    """Returns everything in the recipe and its files that decides the outcome. Called only when it is needed, because
+    it may look at every file of a data set."""
     inputs: tuple[str, ...]
     """Keys of the steps whose results it reads."""
     work: Callable[[Path], dict[str, Any]] = field(compare=False)
     """Fills the folder and returns figures."""
+    early: bool = False
+    """Runs before all steps that are not early, to fail before anything expensive is computed."""
+    has_checkpoints: bool = False
+    """Leaves checkpoints that another start resumes from."""
 
     @property
     def key(self) -> str:
         return f"{self.stage}/{self.size}"
 
+    @cached_property
+    def section(self) -> dict[str, Any]:
+        """Result of :attr:`describe`, computed once."""
+        return self.describe()
+
 
 class RunDirectory:
-    """A folder per stage and, in it, one per size."""
+    """The manifests and staging directories of a run."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.versions = versions()
+        self.versions = package_versions()
 
     def folder(self, key: str) -> Path:
-        """Of a finished step."""
+        """Return the output directory of a finished step."""
         return self.directory / key
 
+    def staging(self, step: Step) -> Path:
+        """Return the directory in which a step works until it is finished."""
+        return staging_path(self.folder(step.key))
+
     def figures(self, key: str) -> dict[str, Any] | None:
-        """What a finished step measured; None if it has not run."""
-        path = self.folder(key) / "manifest.json"
+        """Return the figures of a finished step; None if it has not run."""
+        path = self.folder(key) / MANIFEST
         return json.loads(path.read_text())["figures"] if path.exists() else None
 
-    def _made_from(self, step: Step) -> dict[str, Any]:
-        manifests = {key: self.folder(key) / "manifest.json" for key in step.inputs}
-        inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
-        return json.loads(
-            json.dumps({"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions})
-        )
-
     def is_done(self, step: Step) -> bool:
-        return (self.folder(step.key) / "manifest.json").exists()
+        """Return whether the step is finished."""
+        return (self.folder(step.key) / MANIFEST).exists()
 
-    def check_still_true(self, step: Step) -> None:
-        """Raises DgmrError if what is there of a step was made from something else."""
-        from dgmr_tp.distillation.checkpoints import MANIFEST
-
-        path, note = self.folder(step.key) / "manifest.json", self.aside(step) / "made_from.json"
+    def check_unchanged(self, step: Step) -> None:
+        """Raise DgmrError if a finished step, or one with checkpoints, was made from something else."""
+        manifest, request = self.folder(step.key) / MANIFEST, self.staging(step) / REQUEST
         try:
-            if path.exists():
-                stored = json.loads(path.read_text())["made_from"]
-            elif (
-                step.stage in TRAININGS and note.exists() and any(note.parent.glob(f"checkpoints/*/{MANIFEST}"))
-            ):  # worth keeping
-                stored = json.loads(note.read_text())
+            if manifest.exists():
+                stored = json.loads(manifest.read_text())["made_from"]
+            elif step.has_checkpoints and any(request.parent.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")):
+                stored = json.loads(request.read_text())
             else:
                 return
-        except (ValueError, KeyError) as error:
-            raise DgmrError(f"{path} is damaged; run again with --redo {step.stage}") from error
+        except (ValueError, KeyError, OSError) as error:
+            raise DgmrError(f"{manifest} is damaged. Run again with --redo {step.stage}.") from error
         if changed := _differences(stored, self._made_from(step)):
             raise DgmrError(
-                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it and what comes after "
-                f"(--redo {step.stage}), or name a new directory (-o)"
+                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it and "
+                f"what comes after it (--redo {step.stage}), or name a new directory (-o)."
             )
 
-    def partial(self, step: Step) -> Path:
-        """The folder in which a step works; what lies there from an interrupted attempt stays only if it was the same."""
-        aside = self.aside(step)
+    def prepare(self, step: Step) -> Path:
+        """Return the step's staging directory. Leftovers of an interrupted attempt stay only if they can be resumed."""
+        staging = self.staging(step)
         made_from = self._made_from(step)
-        note = aside / "made_from.json"
-        goes_on = step.stage in TRAININGS or (aside / JOURNAL).exists() or (aside / "manifest.json").exists()
-        if aside.exists() and not (goes_on and note.exists() and json.loads(note.read_text()) == made_from):
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True, exist_ok=True)
-        if not note.exists():
-            write_whole(note, json.dumps(made_from, indent=1) + "\n")
-        return aside
-
-    def aside(self, step: Step) -> Path:
-        """Where a step works until it is done."""
-        final = self.folder(step.key)
-        return final.with_name(f".{final.name}.partial")
+        request = staging / REQUEST
+        resumable = step.has_checkpoints or (staging / JOURNAL).exists() or (staging / MANIFEST).exists()
+        if staging.exists() and not (resumable and request.exists() and json.loads(request.read_text()) == made_from):
+            shutil.rmtree(staging)
+        staging.mkdir(parents=True, exist_ok=True)
+        if not request.exists():
+            atomic_write(request, json.dumps(made_from, indent=1) + "\n")
+        return staging
 
     def do(self, step: Step) -> None:
-        """Do its work and give its folder the final name."""
-        folder = self.partial(step)
-        manifest = folder / "manifest.json"
-        if not manifest.exists():  # otherwise all was done but the rest of this
-            figures = step.work(folder)
-            write_whole(manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        shutil.rmtree(self.folder(step.key), ignore_errors=True)  # one whose manifest was taken away
-        os.rename(folder, self.folder(step.key))
-        (self.folder(step.key) / "made_from.json").unlink(missing_ok=True)
+        """Do the step's work and give its folder the final name."""
+        staging = self.prepare(step)
+        manifest = staging / MANIFEST
+        if not manifest.exists():  # otherwise only the rest of this method is left to do
+            figures = step.work(staging)
+            atomic_write(
+                manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n"
+            )
+        shutil.rmtree(staging / "checkpoints", ignore_errors=True)
+        shutil.rmtree(self.folder(step.key), ignore_errors=True)  # a folder without its manifest
+        os.rename(staging, self.folder(step.key))
+        (self.folder(step.key) / REQUEST).unlink(missing_ok=True)
+
+    def _made_from(self, step: Step) -> dict[str, Any]:
+        manifests = {key: self.folder(key) / MANIFEST for key in step.inputs}
+        inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
+        made_from = {"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}
+        return json.loads(json.dumps(made_from))
 
 
-def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Of those that are installed."""
-    found = {}
+def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those packages that are installed."""
+    versions = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def fingerprint(source: str) -> str | None:
-    """Names and sizes of the files of a local path, hashed; None for what is no path."""
+    """Return a hash of the names and sizes of all files at a local path; None if there is no such path."""
     path = Path(source.removeprefix("local-dir:"))
     if not path.exists():
         return None
-    return digest([(str(p.relative_to(path)), p.stat().st_size) for p in files_below(path)])
+    return digest([(str(file.relative_to(path)), file.stat().st_size) for file in list_files(path)])
 
 
 def digest(value: Any) -> str:
-    """A hash of what JSON can say."""
+    """Return a hash of a value that JSON can express."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
     """Every leaf that differs, as ``key: old → new``."""
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [
-            line
-            for key in keys
-            for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-        ]
+        lines = []
+        for key in [*before, *(key for key in now if key not in before)]:
+            lines += _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        return lines
     if before == now:
         return []
     if path.startswith("inputs."):
         return [f"its input {path.removeprefix('inputs.')} changed"]
     if path.endswith(("files", "sha256")):
-        return [f"{path}: what lies there changed"]
+        return [f"{path}: the files changed"]
     return [f"{path}: {before} → {now}"]

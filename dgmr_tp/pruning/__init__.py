@@ -1,4 +1,7 @@
-"""The algorithms: which neurons stay, how they are cut, how the rest is refitted. Knows torch, torch-pruning and scipy."""
+"""The algorithms: which neurons stay, how they are cut, how the rest is refitted.
+
+Knows torch, torch-pruning and scipy.
+"""
 
 from dgmr_tp.pruning.adapter import Block, ImageEncoder, TowerAdapter, last_state
 from dgmr_tp.pruning.allocation import Amount

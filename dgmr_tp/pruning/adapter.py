@@ -1,4 +1,8 @@
-"""The walk: how the algorithms of this package see an encoder, whatever library it comes from."""
+"""The interface through which the algorithms of this package run an encoder, whatever library it comes from.
+
+A :class:`TowerAdapter` runs a vision tower block by block. ``dgmr_tp.encoders`` implements it for each family of
+encoders.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,14 @@ from dgmr_tp.pruning.sites import Site, find_sites
 
 @dataclass(frozen=True)
 class Block:
-    """One residual block of a tower: it maps a state to a state and owns the MLP sites below ``module``."""
+    """One residual block of a tower. It maps a state to a state and contains the MLP sites below ``module``."""
 
     name: str
     """Path of ``module`` inside :attr:`TowerAdapter.tower`, such as ``transformer.resblocks.3``."""
     module: nn.Module
+    """The block's module."""
     forward: Callable[[Tensor], Tensor]
+    """Function from the state before the block to the state after it, ``[batch, tokens, width]``."""
 
     def __call__(self, state: Tensor) -> Tensor:
         return self.forward(state)
@@ -33,14 +39,17 @@ class TowerAdapter(ABC):
     ``embed(blocks[-1](… blocks[0](stem(images))))`` equals the embedding that ``tower(images)`` returns.
 
     Args:
-        tower: the vision module; pruning changes its parameters in place.
+        tower: the vision module. Pruning changes its parameters in place.
         name: the model and its library, such as ``open_clip:ViT-g-14``.
     """
 
     projection: nn.Module | None = None
-    """A module outside the tower that maps its output into the space shared by images and texts. Most towers include it."""
+    """Module outside the tower that maps its output into the space shared by images and texts.
+
+    Most towers include it.
+    """
     gives_tokens: bool = False
-    """Callers use the patch tokens after the last block, not only the embedding, as dense tasks and language models do."""
+    """True if callers use the patch tokens after the last block, as dense tasks and language models do."""
 
     def __init__(self, tower: nn.Module, name: str) -> None:
         self.tower: Any = tower
@@ -92,24 +101,24 @@ class ImageEncoder(nn.Module):
 
 
 def last_state(adapter: TowerAdapter, images: Tensor) -> Tensor:
-    """The state after the last block: what ``features`` and ``embed`` read."""
-    return through(adapter.blocks(), adapter.stem(images))
+    """Return the state after the last block, which ``features`` and ``embed`` take."""
+    return run_blocks(adapter.blocks(), adapter.stem(images))
 
 
-def through(blocks: Iterable[Block], state: Tensor) -> Tensor:
-    """The state after ``blocks``, one after the other."""
+def run_blocks(blocks: Iterable[Block], state: Tensor) -> Tensor:
+    """Run ``blocks`` one after the other and return the last state."""
     for block in blocks:
         state = block(state)
     return state
 
 
-def tokens_read(read: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
-    """Which tokens of ``state`` ``[batch, tokens, width]`` the function ``read`` depends on, bool ``[tokens]``.
+def used_tokens(function: Callable[[Tensor], Tensor], state: Tensor) -> Tensor:
+    """Return which tokens of ``state`` ``[batch, tokens, width]`` affect the output of ``function``, bool ``[tokens]``.
 
-    Found by differentiating ``read``, so that no encoder has to declare it.
+    The function is differentiated, so that no adapter has to declare the tokens that its head reads.
     """
     with torch.enable_grad():
         probe = state[:1].detach().clone().requires_grad_(True)
-        seen = read(probe)
-        (gradient,) = torch.autograd.grad((seen * torch.linspace(1, 2, seen.shape[-1]).to(seen)).sum(), probe)
+        output = function(probe)
+        (gradient,) = torch.autograd.grad((output * torch.linspace(1, 2, output.shape[-1]).to(output)).sum(), probe)
     return gradient[0].abs().amax(-1) > 0

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import scipy.optimize
@@ -30,6 +30,31 @@ class Amount(TypedDict, total=False):
     round_to: int
 
 
+AMOUNTS = ("mlp_ratio", "keep_ratio", "keep", "budget")
+"""The ways to say how many neurons stay."""
+BUDGETS = ("params", "flops", "latency")
+"""What a budget can limit."""
+
+
+def given_amount(amount: Mapping[str, Any], ways: Sequence[str] = AMOUNTS) -> str | None:
+    """Return which of ``ways`` is given; None if none is.
+
+    Raises:
+        DgmrError: more than one is given.
+    """
+    given = [way for way in ways if amount.get(way) is not None]
+    if len(given) > 1:
+        raise DgmrError(
+            f"Exactly one of {', '.join(ways)} says how many neurons stay, got {', '.join(given)}. Keep one."
+        )
+    return given[0] if given else None
+
+
+def with_default_amount(amount: Amount) -> Amount:
+    """Return ``amount``, with ``mlp_ratio=1`` if it does not say how many neurons stay."""
+    return amount if given_amount(amount) else {**amount, "mlp_ratio": 1}
+
+
 def keep_counts(
     sites: Sequence[Site],
     *,
@@ -45,12 +70,12 @@ def keep_counts(
     Args:
         mlp_ratio: hidden width as a multiple of the token width (the papers' prune1 and prune2 are 1 and 2).
         keep_ratio: hidden width as a fraction of what it is now.
-        keep: the hidden width itself, for all sites or by pattern (``{"blocks.0.*": 64, "*": 128}``, first match counts;
-            a site that no pattern matches keeps all).
-        budget: what the whole tower may cost, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both: up to 1 a share of what it costs
-            now, above 1 a number. Every site keeps the same share of its neurons, the largest one that fits.
-        round_to: keep counts are multiples of this: the largest not above the count, but not zero; a site that keeps all, or
-            has fewer, stays as it is. For ``keep`` only a check, since those counts are the user's.
+        keep: the hidden width itself, for all sites or by pattern (``{"blocks.0.*": 64, "*": 128}``, first match
+            counts; a site that no pattern matches keeps all).
+        budget: what the whole tower may cost, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both: up to 1 a share of what
+            it costs now, above 1 a number. Every site keeps the same share of its neurons, the largest one that fits.
+        round_to: keep counts are multiples of this: the largest not above the count, but not zero; a site that keeps
+            all, or has fewer, stays as it is. For ``keep`` only a check, since those counts are the user's.
         costs: what ``params`` and ``flops`` mean, for ``budget``.
 
     Ratios are taken as the decimals they are written as and rounded down: 0.29 of 100 is 29.
@@ -59,9 +84,8 @@ def keep_counts(
         DgmrError: not exactly one was given, a site would keep none or more than it has, or the budget cannot be met.
     """
     ways = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget}
-    given = {key: value for key, value in ways.items() if value is not None}
-    if len(given) != 1:
-        raise DgmrError(f"give exactly one of {', '.join(ways)}; given: {', '.join(given) or 'none'}")
+    if (way := given_amount(ways)) is None:
+        raise DgmrError(f"Nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
     if round_to < 1:
         raise DgmrError(f"round_to = {round_to}; it must be 1 or more")
     for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):
@@ -83,9 +107,9 @@ def keep_counts(
         else:
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
-            [(key, value)] = given.items()
             raise DgmrError(
-                f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to {site.hidden}"
+                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to "
+                f"{site.hidden}"
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
@@ -123,8 +147,9 @@ def fitted_widths(
 ) -> dict[str, int]:
     """The widths that lose least in sum under a budget, each MLP with a width of its own.
 
-    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic solution
-    leaves at most one site per limit between two corners. What room is left goes to the neurons that still fit.
+    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic
+    solution leaves at most one site per limit between two corners. What room is left goes to the neurons that still
+    fit.
 
     Args:
         sites: the MLPs.

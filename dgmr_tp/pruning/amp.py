@@ -1,11 +1,18 @@
-"""AMP (arXiv 2603.08100): neurons scored by what they do to a label-free entropy, widths found by binary search.
+"""AMP (arXiv 2603.08100): neuron scores from a label-free entropy, and MLP widths from a binary search on it.
 
-The objective is the entropy of the similarities between the images of a group (equations 5 to 7): for embeddings ``z`` of unit
-length, ``p_ij = softmax_j(z_i·z_j / τ)`` and ``E = −mean_i Σ_j p_ij log p_ij``. It grows with the number of candidates, so
-the size of a group is part of the method, whatever the number of processes: every process takes whole groups.
+Works on a :class:`TowerAdapter` and groups of unlabeled images. Returns scores by site, and the neurons that a search
+keeps.
 
-Differences from the released code: the embedding is the tower's own output (after the projection), ``log_softmax`` in float32, and
-what comes before the block under trial is computed once per block instead of once per trial.
+The objective is the entropy of the similarities between the images of a group (equations 5 to 7). For embeddings ``z``
+of unit length,
+
+    p_ij = softmax_j(z_i·z_j / τ),    E = −mean_i Σ_j p_ij log p_ij
+
+``E`` grows with the number of images in a group. The group size is therefore part of the method and does not depend on
+the number of processes: each process takes whole groups.
+
+Differences from the released code: the embedding is the tower's own output, projection included; ``log_softmax`` runs
+in float32; and the blocks before the searched one run once per block instead of once per trial.
 """
 
 from __future__ import annotations
@@ -23,31 +30,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, last_state, through
-from dgmr_tp.pruning.calibration import gated_inputs
-from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
-from dgmr_tp.pruning.pruner import MLPPruner
-from dgmr_tp.pruning.sites import Site, find_sites
+from dgmr_tp.pruning.adapter import TowerAdapter, last_state, run_blocks
+from dgmr_tp.pruning.calibration import gate_inputs
+from dgmr_tp.pruning.pruner import cut_sites
+from dgmr_tp.pruning.sites import Site
 from dgmr_tp.utils.distributed import all_reduce_sum, own_share
 from dgmr_tp.utils.modules import evaluating
 from dgmr_tp.utils.progress import report_progress
 
 TEMPERATURE = 1 / 15
-"""τ of OpenCLIP-g and -G in the paper; 1/20 for EVA-CLIP and DINOv2."""
-TRIALS = 6
-"""Trials a block: the finest width is a 64th of the neurons."""
+"""Temperature τ of the similarities. The paper uses 1/15 for OpenCLIP-g and -G, and 1/20 for EVA-CLIP and DINOv2."""
+MAX_TRIALS = 6
+"""Maximum number of bisection steps per site. The search ends within 1/64 of the neurons."""
+GRADIENT_BATCH = 8
+"""Number of images in one backward pass. For EVA-CLIP-E each image's graph takes 2.7 GB."""
+NON_FINITE_ERROR = (
+    "the objective is not finite on these images. Check the weights, the preprocessing and the temperature."
+)
 
-NOT_FINITE = "the objective is not finite on these images; check the weights, the preprocessing and the temperature"
-AT_A_TIME = 8
-"""Images whose graph is held: of EVA-CLIP-E 2.7 GB each."""
 Group = Sequence[Tensor]
-"""Preprocessed images of one group of candidates, in batches that fit into memory."""
+"""Preprocessed images of one similarity matrix, as batches that fit into memory."""
 Objective = Callable[[Tensor, int], Tensor]
-"""Takes the embeddings ``[images, embedding]`` of a group and the group's number to a scalar that pruning should not raise."""
+"""Maps the embeddings ``[images, embedding]`` of a group and the index of the group to a scalar that pruning should not
+raise."""
 
 
 def entropy(temperature: float = TEMPERATURE) -> Objective:
-    """The paper's objective, in nats; uses images alone."""
+    """Return the paper's objective: the entropy of the image similarities, in nats."""
 
     def objective(embeddings: Tensor, group: int) -> Tensor:
         unit = F.normalize(embeddings.float(), dim=-1)
@@ -58,17 +67,18 @@ def entropy(temperature: float = TEMPERATURE) -> Objective:
 
 
 def contrastive(texts: Sequence[Tensor], temperature: float = TEMPERATURE) -> Objective:
-    """The variant with text: CLIP's symmetric cross-entropy between images and their captions.
+    """Return the objective with captions: CLIP's symmetric cross-entropy between images and texts.
 
     Args:
-        texts: for each group the captions' embeddings ``[images, embedding]``, in the order of the images.
+        texts: for each group, the embeddings of the captions ``[images, embedding]`` in the order of the images.
+        temperature: of the similarities.
     """
 
     def objective(embeddings: Tensor, group: int) -> Tensor:
         text = F.normalize(texts[group].float().to(embeddings.device), dim=-1)
         logits = F.normalize(embeddings.float(), dim=-1) @ text.T / temperature
-        own = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     return objective
 
@@ -76,28 +86,33 @@ def contrastive(texts: Sequence[Tensor], temperature: float = TEMPERATURE) -> Ob
 def gate_scores(
     adapter: TowerAdapter, groups: Sequence[Group], objective: Objective | None = None
 ) -> dict[str, Tensor]:
-    """First-order importance of every hidden neuron (equations 1 to 4): ``mean_images |Σ_tokens h ∂E/∂h|``.
+    """Return the first-order importance of every hidden neuron (equations 1 to 4): ``mean_images |Σ_tokens h ∂E/∂h|``.
 
-    A gate of ones on the hidden activations has exactly that sum as its gradient, so no activation is kept for it. The
-    gradient at the embeddings is found first, from embeddings alone: a group never has to fit into memory with its graph.
+    The sum over the tokens is the gradient at a gate of ones on the hidden activations, so that no activations are
+    stored for it. The gradient of the objective at the embeddings is computed first, without a graph of the tower. A
+    group therefore need not fit into memory with its graph.
 
     Args:
-        encoder: the original; unchanged.
-        groups: calibration images; with torch.distributed initialised, the same in every process.
-        objective: default: :func:`entropy`.
+        adapter: the dense tower. It is unchanged.
+        groups: calibration images. Under torch.distributed, the same in every process.
+        objective: Default: :func:`entropy`.
 
     Returns:
-        By site name, float64 ``[hidden]``, higher is kept.
+        By site name, float64 ``[hidden]``. Higher scores are kept first.
+
+    Raises:
+        DgmrError: the objective is not finite on these images.
     """
     consumers = {site.name: cast(nn.Linear, adapter.tower.get_submodule(site.consumer)) for site in adapter.sites}
     sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in consumers.items()}
     images = 0
     with evaluating(adapter.tower), _frozen(adapter.tower), torch.enable_grad():
-        for batch, pull, scale in _pulls(adapter, groups, objective or entropy()):
-            with gated_inputs(*consumers.values()) as gates:
+        for batch, embedding_gradient, scale in _embedding_gradients(adapter, groups, objective or entropy()):
+            with gate_inputs(*consumers.values()) as gates:
                 embeddings = adapter.embed(last_state(adapter, batch))
-            found = torch.autograd.grad(embeddings, [gates[layer] for layer in consumers.values()], pull.to(embeddings))
-            for name, gradient in zip(consumers, found, strict=True):
+            gate_list = [gates[layer] for layer in consumers.values()]
+            gradients = torch.autograd.grad(embeddings, gate_list, embedding_gradient.to(embeddings))
+            for name, gradient in zip(consumers, gradients, strict=True):
                 sums[name] += gradient.flatten(1).double().abs().sum(0).cpu() / scale
             images += len(batch)
     total = all_reduce_sum(torch.tensor(float(images)))
@@ -108,7 +123,11 @@ def gate_scores(
 def weight_gradients(
     adapter: TowerAdapter, groups: Sequence[Group], objective: Objective | None = None
 ) -> Iterator[None]:
-    """While the context lasts, the MLPs' parameters have ``.grad`` of the objective: what torch-pruning's Taylor criterion reads."""
+    """Set ``.grad`` of the MLPs' parameters to the gradient of the objective, which torch-pruning's Taylor criterion
+    reads.
+
+    The context restores gradients and ``requires_grad`` at the end. The arguments are those of :func:`gate_scores`.
+    """
     parameters = [p for site in adapter.sites for p in adapter.tower.get_submodule(site.name).parameters()]
     before = [(p, p.grad, p.requires_grad) for p in adapter.tower.parameters()]
     try:
@@ -117,10 +136,10 @@ def weight_gradients(
             for parameter in parameters:
                 parameter.requires_grad_(True)
                 parameter.grad = None
-            for batch, pull, scale in _pulls(adapter, groups, objective or entropy()):
+            for batch, embedding_gradient, scale in _embedding_gradients(adapter, groups, objective or entropy()):
                 embeddings = adapter.embed(last_state(adapter, batch))
-                embeddings.backward((pull / scale).to(embeddings))
-        for parameter in parameters:  # in every process, also in one without a group
+                embeddings.backward((embedding_gradient / scale).to(embeddings))
+        for parameter in parameters:  # a process without a group takes part in the sum
             parameter.grad = all_reduce_sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         yield
     finally:
@@ -130,15 +149,15 @@ def weight_gradients(
 
 
 @dataclass
-class Search:
-    """Where a search for widths stands; a search that was interrupted goes on from it."""
+class SearchState:
+    """Progress of a search for widths. An interrupted search resumes from it."""
 
     kept: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """By site name, ascending, the last block first."""
+    """Kept neurons of each finished site, ascending, by site name. The last block comes first."""
     baseline: float | None = None
-    """The objective of the encoder as it is now."""
+    """Objective of the tower with the finished sites pruned."""
     image_blocks: int = 0
-    """Images times blocks evaluated so far."""
+    """Number of images times blocks evaluated so far."""
 
 
 @torch.no_grad()
@@ -150,59 +169,64 @@ def search_widths(
     threshold: float,
     two_sided: bool = False,
     objective: Objective | None = None,
-    trials: int = TRIALS,
-    state: Search | None = None,
-    remember: Callable[[Search], None] = lambda state: None,
-) -> Search:
-    """AMP's Algorithm 1: from the last block to the first, the smallest width that raises the objective by no more than ``threshold``.
+    trials: int = MAX_TRIALS,
+    state: SearchState | None = None,
+    remember: Callable[[SearchState], None] = lambda state: None,
+) -> SearchState:
+    """Search, for each site, the smallest width that raises the objective by at most ``threshold`` (AMP's Algorithm 1).
 
-    In each trial the best ``(low + high) // 2`` neurons stay; if ``E − E₀ ≤ threshold`` (signed: a fall always passes) the upper end
-    moves down, else the lower end up. What was accepted stays cut in the trials of earlier blocks, and its objective is
-    their ``E₀``, so the thresholds add up over the blocks.
+    Sites are searched from the last block to the first. Each trial keeps the best ``(low + high) // 2`` neurons. If
+    ``E − E₀ ≤ threshold``, the upper end of the interval moves to the trial, else the lower end. The test is signed: a
+    lower objective always passes. The accepted width stays for the trials of earlier blocks, and its objective is their
+    ``E₀``. The thresholds therefore add up over the sites.
 
     Args:
-        encoder: cut in place, MLP by MLP: pass a copy.
-        scores: of :func:`gate_scores`, or any others.
-        groups: images to search on, which should be no images that the result is judged by; the same in every process.
-        threshold: ΔE, in the objective's unit.
-        two_sided: test ``|E − E₀|`` instead. Where cutting makes embeddings alike, the entropy falls, and the paper's test lets
-            everything pass.
-        trials: a site.
-        state: of an interrupted search with the same arguments.
+        adapter: the dense tower. Its MLPs are replaced in place by pruned copies.
+        scores: by site name, ``[hidden]``, from :func:`gate_scores` or elsewhere.
+        groups: search images, distinct from those that evaluate the result. The same in every process.
+        threshold: maximum ``E − E₀``, in the unit of the objective.
+        two_sided: test ``|E − E₀|`` instead. If pruning makes embeddings alike, the entropy falls, and the paper's
+            signed test accepts every width.
+        objective: Default: :func:`entropy`.
+        trials: maximum number of trials per site.
+        state: state of an interrupted search with the same arguments.
         remember: called with the state after each site.
 
     Returns:
-        The final state; a site that no trial could narrow keeps all.
+        The final state. A site without an accepted trial keeps all neurons.
 
     Raises:
         DgmrError: the objective is not finite on these images.
     """
     objective = objective or entropy()
-    state = state or Search()
+    state = state or SearchState()
     blocks, sites = adapter.blocks(), adapter.sites
 
     def passes(change: float) -> bool:
         return (abs(change) if two_sided else change) <= threshold
 
     with evaluating(adapter.tower):
-        for name, kept in state.kept.items():
-            put(adapter.tower, name, _cut(adapter.tower.get_submodule(name), kept))
+        for site in sites:
+            if site.name in state.kept:
+                mlp = _pruned_copy(adapter.tower.get_submodule(site.name), site, state.kept[site.name])
+                adapter.tower.set_submodule(site.name, mlp)
         if state.baseline is None:
-            state.baseline = _judged(adapter, _before(adapter, groups, 0, state), 0, objective, state)
+            state.baseline = _evaluate(adapter, _states_before(adapter, groups, 0, state), 0, objective, state)
         states: list[tuple[int, list[Tensor]]]
         for depth in reversed(range(len(blocks))):
-            here = [
+            block_sites = [
                 site for site in sites if site.name.startswith(f"{blocks[depth].name}.") and site.name not in state.kept
             ]
-            states = []  # the last ones go before the next come
-            states = _before(adapter, groups, depth, state) if here else []
-            for site in reversed(here):
+            states = []  # free the states of the block after this one first
+            states = _states_before(adapter, groups, depth, state) if block_sites else []
+            for site in reversed(block_sites):
                 order = scores[site.name].argsort(descending=True, stable=True).tolist()
+                # No variable for the partial: it would keep the states alive while the next ones are computed.
                 _search_site(
                     adapter,
                     site,
                     order,
-                    partial(_judged, adapter, states, depth, objective, state),
+                    partial(_evaluate, adapter, states, depth, objective, state),
                     passes,
                     trials,
                     state,
@@ -216,91 +240,96 @@ def _search_site(
     adapter: TowerAdapter,
     site: Site,
     order: list[int],
-    judged: Callable[[], float],
+    evaluate: Callable[[], float],
     passes: Callable[[float], bool],
     trials: int,
-    state: Search,
+    state: SearchState,
 ) -> None:
-    dense = adapter.tower.get_submodule(site.name)
-    low, high, accepted, baseline = 0, site.hidden, dense, cast(float, state.baseline)
+    """Search the width of one site and record it in ``state``. ``order`` is the site's neurons, best first."""
+    dense_mlp = adapter.tower.get_submodule(site.name)
+    low, high, accepted, baseline = 0, site.hidden, dense_mlp, cast(float, state.baseline)
     for _ in range(trials):
         middle = (low + high) // 2
         if middle == low:
             break
-        trial = _cut(dense, tuple(sorted(order[:middle])))
-        put(adapter.tower, site.name, trial)
-        found = judged()
-        if passes(found - baseline):
-            high, accepted, state.baseline = middle, trial, found
+        trial = _pruned_copy(dense_mlp, site, tuple(sorted(order[:middle])))
+        adapter.tower.set_submodule(site.name, trial)
+        value = evaluate()
+        if passes(value - baseline):
+            high, accepted, state.baseline = middle, trial, value
         else:
             low = middle
-    put(adapter.tower, site.name, accepted)
+    adapter.tower.set_submodule(site.name, accepted)
     state.kept[site.name] = tuple(sorted(order[:high]))
 
 
-def _cut(mlp: nn.Module, kept: tuple[int, ...]) -> nn.Module:
-    """A copy of an MLP with some of its neurons."""
+def _pruned_copy(mlp: nn.Module, site: Site, kept: tuple[int, ...]) -> nn.Module:
+    """Return a copy of the MLP of ``site`` with the neurons ``kept``."""
     mlp = copy.deepcopy(mlp)
-    [site] = find_sites(mlp)
-    MLPPruner(mlp, sites=[site]).apply(
-        Plan("", "", {site.name: SitePlan(site.width, site.hidden, kept, weight_sha256(mlp, site))})
-    )
+    local_site = site.relative_to(site.name)
+    cut_sites(mlp, [local_site], {local_site.name: kept})
     return mlp
 
 
-def put(module: nn.Module, path: str, child: nn.Module) -> None:
-    """Set the submodule at a dotted ``path``."""
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, child)
-
-
-def _before(
-    adapter: TowerAdapter, groups: Sequence[Group], depth: int, state: Search
+def _states_before(
+    adapter: TowerAdapter, groups: Sequence[Group], depth: int, state: SearchState
 ) -> list[tuple[int, list[Tensor]]]:
-    """The states before block ``depth`` of this process's groups, each with its group's number."""
-    found = []
-    for number, group in own_share(groups):
-        found.append((number, [through(adapter.blocks()[:depth], adapter.stem(batch)) for batch in group]))
+    """Return the states before block ``depth`` of this process's groups, each with the index of its group."""
+    blocks = adapter.blocks()[:depth]
+    states = [
+        (index, [run_blocks(blocks, adapter.stem(batch)) for batch in group]) for index, group in own_share(groups)
+    ]
     state.image_blocks += depth * sum(len(batch) for group in groups for batch in group)
-    return found
+    return states
 
 
-def _judged(
-    adapter: TowerAdapter, states: list[tuple[int, list[Tensor]]], depth: int, objective: Objective, state: Search
+def _evaluate(
+    adapter: TowerAdapter,
+    states: list[tuple[int, list[Tensor]]],
+    depth: int,
+    objective: Objective,
+    state: SearchState,
 ) -> float:
-    """The objective from states before block ``depth`` on, mean over the groups of all processes."""
-    values = torch.zeros(3, dtype=torch.float64)  # sum, groups, images
-    for number, batches in states:
-        joined = torch.cat([adapter.embed(through(adapter.blocks()[depth:], tokens)) for tokens in batches])
-        values += torch.tensor([float(objective(joined, number)), 1, len(joined)], dtype=torch.float64)
-    values = all_reduce_sum(values)
-    state.image_blocks += int(values[2]) * (len(adapter.blocks()) - depth)
-    found = float(values[0] / values[1])
-    if not isfinite(found):
-        raise DgmrError(NOT_FINITE)
-    return found
+    """Return the objective from states before block ``depth``, averaged over the groups of all processes."""
+    blocks = adapter.blocks()
+    totals = torch.zeros(3, dtype=torch.float64)  # sum of the objective, groups, images
+    for index, batches in states:
+        embeddings = torch.cat([adapter.embed(run_blocks(blocks[depth:], tokens)) for tokens in batches])
+        totals += torch.tensor([float(objective(embeddings, index)), 1, len(embeddings)], dtype=torch.float64)
+    totals = all_reduce_sum(totals)
+    state.image_blocks += int(totals[2]) * (len(blocks) - depth)
+    value = float(totals[0] / totals[1])
+    if not isfinite(value):
+        raise DgmrError(NON_FINITE_ERROR)
+    return value
 
 
-def _pulls(
+def _embedding_gradients(
     adapter: TowerAdapter, groups: Sequence[Group], objective: Objective
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """The images of this process's groups, a few at a time because their graph goes through all blocks, with the gradient of the
-    objective at their embeddings times a power of two, which half precision needs to hold it."""
-    for number, group in own_share(groups):
+    """Yield the images of this process's groups with the gradient of the objective at their embeddings.
+
+    At most :data:`GRADIENT_BATCH` images are yielded at a time, because their graph spans all blocks. The gradient is
+    multiplied by a power of two, the third value, so that half precision can represent it.
+    """
+    for index, group in own_share(groups):
         with torch.no_grad():
             embeddings = torch.cat([adapter.embed(last_state(adapter, batch)) for batch in group])
         embeddings = embeddings.float().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(objective(embeddings, number), embeddings)
+        (gradient,) = torch.autograd.grad(objective(embeddings, index), embeddings)
         largest = float(gradient.abs().max())
         if not isfinite(largest):
-            raise DgmrError(NOT_FINITE)
+            raise DgmrError(NON_FINITE_ERROR)
         scale = 2.0 ** round(-log2(largest or 1.0))
-        for images, pull in zip(group, (gradient * scale).split([len(batch) for batch in group]), strict=True):
-            yield from ((*pair, scale) for pair in zip(images.split(AT_A_TIME), pull.split(AT_A_TIME), strict=True))
+        gradients = (gradient * scale).split([len(batch) for batch in group])
+        for images, image_gradients in zip(group, gradients, strict=True):
+            pairs = zip(images.split(GRADIENT_BATCH), image_gradients.split(GRADIENT_BATCH), strict=True)
+            yield from ((*pair, scale) for pair in pairs)
 
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
+    """Set ``requires_grad`` of all parameters to False. The context restores the flags at the end."""
     before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         module.requires_grad_(False)

@@ -1,46 +1,53 @@
-"""torch-pruning importance criteria: DGMR, and scores that were found elsewhere."""
+"""torch-pruning importance criteria: DGMR, and scores that were computed elsewhere.
+
+Works on torch-pruning groups and returns one score per channel. A group does not tell an MLP from attention. The pruner
+decides which layers are pruned.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
 from dgmr_tp.pruning.selection import Selection, select_diverse_rows
-from dgmr_tp.pruning.sites import find_sites, prunes_outputs
+from dgmr_tp.pruning.sites import Site, find_sites, prunes_outputs
 
 
 class DGMRImportance(tp.importance.Importance):
-    """Scores hidden neurons by the order in which DGMR's greedy Gram-Schmidt picks them (arXiv 2506.08591, section 3.2).
+    """DGMR's criterion: hidden neurons scored by the order of a greedy Gram-Schmidt (arXiv 2506.08591, section 3.2).
 
-    A neuron's row is its row in the Linear layer that produces it; of a gated MLP, its gate row and its value row side by
-    side, whether two Linears make them or the halves of one. Bias, activation and data do not enter. Computed in float64.
+    The procedure runs on a matrix with one row per neuron, in float64. The row of a plain MLP's neuron is its row in
+    the Linear that produces it. The row of a gated MLP's neuron is its gate row and its value row concatenated, for two
+    Linears and for the halves of one. Biases, activations and data are not used.
 
-    The scores are float64 in (0, 1), higher is kept first. The neuron picked at place ``p`` of ``M`` lies in the slot
-    ``(1 − (p+1)/M, 1 − p/M)``, so the order is strict, nested (pruning in four steps keeps what one step keeps) and means
-    the same fraction of a layer whatever its width; the place inside the slot is given by the pick's residual norm (relative to
-    the layer's), which orders the neurons of different layers against each other under ``global_pruning``.
+    The scores are float64 in (0, 1). The neuron picked at place ``p`` of ``M`` (from 0) scores in the interval
+    ``(1 − (p+1)/M, 1 − p/M)``. The order is therefore strict and nested: pruning in four steps keeps the neurons that
+    one step keeps. A score means the same fraction of a layer at any width. Its position inside the interval depends on
+    the pick's residual norm relative to the layer's, and orders neurons of different layers under ``global_pruning``.
 
-    Use it in any torch-pruning pruner, or in :class:`dgmr_tp.MLPPruner`, which also finds the MLPs::
+    It works in any torch-pruning pruner, and in :class:`dgmr_tp.MLPPruner`, which also finds the MLPs::
 
         pruner = tp.pruner.BasePruner(model, images, importance=DGMRImportance(), pruning_ratio=0.5,
                                       ignored_layers=[everything but the first Linear of each MLP])
         pruner.step()
-
-    A criterion cannot tell an MLP from attention by the group alone: which layers are pruned is the pruner's business.
     """
 
     @torch.no_grad()
     def __call__(self, group: tp.Group, picks: int | None = None, **_: object) -> torch.Tensor | None:
-        """Scores aligned with ``group[0].idxs``, on the CPU; None for a group that no Linear produces.
+        """Return the scores of the channels ``group[0].idxs``.
 
-        ``picks``: how many neurons will stay. The procedure ends in the round that reaches this number, and the neurons after
-        it are ordered by their norms alone.
+        Args:
+            group: a torch-pruning group.
+            picks: number of neurons that will be kept. The procedure stops after the round that reaches it, and the
+                remaining neurons are ordered by norm. Default: order all.
 
-        The two rows of a fused gate have the same score, so that what couples channels (``MLPPruner``, torch-pruning's
-        ``out_channel_groups``) may average them.
+        Returns:
+            Scores on the CPU, or None if no Linear produces the group. The two rows of a fused gate have the same
+            score, so that a pruner may average coupled channels (``MLPPruner``, torch-pruning's
+            ``out_channel_groups``).
         """
         rows = producer_rows(group)
         if rows is None:
@@ -51,9 +58,12 @@ class DGMRImportance(tp.importance.Importance):
 
 
 def producer_rows(group: tp.Group) -> torch.Tensor | None:
-    """One float64 row per neuron of the group, on the CPU: the rows of every Linear that produces it, side by side.
+    """Return one row per neuron of the group: the concatenated rows of every Linear that produces it.
 
-    A group of some channels is widened to all of them first: a neuron's place depends on the neurons beside it.
+    A group of some channels is extended to all of them, because a neuron's score depends on the other neurons.
+
+    Returns:
+        Float64 ``[neurons, columns]`` on the CPU, or None if no Linear produces the group.
     """
     root = group[0].dep
     channels = group._DG.get_out_channels(root.target.module)
@@ -62,12 +72,13 @@ def producer_rows(group: tp.Group) -> torch.Tensor | None:
     fused = isinstance(root.target.module, nn.Linear) and sorted(_group_of(group, [0])[0].idxs) == [0, channels // 2]
     if len(group[0].idxs) < channels:
         group = _group_of(group, list(range(channels)))
-    parts = [item for item in group if isinstance(item.dep.target.module, nn.Linear) and prunes_outputs(item)]
-    if not parts:
+    producers = [item for item in group if isinstance(item.dep.target.module, nn.Linear) and prunes_outputs(item)]
+    if not producers:
         return None
-    rows = torch.zeros(channels, sum(item.dep.target.module.in_features for item in parts), dtype=torch.float64)
+    # Filled in place: these are the largest matrices of the program, and one float64 copy is enough.
+    rows = torch.zeros(channels, sum(item.dep.target.module.in_features for item in producers), dtype=torch.float64)
     start = 0
-    for item in parts:  # one float64 copy in all: these matrices are the largest there are
+    for item in producers:
         weight = item.dep.target.module.weight
         columns = rows[:, start : start + weight.shape[1]]
         if item.idxs == item.root_idxs == list(range(channels)):
@@ -84,37 +95,44 @@ def _group_of(group: tp.Group, channels: list[int]) -> tp.Group:
 
 
 def selection_scores(selection: Selection) -> torch.Tensor:
-    """The scores described in :class:`DGMRImportance`, float64 ``[rows]`` in the order of the rows."""
+    """Convert a selection to the scores that :class:`DGMRImportance` describes, float64 ``[rows]`` by row index."""
     rows = len(selection.order)
     residual = torch.from_numpy(selection.residual)
     typical = residual.square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    # The last term is the layer's own, so that the zero rows of two layers do not tie.
-    within_slot = 0.1 + 0.5 * residual / (residual + typical) + 0.3 * typical / (1 + typical)
-    place = torch.arange(rows - 1, -1, -1, dtype=torch.float64)
+    # The last term depends on the layer alone and separates the zero rows of different layers.
+    position = 0.1 + 0.5 * residual / (residual + typical) + 0.3 * typical / (1 + typical)
+    rank = torch.arange(rows - 1, -1, -1, dtype=torch.float64)
     scores = torch.empty(rows, dtype=torch.float64)
-    scores[torch.from_numpy(selection.order)] = (place + within_slot) / rows
+    scores[torch.from_numpy(selection.order)] = (rank + position) / rows
     return scores
 
 
 class GivenScores(tp.importance.Importance):
-    """torch-pruning importance from scores that are there already, for criteria that look at a whole encoder.
+    """torch-pruning importance from existing scores, for criteria that evaluate a whole encoder at once.
 
     Args:
         model: the module whose groups will be scored.
-        scores: by site name in ``model``, ``[hidden]``, higher is kept.
-        name: what a plan calls the criterion.
+        scores: by site name in ``model``, ``[hidden]``. Higher scores are kept first.
+        name: name of the criterion in plans.
+        sites: sites of ``model``. Default: all that :func:`find_sites` returns.
     """
 
-    def __init__(self, model: nn.Module, scores: Mapping[str, torch.Tensor], name: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Mapping[str, torch.Tensor],
+        name: str,
+        sites: Sequence[Site] | None = None,
+    ) -> None:
         self.name = name
         self.scores = {
             model.get_submodule(site.producers[0]): scores[site.name]
-            for site in find_sites(model)
+            for site in (find_sites(model) if sites is None else sites)
             if site.name in scores
         }
 
     def __call__(self, group: tp.Group, **_: object) -> torch.Tensor | None:
-        """Scores aligned with ``group[0].idxs``; None for a group that has none."""
+        """Return the scores of the channels ``group[0].idxs``, or None for a group without scores."""
         scores = self.scores.get(group[0].dep.target.module)
         if scores is None:
             return None

@@ -36,8 +36,8 @@ def widths_within(
 ) -> dict[str, int]:
     """Widths whose measured time is at most ``share`` of the dense tower's.
 
-    Time is taken to be a fixed part and a part in proportion to each neuron's FLOPs. Widths are fitted under that, built and
-    timed, and the aim is moved by what was missed, because kernels like some widths more than others.
+    Time is taken to be a fixed part and a part in proportion to each neuron's FLOPs. Widths are fitted under that,
+    built and timed, and the aim is moved by what was missed, because kernels like some widths more than others.
 
     Args:
         share: of the dense tower's time for a batch of :data:`BATCH`, above 0 and below 1.
@@ -57,7 +57,8 @@ def widths_within(
     fixed = time_of(fewest)
     if fixed > share:
         raise DgmrError(
-            f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {fixed:.2f} of its time"
+            f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {fixed:.2f} of "
+            "its time"
         )
     whole = 10**12
     cut = sum(work.neuron[site.name] * (site.hidden - fewest[site.name]) for site in sites)
@@ -76,13 +77,16 @@ def widths_within(
         aim = min(aim * share / taken, 1 - 1e-6)
     if best is None:
         raise DgmrError(
-            f"no widths were found whose measured time stays within latency = {share}; is the machine busy with other work?"
+            f"no widths were found whose measured time stays within latency = {share}; is the machine busy with other "
+            "work?"
         )
     return best
 
 
 def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: int) -> float:
-    """Time of a tower of these widths over that of the dense one: the median over turns, so that a busy machine slows both alike."""
+    """Time of a tower of these widths over that of the dense one: the median over turns, so that a busy machine slows
+    both alike.
+    """
     narrow = meta_copy(model, buffers=False).requires_grad_(False)
     resize(narrow, counts)
     _fill(narrow, model)

@@ -1,20 +1,23 @@
-"""Selection that sees the data: neurons chosen by what the MLP's output loses without them.
+"""Neuron selection on calibration images: keep the neurons that the MLP's output needs.
 
-For one MLP with hidden activations ``h`` on the calibration tokens and the last Linear's weight ``W``, the best that recovery
-can do with the neurons ``K`` is a least-squares fit, whose error depends on the Gram matrix ``G`` of the activations alone:
+Let ``h`` be an MLP's hidden activations on the calibration tokens, ``W`` the weight of its last Linear, and
+``G = Σ h hᵀ`` the Gram matrix of the activations. The best recovery from a set ``K`` of kept neurons is a least-squares
+fit. Its error depends on ``G`` and ``W`` only:
 
     error(K) = tr W (G − G_:K G_KK⁻¹ G_K:) Wᵀ
 
-The greedy choice takes, again and again, the neuron that lowers this most. With the residual Gram ``R`` (what the chosen
-neurons leave unexplained) the gain of neuron ``j`` is ``‖W R_:j‖² / R_jj``, and ``R`` follows by one Cholesky step a pick: one
-factorisation gives the whole nested order and the error at every width.
+The greedy selection picks, step by step, the neuron that reduces this error most. Let ``R = G − G_:K G_KK⁻¹ G_K:`` be
+the residual Gram matrix of the picks so far. Neuron ``j`` then reduces the error by ``‖W R_:j‖² / R_jj``, and ``R`` is
+updated by one Cholesky step per pick. One factorization therefore gives the whole nested order and the error at every
+width.
 
-Dropping ``W`` leaves pivoted Cholesky, DGMR's Gram-Schmidt over the activations in place of the weights.
+Without ``W``, the gain is ``R_jj``. This is pivoted Cholesky: DGMR's Gram-Schmidt on the activations instead of the
+weights. Both rules are in :data:`SELECTION_RULES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -23,88 +26,121 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, through
-from dgmr_tp.pruning.calibration import Moments, recorded_inputs, token_weights, too_few
-from dgmr_tp.pruning.sites import find_sites
+from dgmr_tp.pruning.adapter import TowerAdapter, run_blocks
+from dgmr_tp.pruning.calibration import Moments, fewer_tokens_than_neurons, record_inputs, token_weights
+from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import evaluating
 from dgmr_tp.utils.progress import report_progress
 
-SPENT = 1e-9
-"""A neuron whose residual is this small beside the mean variance is explained by those chosen before it."""
-PROBED = 128
-"""Images on which it is measured how much an MLP's error matters."""
-PANEL = 64
-"""So many picks are gathered before the residual Gram is updated, by one matrix product."""
+RESIDUAL_TOLERANCE = 1e-9
+"""Residual variance, relative to the mean variance, at which a neuron counts as a linear function of earlier picks."""
+NUM_SENSITIVITY_IMAGES = 128
+"""Number of images on which the sensitivity of the embedding to an MLP's error is measured."""
+PIVOT_BLOCK = 64
+"""Number of picks between two updates of the residual Gram matrix. Each update is one matrix product."""
+
+
+def _output_gain(energy: Tensor, variance: Tensor) -> Tensor:
+    return energy / variance
+
+
+def _activation_gain(energy: Tensor, variance: Tensor) -> Tensor:
+    return variance
+
+
+SELECTION_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "output": _output_gain,
+    "activation": _activation_gain,
+}
+"""Selection rules by name. A rule maps ``‖W R_:j‖²`` and ``R_jj``, both ``[hidden]``, to the gain of picking neuron
+``j``.
+
+``output`` minimizes the error of the MLP's output, ``activation`` that of the hidden activations.
+"""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """All neurons of an MLP in the order in which the greedy choice takes them."""
+    """All neurons of an MLP in the order of the greedy selection."""
 
     order: Tensor
     """int64 ``[hidden]``, first pick first."""
     error: Tensor
-    """float64 ``[hidden + 1]``: the relative squared error of the MLP's output, best fitted from the first ``k`` neurons; 1 at 0."""
+    """float64 ``[hidden + 1]``: the relative squared error of the MLP's output, best fitted from the first ``k``
+    neurons. It is 1 at ``k = 0``."""
     sensitivity: float = 1.0
-    """The relative squared error of the tower's embedding per error of this MLP; ``sensitivity · error`` is what widths are fitted by."""
+    """Relative squared error of the tower's embedding per unit of this MLP's error. ``sensitivity · error`` is the loss
+    that :func:`~dgmr_tp.pruning.allocation.fitted_widths` minimizes."""
 
     @property
     def scores(self) -> Tensor:
-        """The place in the order as a score, float64 ``[hidden]`` by neuron: 1 first, above 0 last."""
+        """Ranks as scores, float64 ``[hidden]`` by neuron: 1 for the first pick, ``1 / hidden`` for the last."""
         hidden = len(self.order)
         scores = torch.empty(hidden, dtype=torch.float64)
         scores[self.order] = torch.arange(hidden, 0, -1, dtype=torch.float64) / hidden
         return scores
 
 
+def _selection_rule(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    if name not in SELECTION_RULES:
+        raise DgmrError(f"unknown selection rule {name!r}. Use one of {', '.join(SELECTION_RULES)}.")
+    return SELECTION_RULES[name]
+
+
 def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int | None = None) -> Ranking:
-    """Order neurons greedily.
+    """Order the neurons of one MLP by greedy selection.
 
     Args:
-        gram: float64 ``[hidden, hidden]``, of the hidden activations (centred where the last Linear has a bias).
-        weight: float64 ``[width, hidden]``, of the last Linear.
-        by: ``output``: the error of the MLP's output; ``activation``: that of the activations themselves.
-        picks: stop after so many; the neurons left follow by their variance.
+        gram: float64 ``[hidden, hidden]``, the Gram matrix of the hidden activations, centered if the last Linear has a
+            bias.
+        weight: float64 ``[width, hidden]``, the weight of the last Linear.
+        by: a name in :data:`SELECTION_RULES`.
+        picks: number of greedy picks. The remaining neurons follow by variance, larger first. Default: all.
 
-    Neurons that those before them explain come last, larger variance first.
+    Returns:
+        The order and the errors. Neurons that are linear functions of earlier picks come last, larger variance first.
+
+    Raises:
+        DgmrError: ``by`` is unknown.
     """
+    gain_of = _selection_rule(by)
     hidden = len(gram)
-    residual = gram.clone()  # R, as it was at the start of the panel
-    image = weight @ gram  # W R, likewise
-    left = gram.diagonal().clone()  # R_jj now
-    energy = image.square().sum(0)  # ‖W R_:j‖² now
-    total = float((image * weight).sum())
-    spent = SPENT * float(left.mean())
+    residual = gram.clone()  # R at the start of the current block of picks
+    projected = weight @ gram  # W R at the start of the current block of picks
+    variance = gram.diagonal().clone()  # R_jj after each pick
+    energy = projected.square().sum(0)  # ‖W R_:j‖² after each pick
+    total = float((projected * weight).sum())
+    tolerance = RESIDUAL_TOLERANCE * float(variance.mean())
     picks = hidden if picks is None else min(picks, hidden)
-    open_ = torch.ones(hidden, dtype=torch.bool, device=gram.device)
+    available = torch.ones(hidden, dtype=torch.bool, device=gram.device)
     order: list[int] = []
     error = [1.0]
     while len(order) < picks:
-        # R = residual − columns columnsᵀ and W R = image − directions columnsᵀ: a panel of picks, then one matrix product each
-        columns, directions = gram.new_zeros(hidden, PANEL), gram.new_zeros(len(weight), PANEL)
-        taken = 0
-        while taken < PANEL and len(order) < picks:
-            usable = open_ & (left > spent)
-            gain = torch.where(usable, energy / left.clamp(min=spent or 1) if by == "output" else left, -1.0)
+        # Inside a block, R = residual − columns columnsᵀ and W R = projected − directions columnsᵀ.
+        columns, directions = gram.new_zeros(hidden, PIVOT_BLOCK), gram.new_zeros(len(weight), PIVOT_BLOCK)
+        count = 0
+        while count < PIVOT_BLOCK and len(order) < picks:
+            usable = available & (variance > tolerance)
+            gain = torch.where(usable, gain_of(energy, variance.clamp(min=tolerance or 1)), -1.0)
             pick = int(gain.argmax())
             if not usable[pick]:
                 picks = len(order)
                 break
-            scale, before = left[pick].sqrt(), columns[pick, :taken]
-            column = (residual[:, pick] - columns[:, :taken] @ before) / scale
-            direction = (image[:, pick] - directions[:, :taken] @ before) / scale
-            along = direction @ image - columns[:, :taken] @ (direction @ directions[:, :taken])
+            scale, coefficients = variance[pick].sqrt(), columns[pick, :count]
+            column = (residual[:, pick] - columns[:, :count] @ coefficients) / scale
+            direction = (projected[:, pick] - directions[:, :count] @ coefficients) / scale
+            along = direction @ projected - columns[:, :count] @ (direction @ directions[:, :count])
             energy = (energy - 2 * column * along + column.square() * direction.square().sum()).clamp(min=0)
-            left = (left - column.square()).clamp(min=0)
-            columns[:, taken], directions[:, taken] = column, direction
-            taken += 1
-            open_[pick] = False
+            variance = (variance - column.square()).clamp(min=0)
+            columns[:, count], directions[:, count] = column, direction
+            count += 1
+            available[pick] = False
             order.append(pick)
             error.append(max(0.0, error[-1] - float(direction.square().sum()) / total) if total > 0 else 0.0)
         residual.addmm_(columns, columns.T, alpha=-1)
-        image.addmm_(directions, columns.T, alpha=-1)
-    rest = torch.nonzero(open_).flatten()
-    order += rest[gram.diagonal()[rest].argsort(descending=True, stable=True)].tolist()
+        projected.addmm_(directions, columns.T, alpha=-1)
+    remaining = torch.nonzero(available).flatten()
+    order += remaining[gram.diagonal()[remaining].argsort(descending=True, stable=True)].tolist()
     error += [error[-1]] * (hidden + 1 - len(error))
     return Ranking(torch.tensor(order), torch.tensor(error, dtype=torch.float64))
 
@@ -117,100 +153,107 @@ def rank_tower(
     by: str = "output",
     picks: Mapping[str, int] | None = None,
 ) -> dict[str, Ranking]:
-    """Rank the neurons of every MLP in the blocks of ``adapter``, in one walk over its blocks.
+    """Rank the neurons of every MLP in the blocks of a tower, in one forward pass over the blocks.
 
-    How much an MLP's error matters is measured: on the first :data:`PROBED` images, an eighth of its neurons
-    stays, best fitted, and the blocks behind it say what that does to the embedding. With ``picks`` it is not.
+    Also measures the sensitivity of the embedding to each MLP. On the first :data:`NUM_SENSITIVITY_IMAGES` images, the
+    MLP keeps the first eighth of its ranking, is fitted to its dense output, and the remaining blocks run.
 
     Args:
-        encoder: the original; unchanged.
-        images: preprocessed batches on its device and in its dtype. Their states between two blocks are held in memory.
-        by: see :func:`rank_neurons`.
-        picks: by site name, how many neurons have to be ordered; default: all.
+        adapter: the dense tower. It is unchanged.
+        images: preprocessed batches ``[batch, 3, height, width]`` on the tower's device and in its dtype. The states of
+            all images between two blocks are held in memory.
+        by: a name in :data:`SELECTION_RULES`.
+        picks: by site name, the number of neurons to order. Sensitivities are then not measured. Default: order all.
 
     Returns:
-        By site name.
+        Rankings by site name.
 
     Raises:
-        DgmrError: no images, or activations that are not finite.
+        DgmrError: ``by`` is unknown, there are no images, the activations are not finite, or all embeddings are equal.
     """
+    _selection_rule(by)
     with evaluating(adapter.tower):
         states = [adapter.stem(batch) for batch in images]
         if not states:
-            raise DgmrError("selection by the data needs calibration images, got none")
+            raise DgmrError("selection on calibration images got none. Give at least one batch.")
         blocks, rankings = adapter.blocks(), {}
-        answers = None if picks else _embeddings(adapter, _first(states), 0)
-        spread = None if answers is None else float((answers - answers.mean(0)).square().sum())
+        embeddings = None if picks else _embeddings(adapter, _first_images(states), 0)
+        spread = None if embeddings is None else float((embeddings - embeddings.mean(0)).square().sum())
         if spread == 0:
             raise DgmrError(
-                "the embedding is the same for all these images, so nothing shows which MLP matters; give other ones, or more"
+                "the embedding is the same for all these images, so the sensitivity to each MLP cannot be measured. "
+                "Give other images, or more."
             )
         for depth, block in enumerate(blocks):
-            after, sites = block(states[0]), find_sites(block.module)
-            weight = token_weights(adapter, after, last=depth == len(blocks) - 1)
-            if too_few(weight, sum(map(len, states)), max(site.hidden for site in sites)):
-                weight = token_weights(adapter, after, last=False)
+            state_after = block(states[0])
+            sites = sites_inside(adapter.sites, block.name)
+            weight = token_weights(adapter, state_after, last=depth == len(blocks) - 1)
+            widest = max((site.hidden for site in sites), default=0)
+            if fewer_tokens_than_neurons(weight, sum(map(len, states)), widest):
+                weight = token_weights(adapter, state_after, last=False)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
-            sums = [Moments() for _ in consumers]
-            counted = torch.nonzero(weight).flatten()
-            before = _first(states)
-            for place, state in enumerate(states):
-                with recorded_inputs(*consumers) as seen:
-                    states[place] = block(state)
-                for consumer, accumulated in zip(consumers, sums, strict=True):
-                    rows = seen[consumer][:, counted].flatten(0, 1)
-                    accumulated.add(rows, rows[:, :0], weight[counted].repeat(len(state)))  # of h alone: y is empty
-            for site, consumer, accumulated in zip(sites, consumers, sums, strict=True):
+            moments = [Moments() for _ in consumers]
+            weighted_tokens = torch.nonzero(weight).flatten()
+            states_before = _first_images(states)
+            for index, state in enumerate(states):
+                with record_inputs(*consumers) as inputs:
+                    states[index] = block(state)
+                for consumer, site_moments in zip(consumers, moments, strict=True):
+                    rows = inputs[consumer][:, weighted_tokens].flatten(0, 1)
+                    no_targets = rows[:, :0]
+                    site_moments.add(rows, no_targets, weight[weighted_tokens].repeat(len(state)))
+            for site, consumer, site_moments in zip(sites, consumers, moments, strict=True):
                 name = f"{block.name}.{site.name}"
-                mean, nothing = accumulated.mean()
+                mean, mean_target = site_moments.means()
                 mean = mean if consumer.bias is not None else torch.zeros_like(mean)
-                gram, _, _ = accumulated.about(mean, nothing)
+                gram, _, _ = site_moments.second_moments(mean, mean_target)
                 if not torch.isfinite(gram).all():
                     raise DgmrError(
-                        f"the activations at {name} are not finite on these images; check the weights and the preprocessing"
+                        f"the activations at {name} are not finite on these images. Check the weights and the "
+                        "preprocessing."
                     )
                 ranking = rank_neurons(gram, consumer.weight.double(), by=by, picks=(picks or {}).get(name))
-                if answers is not None:
-                    needed = int((ranking.error > 0).sum())  # so many rebuild the output whole
+                if embeddings is not None:
+                    needed = int((ranking.error > 0).sum())  # this many neurons reproduce the output exactly
                     kept = ranking.order[: max(1, min(site.hidden, needed) // 8)].to(gram.device)
-                    lost, changed = float(ranking.error[len(kept)]), 0.0
-                    if lost > 0:
+                    mlp_error, embedding_error = float(ranking.error[len(kept)]), 0.0
+                    if mlp_error > 0:
                         with _fitted_from(consumer, gram, mean, kept):
-                            changed = float((_embeddings(adapter, before, depth) - answers).square().sum()) / cast(
-                                float, spread
-                            )
-                    ranking = replace(ranking, sensitivity=changed / lost if lost > 0 else 0.0)
+                            difference = _embeddings(adapter, states_before, depth) - embeddings
+                        embedding_error = float(difference.square().sum()) / cast(float, spread)
+                    sensitivity = embedding_error / mlp_error if mlp_error > 0 else 0.0
+                    ranking = replace(ranking, sensitivity=sensitivity)
                 rankings[name] = ranking
             report_progress("rank", depth + 1, len(blocks))
         return rankings
 
 
-def _first(states: list[Tensor]) -> list[Tensor]:
-    """The states of the first images, :data:`PROBED` at most."""
-    first, left = [], PROBED
+def _first_images(states: list[Tensor]) -> list[Tensor]:
+    """Return the states of the first :data:`NUM_SENSITIVITY_IMAGES` images."""
+    first, remaining = [], NUM_SENSITIVITY_IMAGES
     for state in states:
-        first.append(state[:left])
-        left -= len(first[-1])
-        if not left:
+        first.append(state[:remaining])
+        remaining -= len(first[-1])
+        if not remaining:
             break
     return first
 
 
 def _embeddings(adapter: TowerAdapter, states: Iterable[Tensor], depth: int) -> Tensor:
-    """What the tower gives for states before its block ``depth``, float64 ``[images, embedding]``."""
-    return torch.cat([adapter.embed(through(adapter.blocks()[depth:], state)).double() for state in states])
+    """Run the tower from states before block ``depth``. Returns float64 ``[images, embedding]``."""
+    return torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
 
 
 @contextmanager
 def _fitted_from(layer: nn.Linear, gram: Tensor, mean: Tensor, kept: Tensor) -> Iterator[None]:
-    """While the context lasts, ``layer`` reads the neurons ``kept`` alone, fitted to its answer on the calibration tokens."""
+    """Fit ``layer`` to its own output from the neurons ``kept`` alone. The context restores it at the end."""
     weight, bias = layer.weight.clone(), None if layer.bias is None else layer.bias.clone()
-    inner = gram[kept][:, kept]
-    inner.diagonal().add_(
-        max(SPENT * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny)
-    )  # all of them may be constant
+    gram_kept = gram[kept][:, kept]
+    # The floor is for neurons that are all constant.
+    ridge = max(RESIDUAL_TOLERANCE * float(gram_kept.diagonal().mean()), torch.finfo(gram_kept.dtype).tiny)
+    gram_kept.diagonal().add_(ridge)
     target = weight.double() @ gram[:, kept]
-    fitted = torch.linalg.solve(inner, target.T).T
+    fitted = torch.linalg.solve(gram_kept, target.T).T
     try:
         layer.weight.zero_()
         layer.weight[:, kept] = fitted.to(layer.weight.dtype)

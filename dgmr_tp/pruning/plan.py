@@ -1,10 +1,13 @@
-"""A plan: which hidden neurons of each site stay. What passes from deciding to doing, as plain JSON."""
+"""A plan: the hidden neurons that each site keeps, as plain JSON.
+
+The pruner writes a plan and applies it. The module knows sites and weights, but not how neurons are chosen.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +18,8 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import Cost
 from dgmr_tp.pruning.sites import Site
 
-FORMAT = 1
+PLAN_FORMAT = 1
+"""Version of the JSON format."""
 
 
 @dataclass(frozen=True)
@@ -25,45 +29,59 @@ class SitePlan:
     width: int
     """Token width."""
     hidden: int
-    """Hidden width before."""
+    """Hidden width before pruning."""
     kept: tuple[int, ...]
-    """Indices kept, ascending; the hidden width after is their number."""
+    """Indices of the kept neurons, ascending. Their number is the hidden width after pruning."""
     sha256: str
-    """Of the first producer's weight before pruning: the plan fits this checkpoint and no other."""
+    """SHA-256 of the first producer's weight before pruning. The plan is valid for this checkpoint only."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision for an encoder. ``print(plan)`` is a table; the JSON may be edited by hand and applied."""
+    """The decision for an encoder. ``print(plan)`` shows a table. The JSON can be edited by hand and applied."""
 
     encoder: str
+    """Name of the encoder, such as ``open_clip:ViT-g-14``."""
     criterion: str
+    """Name of the importance or ranking that chose the neurons."""
     sites: dict[str, SitePlan]
+    """Decisions by site name."""
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        """Return the plan as JSON, indented by one space."""
+        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Inverse of :meth:`to_json`.
+        """Parse the output of :meth:`to_json`.
 
         Raises:
-            DgmrError: the text is no plan of this format.
+            DgmrError: ``text`` is not a plan of this format.
         """
         try:
             data = json.loads(text)
-            if data.pop("format") != FORMAT:
-                raise DgmrError(f"this plan has another format than {FORMAT}; make it again with dgmr-tp plan")
+            version = data.pop("format")
+            if version != PLAN_FORMAT:
+                raise DgmrError(
+                    f"this plan has format {version!r}, and this version reads format {PLAN_FORMAT}. "
+                    "Make the plan again with dgmr-tp plan."
+                )
             sites = {
                 name: SitePlan(**{**site, "kept": tuple(site["kept"])}) for name, site in data.pop("sites").items()
             }
             return cls(sites=sites, **data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise DgmrError(f"this is no plan: {type(error).__name__}: {error}; make one with dgmr-tp plan") from error
+            raise DgmrError(
+                f"this is not a plan: {type(error).__name__}: {error}. Make one with dgmr-tp plan."
+            ) from error
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Read a plan from a file; errors name the file."""
+        """Read a plan from a file.
+
+        Raises:
+            DgmrError: the file cannot be read, or it is not a plan; names the file.
+        """
         try:
             return cls.from_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
@@ -71,43 +89,60 @@ class Plan:
         except DgmrError as error:
             raise DgmrError(f"{path}: {error}") from error
 
-    def check(self, model: nn.Module, sites: list[Site]) -> None:
-        """Refuse a plan that does not fit ``model``: unknown sites, other widths, another checkpoint,
-        duplicate, unordered or out-of-range indices.
+    def check(self, model: nn.Module, sites: Sequence[Site], weight_hashes: Mapping[str, str] | None = None) -> None:
+        """Check that the plan fits ``model``.
+
+        Args:
+            model: the model before pruning.
+            sites: its sites.
+            weight_hashes: the model's :func:`weight_sha256` by site name, where the caller has them. Missing ones are
+                computed.
 
         Raises:
-            DgmrError: names the site and what does not fit.
+            DgmrError: a site is unknown, has other widths or other weights, or its kept indices are empty, not
+                integers, not ascending, duplicate or out of range; names the site and the value.
         """
-        found = {site.name: site for site in sites}
-        if unknown := [name for name in self.sites if name not in found]:
+        by_name = {site.name: site for site in sites}
+        hashes = weight_hashes or {}
+        if unknown := [name for name in self.sites if name not in by_name]:
             raise DgmrError(
-                f"the plan names a site {unknown[0]!r} that this encoder does not have; its sites: {', '.join(found)}"
+                f"the plan names a site {unknown[0]!r} that this encoder does not have. Its sites are "
+                f"{', '.join(by_name)}."
             )
         for name, planned in self.sites.items():
-            site, kept = found[name], planned.kept
+            site, kept = by_name[name], planned.kept
             if (planned.hidden, planned.width) != (site.hidden, site.width):
                 raise DgmrError(
-                    f"the plan takes site {name} to be {planned.hidden} × {planned.width}, this encoder's is {site.hidden} × {site.width}"
+                    f"the plan expects {planned.hidden} × {planned.width} at site {name}, and this encoder has "
+                    f"{site.hidden} × {site.width}. Make a new plan for this encoder."
                 )
             if any(type(index) is not int for index in kept):
-                raise DgmrError(f"the plan's kept indices of site {name} are not all whole numbers")
+                raise DgmrError(
+                    f"the plan's kept indices of site {name} are not all whole numbers. Correct them there."
+                )
             if not kept or list(kept) != sorted(set(kept)):
                 raise DgmrError(
-                    f"the plan's kept indices of site {name} are not ascending, hold a duplicate, or are none"
+                    f"the plan's kept indices of site {name} are not ascending, contain a duplicate, or there are "
+                    "none. "
+                    "Correct them there."
                 )
             if kept[0] < 0 or kept[-1] >= site.hidden:
                 raise DgmrError(
-                    f"the plan keeps neuron {kept[0] if kept[0] < 0 else kept[-1]} of site {name}, which has 0 to {site.hidden - 1}"
+                    f"the plan keeps neuron {kept[0] if kept[0] < 0 else kept[-1]} of site {name}. Its neurons are 0 "
+                    "to "
+                    f"{site.hidden - 1}."
                 )
-            if planned.sha256 != weight_sha256(model, site):
+            weight_hash = hashes[name] if name in hashes else weight_sha256(model, site)
+            if planned.sha256 != weight_hash:
                 raise DgmrError(
-                    f"the plan was made for another checkpoint: the weights of {site.producers[0]} differ; make a new plan for this one"
+                    f"the plan was made for another checkpoint: the weights of {site.producers[0]} differ. "
+                    "Make a new plan for this one."
                 )
 
     def cost(self, costs: Mapping[str, Cost]) -> dict[str, int]:
-        """What the tower costs after the cut, in each of ``costs``."""
-        cut = {name: site.hidden - len(site.kept) for name, site in self.sites.items()}
-        return {key: cost.without(cut) for key, cost in costs.items()}
+        """Return the tower's cost after pruning, for each entry of ``costs``."""
+        removed = {name: site.hidden - len(site.kept) for name, site in self.sites.items()}
+        return {key: cost.without(removed) for key, cost in costs.items()}
 
     def __str__(self) -> str:
         name_width = max(len("site"), *(len(name) for name in self.sites))
@@ -122,9 +157,10 @@ class Plan:
 
 
 def weight_sha256(model: nn.Module, site: Site) -> str:
-    """SHA-256 of the bytes, as float32, of the site's first producer's weight; of its shape alone on the meta device.
+    """Return the SHA-256 of the weight of the site's first producer, taken over its float32 bytes.
 
-    As float32, so that a plan fits the checkpoint whether it was opened in its own type or not.
+    In float32 the hash is the same whether the checkpoint was loaded in its own dtype or in float32. On the meta device
+    the result is ``meta`` and the shape.
     """
     weight = model.get_submodule(site.producers[0]).weight.detach()
     if weight.is_meta:

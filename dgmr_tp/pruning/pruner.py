@@ -1,4 +1,7 @@
-"""The MLP pruner: decides a plan with any torch-pruning importance and applies it through torch-pruning's groups."""
+"""The MLP pruner: it decides a plan with any torch-pruning importance, and applies a plan with torch-pruning's groups.
+
+Works on one model in place. It does not know the library that the model comes from, nor files.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,33 @@ from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
 from dgmr_tp.utils.modules import evaluating
 from dgmr_tp.utils.progress import report_progress
 
+OUTPUT_TOLERANCE = 1e-4
+"""Largest difference between a pruned MLP's output and its reference, relative to the largest absolute output."""
+
 
 class MLPPruner:
-    """Cuts hidden neurons out of a model's MLPs; attention, norms, the residual width and the outputs keep their shapes.
+    """Removes hidden neurons from a model's MLPs. Attention, norms, residual width and output shapes do not change.
 
     ::
 
         pruner = MLPPruner(model.visual, mlp_ratio=1)
-        plan = pruner.plan()      # decides, changes nothing
+        plan = pruner.plan()      # decides; the model is unchanged
         print(plan)
-        pruner.apply(plan)        # cuts, verifies
+        pruner.apply(plan)        # prunes in place and verifies
 
     Args:
-        model: the tower; frozen, bf16 and fp16 weights are fine. It is pruned in place.
+        model: the tower. It is pruned in place. Its weights may be frozen, bf16 or fp16.
         importance: any torch-pruning importance. Default: :class:`DGMRImportance`.
-        sites: which MLPs. Default: all that :func:`find_sites` finds.
-        name: what the plan calls the encoder.
-        image_size: height and width of the images, for a budget of ``flops``.
-        amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
-            :func:`keep_counts`); none of them if a plan is only to be applied.
+        sites: the MLPs to prune. Default: all that :func:`find_sites` returns.
+        weight_hashes: :func:`weight_sha256` of ``model`` by site name, where the caller has them. Missing ones are
+            computed when they are needed.
+        name: name of the encoder in the plan. Default: the class name of ``model``.
+        image_size: height and width of the images in pixels, which a budget of ``flops`` needs.
+        amount: how many neurons to keep: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to`` (see
+            :func:`keep_counts`). Not needed to apply an existing plan.
 
     Raises:
-        DgmrError: no MLP was found, or a keep count is impossible.
+        DgmrError: the model has no MLP, or a keep count is impossible.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class MLPPruner:
         importance: tp.importance.Importance | None = None,
         *,
         sites: Sequence[Site] | None = None,
+        weight_hashes: Mapping[str, str] | None = None,
         name: str | None = None,
         image_size: int | None = None,
         **amount: Unpack[Amount],
@@ -56,97 +65,107 @@ class MLPPruner:
         self.model = model
         self.importance = importance or DGMRImportance()
         self.sites = list(sites) if sites is not None else find_sites(model)
-        known = costs(model, self.sites, image_size) if amount.get("budget") else None
-        self.keep = keep_counts(self.sites, **amount, costs=known) if amount else None
+        self.weight_hashes = dict(weight_hashes or {})
+        site_costs = costs(model, self.sites, image_size) if amount.get("budget") else None
+        self.keep = keep_counts(self.sites, **amount, costs=site_costs) if amount else None
         self.name = name or type(model).__name__
 
     def plan(self) -> Plan:
-        """Score every site and choose what stays. Changes nothing.
+        """Score every site and choose the neurons to keep. The model is unchanged.
 
         Raises:
-            DgmrError: the importance gives no score, a non-finite one, or the wrong number of them.
+            DgmrError: no amount was given, or the importance returns no score, a non-finite one, or the wrong number.
         """
         if self.keep is None:
-            raise DgmrError("nothing says how many neurons stay: give MLPPruner mlp_ratio, keep_ratio, keep or budget")
-        decided = {}
+            raise DgmrError(
+                "no amount says how many neurons to keep. Give MLPPruner mlp_ratio, keep_ratio, keep or budget."
+            )
+        decisions = {}
         for site in self.sites:
-            decided[site.name] = self.decide(site)
-            report_progress("select", len(decided), len(self.sites))
-        return self.plan_of(decided)
+            decisions[site.name] = self.decide(site)
+            report_progress("select", len(decisions), len(self.sites))
+        return self.plan_of(decisions)
 
-    def plan_of(self, decided: dict[str, SitePlan]) -> Plan:
-        """A plan of these decisions under the pruner's name and criterion."""
+    def plan_of(self, decisions: dict[str, SitePlan]) -> Plan:
+        """Return a plan of ``decisions`` with the pruner's encoder name and the name of its importance."""
         criterion = getattr(self.importance, "name", type(self.importance).__name__.removesuffix("Importance"))
-        return Plan(self.name, criterion, decided)
+        return Plan(self.name, criterion, decisions)
 
     def decide(self, site: Site) -> SitePlan:
-        """What stays of one site."""
+        """Choose the neurons of one site: the highest scores, as many as the amount allows."""
         assert self.keep is not None
         count = self.keep[site.name]
-        kept = _best(self.scores(site), count) if count < site.hidden else tuple(range(count))
-        return SitePlan(site.width, site.hidden, kept, weight_sha256(self.model, site))
+        kept = _highest(self.scores(site), count) if count < site.hidden else tuple(range(count))
+        weight_hash = self.weight_hashes.get(site.name) or weight_sha256(self.model, site)
+        return SitePlan(site.width, site.hidden, kept, weight_hash)
 
     def scores(self, site: Site) -> Tensor:
-        """The importance's scores of the site's hidden neurons, ``[hidden]``, higher is kept."""
+        """Return the importance's scores of the site's neurons, ``[hidden]``. Higher scores are kept first.
+
+        bf16 and fp16 MLPs are scored in float32, because an importance sums thousands of squares.
+        """
         rows = site.hidden * (2 if site.fused else 1)
         mlp = self.model.get_submodule(site.name)
-        given = isinstance(self.importance, GivenScores)  # which knows the layers themselves, and computes nothing
-        if not given and next(mlp.parameters()).dtype in (
-            torch.bfloat16,
-            torch.float16,
-        ):  # sums of thousands of squares need more digits
+        # GivenScores identifies layers by object and computes nothing, so it must see the model's own modules.
+        has_scores = isinstance(self.importance, GivenScores)
+        if not has_scores and next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):
             gradients = [
                 None if p.grad is None else p.grad.float() for p in mlp.parameters()
-            ]  # of criteria that read them
+            ]  # for tp's Taylor criterion
             mlp = copy.deepcopy(mlp).float()
             for parameter, gradient in zip(mlp.parameters(), gradients, strict=True):
                 parameter.grad = gradient
         group = _group(mlp, site, range(rows))
+        # DGMR need not order the neurons that are pruned. Importances of torch-pruning take no such argument.
+        options = {"picks": self.keep[site.name]} if self.keep and isinstance(self.importance, DGMRImportance) else {}
         try:
-            # Ours need not order the neurons that go; torch-pruning's own take no such hint.
-            hint = {"picks": self.keep[site.name]} if self.keep and isinstance(self.importance, DGMRImportance) else {}
             with torch.no_grad():
-                scores = self.importance(group, **hint)
+                scores = self.importance(group, **options)
         except ValueError as error:
             raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
-        if scores is None or scores.shape != (rows,) or not torch.isfinite(scores).all():
-            got = (
-                "no scores"
-                if scores is None
-                else f"scores of shape {tuple(scores.shape)}, finite: {bool(torch.isfinite(scores).all())}"
-            )
+        if scores is None:
             raise DgmrError(
-                f"{type(self.importance).__name__} gave {got} for site {site.name}; {rows} finite ones are needed"
+                f"{type(self.importance).__name__} returned no scores for site {site.name}. {rows} finite scores are "
+                "needed."
             )
-        return scores.view(-1, site.hidden).mean(0)  # as torch-pruning does with coupled channels
+        finite = bool(torch.isfinite(scores).all())
+        if scores.shape != (rows,) or not finite:
+            raise DgmrError(
+                f"{type(self.importance).__name__} returned scores of shape {tuple(scores.shape)}, finite: {finite}, "
+                "for "
+                f"site {site.name}. {rows} finite scores are needed."
+            )
+        return scores.view(-1, site.hidden).mean(0)  # torch-pruning averages coupled channels too
 
     def apply(self, plan: Plan) -> nn.Module:
-        """Cut the model down to ``plan`` in place and return it.
+        """Prune the model in place to ``plan`` and return it.
 
-        The whole plan is checked before the first cut. After each cut the widths and every weight are compared with the
-        plan, and the MLP's output on random tokens with the output of the original whose dropped columns are zero (where no
-        norm over the hidden neurons sits inside). ``requires_grad`` and train/eval mode come back as they were.
+        The whole plan is checked before the first site is pruned. After each site, the widths and all weights are
+        compared with the plan. The MLP's output on random tokens is compared with that of the dense MLP whose pruned
+        columns are zero, except where the MLP has a norm over the hidden neurons. ``requires_grad`` and train/eval mode
+        are restored.
 
         Raises:
-            DgmrError: the plan does not fit, or a pruned MLP is not what the plan says.
+            DgmrError: the plan does not fit the model, or a pruned MLP differs from the plan.
         """
-        plan.check(self.model, self.sites)
+        plan.check(self.model, self.sites, self.weight_hashes)
         for site in self.sites:
             if site.name in plan.sites:
                 self._cut(site, plan.sites[site.name].kept)
+                self.weight_hashes.pop(site.name, None)
         return self.model
 
     def _cut(self, site: Site, kept: tuple[int, ...]) -> None:
         mlp = self.model.get_submodule(site.name)
-        drop = sorted(set(range(site.hidden)) - set(kept))
-        if not drop:
+        pruned = sorted(set(range(site.hidden)) - set(kept))
+        if not pruned:
             return
-        expected = _masked_output(self.model, site, drop) if site.exact else None
+        expected = _masked_output(self.model, site, pruned) if site.exact else None
         before = dict(mlp.named_parameters())
-        _group(mlp, site, drop).prune()
+        _group(mlp, site, pruned).prune()
         for name, parameter in mlp.named_parameters():
             parameter.requires_grad_(before[name].requires_grad)
-        for norm in mlp.modules():  # torch-pruning does not know every RMSNorm's attribute
+        for norm in mlp.modules():  # torch-pruning does not update this attribute of every RMSNorm
             if hasattr(norm, "normalized_shape") and isinstance(norm.weight, Tensor):
                 norm.normalized_shape = tuple(norm.weight.shape)  # type: ignore[assignment]
 
@@ -155,66 +174,80 @@ class MLPPruner:
         planned = {path: len(kept) * (2 if site.fused and path != site.consumer else 1) for path in widths}
         if widths != planned:
             raise DgmrError(
-                f"torch-pruning left {widths} at site {site.name}, planned {planned}; this MLP cannot be pruned"
+                f"torch-pruning left {widths} at site {site.name}, and the plan says {planned}. This MLP cannot be "
+                "pruned."
             )
         for name, parameter in mlp.named_parameters():
-            if not parameter.is_meta and not torch.equal(
-                parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)
-            ):
+            if parameter.is_meta:
+                continue
+            if not torch.equal(parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)):
                 raise DgmrError(
-                    f"torch-pruning kept other neurons in {name} of site {site.name} than planned; this MLP cannot be pruned"
+                    f"torch-pruning kept other neurons in {name} of site {site.name} than planned. "
+                    "This MLP cannot be pruned."
                 )
         if expected is not None and not expected.is_meta:
-            got = _output(self.model, site, {})
-            if (got - expected).abs().max() > 1e-4 * expected.abs().max():
+            output = _output(self.model, site, {})
+            if (output - expected).abs().max() > OUTPUT_TOLERANCE * expected.abs().max():
                 raise DgmrError(
-                    f"the pruned MLP {site.name} does not compute what the kept neurons compute; this MLP cannot be pruned"
+                    f"the pruned MLP {site.name} does not compute what the kept neurons compute. "
+                    "This MLP cannot be pruned."
                 )
+
+
+def cut_sites(model: nn.Module, sites: Sequence[Site], kept: Mapping[str, Sequence[int]]) -> None:
+    """Prune ``sites`` of ``model`` in place to the neurons ``kept``, by site name, without comparing weight hashes."""
+    planned = {site.name: SitePlan(site.width, site.hidden, tuple(kept[site.name]), "") for site in sites}
+    MLPPruner(model, sites=sites, weight_hashes=dict.fromkeys(planned, "")).apply(Plan("", "", planned))
 
 
 def resize(tower: nn.Module, hidden: Mapping[str, int]) -> None:
-    """Cut every site of ``tower`` to its width in ``hidden``, whichever neurons: the weights are loaded afterwards."""
+    """Narrow every site of ``tower`` to its width in ``hidden``, by site name. Use it before pruned weights are loaded.
+
+    Sites that ``hidden`` does not name, or for which it is not smaller, stay as they are.
+    """
     sites = [site for site in find_sites(tower) if site.hidden > hidden.get(site.name, site.hidden)]
-    planned = {
-        site.name: SitePlan(site.width, site.hidden, tuple(range(hidden[site.name])), weight_sha256(tower, site))
-        for site in sites
-    }
-    MLPPruner(tower, sites=sites).apply(Plan("", "", planned))
+    cut_sites(tower, sites, {site.name: range(hidden[site.name]) for site in sites})
 
 
 def _kept_part(before: Tensor, shape: torch.Size, hidden: int, kept: tuple[int, ...]) -> Tensor:
-    """``before``, where it changed its shape, cut to the neurons ``kept``: in both halves of a fused gate alike."""
+    """Select the neurons ``kept`` in every dimension of ``before`` that differs from ``shape``.
+
+    A dimension of twice ``hidden`` is a fused gate. The neurons are then selected in both halves.
+    """
     index = torch.tensor(kept, device=before.device)
     for dim, width in enumerate(before.shape):
         if width != shape[dim]:
-            before = before.index_select(dim, torch.cat([index + half for half in range(0, width, hidden)]))
+            before = before.index_select(dim, torch.cat([index + offset for offset in range(0, width, hidden)]))
     return before
 
 
-def _best(scores: Tensor, count: int) -> tuple[int, ...]:
+def _highest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Return the indices of the ``count`` highest scores, ascending. Of equal scores, the first ones are taken."""
     return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
 
 
 def _group(mlp: nn.Module, site: Site, neurons: range | list[int]) -> tp.Group:
-    producer = site.producers[0].removeprefix(f"{site.name}.") if site.name else site.producers[0]
-    group = hidden_group(mlp, producer, neurons)
+    group = hidden_group(mlp, site.relative_to(site.name).producers[0], neurons)
     if group is None:
-        raise DgmrError(f"site {site.name} cannot be traced any more; it was changed after find_sites")
+        raise DgmrError(f"site {site.name} can no longer be traced. Do not change the MLP after find_sites.")
     return group
 
 
-def _masked_output(model: nn.Module, site: Site, drop: list[int]) -> Tensor:
+def _masked_output(model: nn.Module, site: Site, pruned: list[int]) -> Tensor:
+    """Return the MLP's output while the consumer's columns of the neurons ``pruned`` are zero."""
     weight = model.get_submodule(site.consumer).weight.detach().float().clone()
-    weight[:, drop] = 0
-    inside = site.consumer.removeprefix(f"{site.name}.") if site.name else site.consumer
-    return _output(model, site, {f"{inside}.weight": weight})
+    weight[:, pruned] = 0
+    return _output(model, site, {f"{site.relative_to(site.name).consumer}.weight": weight})
 
 
-def _output(model: nn.Module, site: Site, replaced: dict[str, Tensor]) -> Tensor:
-    """The MLP's output on fixed random tokens in float32, eval mode, with some of its parameters replaced."""
+def _output(model: nn.Module, site: Site, replacements: dict[str, Tensor]) -> Tensor:
+    """Return the MLP's output ``[8, width]`` on fixed random tokens in float32 and eval mode.
+
+    ``replacements`` are parameters by name that take the place of the MLP's own.
+    """
     mlp = model.get_submodule(site.name)
     parameters = {name: parameter.detach().float() for name, parameter in mlp.named_parameters()}
     device = next(iter(parameters.values())).device
     tokens = torch.randn(8, site.width, generator=torch.Generator().manual_seed(0)).to(device)
     with evaluating(mlp), torch.no_grad():
-        return torch.func.functional_call(mlp, {**parameters, **replaced}, (tokens,))
+        return torch.func.functional_call(mlp, {**parameters, **replacements}, (tokens,))

@@ -1,15 +1,24 @@
-"""Recovery in closed form: refit what reads the hidden neurons so that the pruned block leaves the dense one's residual stream.
+"""Recovery in closed form: refit the last Linear of each pruned MLP so that the block reproduces the dense residual
+stream.
 
-For each site, over the tokens ``t`` of the calibration images, with ``h_t`` what the pruned MLP's last Linear sees and
-``y_t`` what it would have to answer for the block to end where the dense tower's block ends, minimise over ``U`` and ``b``
+Works on a dense and a pruned :class:`TowerAdapter` and on calibration images. Needs no labels and no training.
+
+For each site, let ``h_t`` be the input of the pruned MLP's last Linear at token ``t`` of the calibration images,
+``w_t`` the weight of the token, and ``y_t`` a target for the MLP's output. The refit minimizes over ``U`` and ``b``
 
     Σ_t w_t ‖y_t − U h_t − b‖²  +  damping · (tr Σ_hh / k) · ‖U − U_K‖²
 
-where ``U_K`` are the columns that pruning kept. No labels, no training; images are read once, and the walk goes forward
-over the blocks of both towers once, so each block is fitted on what the recovered blocks before it really produce, and makes
-good what they left. With few images that fits noise; so a second ``y_t``, what the dense MLP answers on the same input, is fitted as
-well, and images that were held out choose between the two. Where a norm stands between the MLP and the residual stream
-(EVA-CLIP-E, SwinV2), no answer of the MLP is known that would bring the stream back, and there is only the second.
+where ``U_K`` are the columns that pruning kept, ``k`` is their number and ``Σ_hh`` the covariance of ``h``.
+
+There are two targets:
+
+- *residual stream*: the MLP output for which the pruned block ends where the dense tower's block ends. The blocks are
+  processed in order, and each is fitted on the states that the recovered blocks before it produce. The fit therefore
+  also compensates for errors from earlier blocks. With few images it fits noise.
+- *dense MLP*: the output of the dense MLP on the same input. Errors from earlier blocks remain.
+
+Both are fitted, and held-out images choose among interpolations between the two. If a norm separates the MLP from the
+residual stream (EVA-CLIP-E, SwinV2), the first target cannot be computed, and only the second is used.
 """
 
 from __future__ import annotations
@@ -24,43 +33,62 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter
-from dgmr_tp.pruning.calibration import Moments, answers_as_leaf, recorded_inputs, token_weights, too_few
-from dgmr_tp.pruning.sites import find_sites
+from dgmr_tp.pruning.calibration import (
+    Moments,
+    detach_output,
+    fewer_tokens_than_neurons,
+    record_inputs,
+    token_weights,
+)
+from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import evaluating
 from dgmr_tp.utils.progress import report_progress
 
-HELD_OUT = 10
-"""One image in so many is not fitted on, and decides whether a refit is kept."""
+HELD_OUT_INTERVAL = 10
+"""One image in this many is held out of the fit and decides whether the refit is used."""
+INTERPOLATION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Weights between the two regression targets (0: dense MLP output, 1: residual stream).
 
+Weight 1 needs the most images.
+"""
+MIN_GAIN_FRACTION = 1e-4
+"""Gain of a channel, relative to the largest, below which the residual stream target ignores the gain."""
+DIAGONAL_TOLERANCE = 1e-2
+"""Relative tolerance for treating d(block output)/d(MLP output) as diagonal, that is, as a gain per channel.
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""How far from the fit to the dense MLP's answers to the fit to the residual stream: all the way asks for most images."""
-FAINT = 1e-4
-"""Part of the largest gain below which a channel counts as dropped."""
-ELEMENTWISE = 1e-2
-"""A block's derivative by its MLP's answer is taken for a gain per channel if no more than this part of it is anything else:
-rounding in bfloat16 is below, a norm above."""
+Rounding in bfloat16 is below it, and a norm is above it.
+"""
 
 
 def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
-    """The minimiser of the module's formula, float64: ``U`` ``[d, k]`` and ``b`` ``[d]``.
+    """Minimize the objective of this module for one Linear.
 
-    Centring leaves the bias unpenalised; a layer without bias is fitted about zero and stays without one. Without
-    damping the normal equations may be singular (dead or duplicate neurons, fewer tokens than neurons): then the solution
-    nearest to ``weight`` is taken.
+    The activations are centered, so that the bias is not penalized. A layer without bias is fitted about zero. Without
+    damping, the normal equations can be singular (dead or duplicate neurons, fewer tokens than neurons). The solution
+    nearest to ``weight`` is then returned.
+
+    Args:
+        moments: of the inputs ``h`` ``[k]`` and the targets ``y`` ``[d]``.
+        weight: ``U_K``, ``[d, k]``.
+        bias: ``[d]``, or None for a layer without bias.
+        damping: see the module's formula.
+
+    Returns:
+        ``U`` ``[d, k]`` and ``b`` ``[d]`` or None, float64.
     """
     weight = weight.double()
-    mean_h, mean_y = (
-        moments.mean() if bias is not None else (torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0]))
-    )
-    hh, yh, _ = moments.about(mean_h, mean_y)
+    if bias is None:
+        mean_h, mean_y = torch.zeros_like(weight[0]), torch.zeros_like(weight[:, 0])
+    else:
+        mean_h, mean_y = moments.means()
+    hh, yh, _ = moments.second_moments(mean_h, mean_y)
     residual = (yh - weight @ hh).T.cpu().numpy()
     ridge = damping * float(hh.diagonal().mean())
     normal = hh.cpu().numpy()
     normal[range(len(normal)), range(len(normal))] += ridge
     try:
         change = scipy.linalg.cho_solve(scipy.linalg.cho_factor(normal), residual) if ridge > 0 else None
-    except scipy.linalg.LinAlgError:  # a ridge too small to matter
+    except scipy.linalg.LinAlgError:  # the ridge is below rounding
         change = None
     if change is None:
         change = scipy.linalg.lstsq(normal, residual, cond=len(normal) * torch.finfo(torch.float64).eps)[0]
@@ -70,13 +98,16 @@ def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float)
 
 @dataclass(frozen=True)
 class SiteRecovery:
-    """What recovery did at one site; errors are relative mean squared errors on the images held out."""
+    """Result of the recovery of one site. Errors are relative mean squared errors on the held-out images."""
 
     site: str
+    """Site name."""
     cut_error: float
+    """Error after pruning, before the refit."""
     recovered_error: float
+    """Error after the refit."""
     kept_cut: bool
-    """True where refitting did not lower the held-out error, so that the cut weights stayed."""
+    """True if the refit did not reduce the held-out error. The layer then keeps its weights from before the refit."""
 
 
 @torch.no_grad()
@@ -89,89 +120,86 @@ def recover(
 ) -> list[SiteRecovery]:
     """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons.
 
-    Tokens count as :func:`token_weights` says. One image in ten is held out: a site whose error on those does not fall keeps
-    its cut weights.
+    Tokens are weighted by :func:`~dgmr_tp.pruning.calibration.token_weights`. One image in ten is held out. A site
+    whose held-out error does not fall keeps its weights.
 
     Args:
-        dense: the original; its residual stream says where the pruned one's should be.
-        pruned: the same encoder after pruning.
-        images: preprocessed batches ``[batch, 3, height, width]`` on the encoder's device and in its dtype, at least ten
-            images in all. The states of all of them between two blocks, of both towers, are held in memory.
-        damping: ``λ`` of the formula, relative to the neurons' mean variance.
+        dense: the dense tower. Its residual stream is the target. It is unchanged.
+        pruned: the same tower after pruning.
+        images: preprocessed batches ``[batch, 3, height, width]`` on the tower's device and in its dtype, with at least
+            ten images in total. The states of all images between two blocks are held in memory, for both towers.
+        damping: ridge of the formula, relative to the mean variance of the neurons. 0 or more.
 
     Returns:
-        One entry per site, in the order of the walk.
+        One entry per pruned site inside the blocks, in the order of the blocks.
 
     Raises:
-        DgmrError: fewer than ten images, a negative damping, or the activations are not finite.
+        DgmrError: there are fewer than ten images, the damping is negative, or the activations are not finite.
     """
     if damping < 0:
-        raise DgmrError(f"damping = {damping}; it must be 0 or more")
+        raise DgmrError(f"damping = {damping} is negative. Give 0 or more.")
     with evaluating(dense.tower, pruned.tower):
         return _recover(dense, pruned, images, damping)
 
 
-def _recover(
-    dense: TowerAdapter,
-    pruned: TowerAdapter,
-    images: Iterable[Tensor],
-    damping: float,
-) -> list[SiteRecovery]:
+def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor], damping: float) -> list[SiteRecovery]:
     states = [pruned.stem(batch) for batch in images]
-    total = sum(map(len, states))
-    if total < HELD_OUT:
-        raise DgmrError(f"recovery needs at least {HELD_OUT} calibration images, got {total}")
-    goals = list(states)
+    num_images = sum(map(len, states))
+    if num_images < HELD_OUT_INTERVAL:
+        raise DgmrError(
+            f"recovery needs at least {HELD_OUT_INTERVAL} calibration images and got {num_images}. Give more images."
+        )
+    dense_states = list(states)
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
-        # After the block: the first block of a hierarchical tower's stage has fewer tokens than the state it takes.
-        after, sites = block(states[0]), find_sites(block.module)
-        weight = token_weights(pruned, after, last=depth == len(blocks) - 1)
-        if too_few(weight, total, max((site.hidden for site in sites), default=0)):
-            weight = token_weights(pruned, after, last=False)
-        for place, goal in enumerate(goals):  # in place: the states of all images are large
-            goals[place] = dense_block(goal)
-        for site in sites:
-            consumer, dense_consumer = (
-                cast(nn.Linear, b.module.get_submodule(site.consumer)) for b in (block, dense_block)
-            )
-            if consumer.in_features == dense_consumer.in_features:
+        # The state after the block, because the first block of a Swin stage has fewer tokens than its input.
+        state_after = block(states[0])
+        sites = sites_inside(dense.sites, block.name)
+        consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
+        weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
+        widest = max((consumer.in_features for consumer in consumers), default=0)
+        if fewer_tokens_than_neurons(weight, num_images, widest):
+            weight = token_weights(pruned, state_after, last=False)
+        for index, state in enumerate(dense_states):  # in place, because the states of all images are large
+            dense_states[index] = dense_block(state)
+        for site, consumer in zip(sites, consumers, strict=True):
+            if consumer.in_features == site.hidden:
                 continue
             mlp, dense_mlp = (b.module.get_submodule(site.name) for b in (block, dense_block))
             gain = _gain(block, consumer, states[0][:1])
-            heard = (
-                torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
-                if gain is None
-                else gain
-            )
-            fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
-            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, heard, fit, held_out, damping))
-        for place, state in enumerate(states):
-            states[place] = block(state)
+            fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, dense_states, gain, weight)
+            if gain is None:
+                gain = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
+            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, gain, fit, held_out, damping))
+        for index, state in enumerate(states):
+            states[index] = block(state)
         report_progress("recover", depth + 1, len(blocks))
     return report
 
 
 def _gain(block: Callable[[Tensor], Tensor], consumer: nn.Linear, state: Tensor) -> Tensor | None:
-    """What the block multiplies each channel of its last Linear's answer with before it enters the stream, ``[width]``.
+    """Return the factor of each channel between the MLP's output and the residual stream, float64 ``[width]``.
 
-    One, or a LayerScale; None where the answer does not enter channel by channel, as behind a norm. Found by differentiating
-    the block, so that no encoder has to declare it.
+    The factor is 1, or a LayerScale. The block is differentiated, so that no adapter has to declare it.
+
+    Returns:
+        The gain, or None if d(block output)/d(MLP output) is not diagonal, as with a norm in between. Channels with a
+        gain below :data:`MIN_GAIN_FRACTION` of the largest get 1, because the refit would need weights that half
+        precision cannot represent.
     """
-    with torch.enable_grad(), answers_as_leaf(consumer) as seen:
+    with torch.enable_grad(), detach_output(consumer) as outputs:
         after = block(state)
-        answer = seen[consumer]
-        if after.shape != answer.shape:
+        output = outputs[consumer]
+        if after.shape != output.shape:
             return None
-        direction = torch.randn(answer.shape, generator=torch.Generator().manual_seed(0)).to(answer)
-        (derivative,) = torch.autograd.grad(after, answer, direction)
+        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        (derivative,) = torch.autograd.grad(after, output, direction)
     derivative, direction = derivative.flatten(0, -2).double(), direction.flatten(0, -2).double()
     gain = (derivative * direction).sum(0) / direction.square().sum(0)
-    if (derivative - gain * direction).norm() > ELEMENTWISE * derivative.norm():
+    if (derivative - gain * direction).norm() > DIAGONAL_TOLERANCE * derivative.norm():
         return None
-    # A channel that the block all but drops is not asked to make good what it cannot: half precision could not hold its weights.
-    return gain.where(gain.abs() > FAINT * gain.abs().max(), 1)
+    return gain.where(gain.abs() > MIN_GAIN_FRACTION * gain.abs().max(), 1)
 
 
 def _site_moments(
@@ -180,62 +208,88 @@ def _site_moments(
     dense_mlp: nn.Module,
     consumer: nn.Linear,
     states: list[Tensor],
-    goals: list[Tensor],
+    dense_states: list[Tensor],
     gain: Tensor | None,
     weight: Tensor,
 ) -> tuple[Moments, Moments]:
-    """Moments of the hidden neurons and, side by side, of the dense MLP's answers and of those that bring the stream to the dense one.
+    """Return the moments of the consumer's inputs and its targets, on the images of the fit and on the held-out images.
 
-    Answers are taken as the stream hears them, times the gain; where there is none, they are the dense MLP's alone.
+    The targets are the dense MLP's output and the output that reaches the dense residual stream, concatenated and
+    multiplied by the gain. Without a gain they are the dense MLP's output alone.
+
+    Args:
+        block: the pruned tower's block.
+        mlp: its MLP.
+        dense_mlp: the dense tower's MLP.
+        consumer: last Linear of ``mlp``.
+        states: states before ``block``.
+        dense_states: the dense tower's states after its block.
+        gain: see :func:`_gain`.
+        weight: weights of the tokens.
     """
     fit, held_out = Moments(), Moments()
-    counted = torch.nonzero(weight).flatten()
-    image = 0
-    for state, goal in zip(states, goals, strict=True):
-        with recorded_inputs(mlp, consumer) as seen:
+    weighted_tokens = torch.nonzero(weight).flatten()
+    first_image = 0
+    for state, dense_state in zip(states, dense_states, strict=True):
+        with record_inputs(mlp, consumer) as inputs:
             after = block(state)
-        hidden, answers = seen[consumer][:, counted], dense_mlp(seen[mlp])[:, counted].double()
+        hidden = inputs[consumer][:, weighted_tokens]
+        targets = dense_mlp(inputs[mlp])[:, weighted_tokens].double()
         if gain is not None:
-            missing = goal[:, counted].double() - after[:, counted].double()
-            answers = torch.cat([gain * answers, gain * consumer(hidden).double() + missing], dim=-1)
-        index = torch.arange(image, image + len(state), device=state.device)
-        image += len(state)
-        for moments, chosen in ((fit, index % HELD_OUT != HELD_OUT - 1), (held_out, index % HELD_OUT == HELD_OUT - 1)):
-            if chosen.any():
-                rows = weight[counted].repeat(int(chosen.sum()))
-                moments.add(hidden[chosen].flatten(0, 1), answers[chosen].flatten(0, 1), rows)
+            missing = dense_state[:, weighted_tokens].double() - after[:, weighted_tokens].double()
+            targets = torch.cat([gain * targets, gain * consumer(hidden).double() + missing], dim=-1)
+        index = torch.arange(first_image, first_image + len(state), device=state.device)
+        first_image += len(state)
+        is_held_out = index % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1
+        for moments, selected in ((fit, ~is_held_out), (held_out, is_held_out)):
+            if selected.any():
+                rows = weight[weighted_tokens].repeat(int(selected.sum()))
+                moments.add(hidden[selected].flatten(0, 1), targets[selected].flatten(0, 1), rows)
     return fit, held_out
 
 
 def _refit_layer(
     name: str, layer: nn.Linear, gain: Tensor, fit: Moments, held_out: Moments, damping: float
 ) -> SiteRecovery:
-    """Refit ``layer`` to one or two targets side by side, ``gain`` times its answers; of the weights between the two fits, and of
-    those that are there, the best on the images held out stay."""
+    """Refit ``layer`` in place, if that reduces the error on the held-out images.
+
+    The moments contain one target, or the dense MLP's and the residual stream's concatenated. The candidates are the
+    interpolations between the two fits. The candidate with the smallest held-out error is used.
+
+    Args:
+        name: site name.
+        layer: last Linear of the pruned MLP.
+        gain: float64 ``[width]``. The targets are ``gain`` times the layer's output.
+        fit: moments of the images of the fit.
+        held_out: moments of the held-out images.
+        damping: see the module's formula.
+    """
     if not all(torch.isfinite(moments.hh).all() and torch.isfinite(moments.yh).all() for moments in (fit, held_out)):
         raise DgmrError(
-            f"the activations at {name} are not finite on these images; check the weights and the preprocessing"
+            f"the activations at {name} are not finite on these images. Check the weights and the preprocessing."
         )
     width, scale = layer.out_features, gain[:, None]
-    targets, judge = len(fit.y) // width, held_out.last(width)
-    weight, bias = (
-        scale * layer.weight.detach().double(),
-        None if layer.bias is None else gain * layer.bias.detach().double(),
-    )
-    fitted, fitted_bias = refit(fit, weight.repeat(targets, 1), None if bias is None else bias.repeat(targets), damping)
+    num_targets, validation = len(fit.y) // width, held_out.last_channels(width)
+    weight = scale * layer.weight.detach().double()
+    bias = None if layer.bias is None else gain * layer.bias.detach().double()
+    repeated_bias = None if bias is None else bias.repeat(num_targets)
+    fitted, fitted_bias = refit(fit, weight.repeat(num_targets, 1), repeated_bias, damping)
     candidates = []
-    for share in SHARES if targets > 1 else (0.0,):
-        new_weight = (torch.lerp(fitted[:width], fitted[-width:], share) / scale).to(layer.weight.dtype)
-        new_bias = None
+    for interpolation in INTERPOLATION_WEIGHTS if num_targets > 1 else (0.0,):
+        new_weight = (torch.lerp(fitted[:width], fitted[-width:], interpolation) / scale).to(layer.weight.dtype)
+        new_bias = scaled_bias = None
         if fitted_bias is not None:
-            new_bias = (torch.lerp(fitted_bias[:width], fitted_bias[-width:], share) / gain).to(layer.weight.dtype)
-        error = judge.error(scale * new_weight.double(), None if new_bias is None else gain * new_bias.double())
+            new_bias = (torch.lerp(fitted_bias[:width], fitted_bias[-width:], interpolation) / gain).to(
+                layer.weight.dtype
+            )
+            scaled_bias = gain * new_bias.double()
+        error = validation.relative_error(scale * new_weight.double(), scaled_bias)
         candidates.append((error, new_weight, new_bias))
-    cut = judge.error(weight, bias)
-    recovered, new_weight, new_bias = min(candidates, key=lambda candidate: candidate[0])
-    better = recovered < cut
-    if better:
+    cut_error = validation.relative_error(weight, bias)
+    recovered_error, new_weight, new_bias = min(candidates, key=lambda candidate: candidate[0])
+    improved = recovered_error < cut_error
+    if improved:
         layer.weight.copy_(new_weight)
         if new_bias is not None:
             layer.bias.copy_(new_bias)
-    return SiteRecovery(name, cut, recovered, kept_cut=not better)
+    return SiteRecovery(name, cut_error, recovered_error, kept_cut=not improved)

@@ -34,12 +34,13 @@ class Selection:
 def select_diverse_rows(weight: np.ndarray, picks: int | None = None) -> Selection:
     """Order all rows of ``weight`` ``[rows, columns]`` by greedy Gram-Schmidt, in float64.
 
-    The order is nested: the first ``k`` entries are the procedure's choice of ``k`` rows. Rows that are zero, or as small
-    as the rank tolerance, come last, larger first.
+    The order is nested: the first ``k`` entries are the procedure's choice of ``k`` rows. Rows that are zero, or as
+    small as the rank tolerance, come last, larger first.
 
     Args:
         weight: one row a neuron.
-        picks: how many rows matter. No round begins after so many picks; the rows left follow by their norms, larger first.
+        picks: how many rows matter. No round begins after so many picks; the rows left follow by their norms, larger
+            first.
 
     Raises:
         ValueError: ``weight`` is not a matrix or holds NaN or infinite values.

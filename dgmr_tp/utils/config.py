@@ -33,3 +33,22 @@ class NameIn:
         if name not in self.registry:
             raise ValueError(f"unknown name; use one of {', '.join(self.registry)}")
         return name
+
+
+class DataPath:
+    """Annotation of a key whose value is a path that a run reads: ``Annotated[str | None, DataPath()]``."""
+
+
+def data_paths(config: BaseModel, prefix: str = "") -> dict[str, str]:
+    """Return the values of all keys of ``config`` annotated with :class:`DataPath`, by dotted key, nested sections too."""
+    paths: dict[str, str] = {}
+    for name, field in type(config).model_fields.items():
+        value, key = getattr(config, name), f"{prefix}{name}"
+        if isinstance(value, BaseModel):
+            paths |= data_paths(value, f"{key}.")
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                paths |= data_paths(item, f"{key}.{index}.") if isinstance(item, BaseModel) else {}
+        elif value and any(isinstance(mark, DataPath) for mark in field.metadata):
+            paths[key] = value
+    return paths

@@ -1,64 +1,87 @@
-"""Files that appear whole or not at all, and folders that one process works in at a time."""
+"""Atomic files, checksums, and locks on directories."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from dgmr_tp.errors import DgmrError
 
-
-class Held(DgmrError):
-    """Another process works there."""
+LOCK_NAME = "lock"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader or a kill never meets half of it."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, errors="surrogateescape")  # names of files may be no UTF-8
-    os.replace(aside, path)
+class DirectoryLocked(DgmrError):
+    """Another process holds the lock of a directory."""
 
 
-def files_below(source: Path) -> list[Path]:
-    """All files of a folder, by name, through links to folders too; a file alone is itself."""
+def staging_path(path: Path) -> Path:
+    """Return the path that a file or directory is written to before it is renamed to ``path``."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Write ``text`` to the staging path and rename it, so that no reader sees an incomplete file."""
+    staging = staging_path(path)
+    staging.write_text(text, errors="surrogateescape")  # file names in it may not be UTF-8
+    os.replace(staging, path)
+
+
+def list_files(source: Path) -> list[Path]:
+    """Return all files below a directory, sorted, following links to directories. A file is returned as itself."""
     if not source.is_dir():
         return [source]
-    found, known = [], set()
-    for folder, inside, names in os.walk(source, followlinks=True):
-        if (real := os.path.realpath(folder)) in known:  # a link to what it lies in
-            inside.clear()
+    files, visited = [], set()
+    for folder, subfolders, names in os.walk(source, followlinks=True):
+        if (real := os.path.realpath(folder)) in visited:  # a link to a parent directory
+            subfolders.clear()
             continue
-        known.add(real)
-        found += [Path(folder, name) for name in names]
-    return sorted(path for path in found if path.is_file())
+        visited.add(real)
+        files += [Path(folder, name) for name in names]
+    return sorted(path for path in files if path.is_file())
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hold(directory: Path, what: str) -> IO[str]:
-    """Take ``directory`` for this process until the stream returned is closed.
+@contextmanager
+def lock_directory(directory: Path, activity: str) -> Iterator[None]:
+    """Hold the lock of ``directory``, which is made if it does not exist.
+
+    Args:
+        directory: the directory.
+        activity: what the holder does, for the error message, such as ``dgmr-tp run is working``.
 
     Raises:
-        Held: another process holds it; ``what`` says what that is.
-        DgmrError: its file system has no locks.
+        DirectoryLocked: another process holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    stream = (directory / "lock").open("w")
+    lock = FileLock(directory / LOCK_NAME, timeout=0)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        stream.close()
-        raise Held(f"another {what} in {directory}; wait for it or stop it") from error
-    except OSError as error:
-        stream.close()
-        raise DgmrError(
-            f"the file system of {directory} has no locks ({error.strerror}); mount it with them (Lustre: flock), or name another directory"
-        ) from error
-    return stream
+        lock.acquire()
+    except Timeout as error:
+        raise DirectoryLocked(f"Another {activity} in {directory}. Wait for it or stop it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# SHIM
+class _Hold:
+    def __init__(self, directory, activity):
+        self.c = lock_directory(directory, activity)
+        self.c.__enter__()
+
+    def close(self):
+        self.c.__exit__(None, None, None)
+
+
+write_whole, files_below, Held, hold = atomic_write, list_files, DirectoryLocked, _Hold

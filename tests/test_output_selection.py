@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
+from compress import block_sites, make_plan, rank
 from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS, plain_output
 from hypothesis import given, settings
@@ -15,7 +16,7 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
-from dgmr_tp.compression.criteria import Rankings, block_sites, make_plan, rank
+from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_tower
@@ -154,7 +155,7 @@ def test_it_works_in_a_stock_pruner():
 def test_more_picks_than_a_panel_change_nothing(monkeypatch):
     hidden, weight = problem(3, neurons=40, tokens=200)
     whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
-    monkeypatch.setattr("dgmr_tp.pruning.output_selection.PANEL", 7)
+    monkeypatch.setattr("dgmr_tp.pruning.output_selection.PIVOT_BLOCK", 7)
     for by, expected in whole.items():
         got = ranked(hidden, weight, by=by)
         assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)
@@ -299,7 +300,7 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank/all: done") == 1
     images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
-    told = call_command("rank", "--images", images, "--count", "60", "-o", ranked)
+    told = call_command("rank", "--images", images, "--calibration-images", "60", "-o", ranked)
     assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
     written = tmp_path / "plan.json"
     for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):

@@ -1,0 +1,95 @@
+"""Calibration images: unlabeled images that criteria, recovery and AMP's search run the tower on.
+
+Images are read and preprocessed once. Everything below the public entry points works on :class:`CalibrationImages`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dgmr_tp.data.streams import find_images
+from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.errors import DgmrError
+
+NUM_CALIBRATION_IMAGES = 1024
+"""Images read from a folder or shards when the caller gives no number."""
+
+
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Preprocessed images in batches ``[batch, 3, height, width]``, and what reading them skipped."""
+
+    batches: list[Tensor]
+    broken: dict[str, str] = field(default_factory=dict)
+    """Name and error of every image that did not decode."""
+    other_files: int = 0
+    """Files in the source that are not images."""
+
+    @classmethod
+    def read(
+        cls, images: str | Path | Iterable[Tensor], model: OpenedModel, count: int | None = None, seed: int = 0
+    ) -> CalibrationImages:
+        """Read images from a path or a URL with the model's preprocessing, or take batches as they are.
+
+        Args:
+            images: a folder, a tar, a folder of tars, a URL of shards, or preprocessed batches
+                ``[batch, 3, height, width]``.
+            model: gives the preprocessing.
+            count: number of images. Default: :data:`NUM_CALIBRATION_IMAGES` from a path (all, if it holds fewer), and
+                all batches.
+            seed: draws the images from a path.
+
+        Raises:
+            DgmrError: the path holds no readable image, a batch has another shape, or the batches hold fewer than
+                ``count`` images.
+        """
+        if isinstance(images, str | Path):
+            source = find_images(images)
+            sampled = list(source.sample(count or NUM_CALIBRATION_IMAGES, seed, model.preprocess))
+            return cls(sampled, dict(source.broken), source.other_files)
+        batches = [_check_batch(batch) for batch in images]
+        if count is None:
+            return cls(batches)
+        if (given := sum(map(len, batches))) < count:
+            raise DgmrError(
+                f"{count} calibration images were asked for, but the batches hold {given}. Pass more batches or a "
+                "smaller number."
+            )
+        return cls(list(torch.cat(batches)[:count].split(len(batches[0]))))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return sum(map(len, self.batches))
+
+    def on(self, model: OpenedModel) -> Iterator[Tensor]:
+        """Yield the batches on the device and in the dtype of the model's tower."""
+        like = next(model.tower.parameters())
+        return (batch.to(like.device, like.dtype) for batch in self.batches)
+
+    def groups(self, model: OpenedModel, candidates: int) -> list[list[Tensor]]:
+        """Return whole groups of ``candidates`` images for AMP's entropy, each in batches on the model's device.
+
+        Images left over after the last whole group are dropped. Fewer images than ``candidates`` give one group
+        of all images.
+        """
+        batches = list(self.on(model))
+        size = min(candidates, len(self))
+        batch_size = min(size, len(batches[0]))
+        images = torch.cat(batches)
+        return [list(group.split(batch_size)) for group in images[: len(self) - len(self) % size].split(size)]
+
+
+def _check_batch(batch: Any) -> Tensor:
+    if isinstance(batch, Tensor) and batch.ndim == 4:
+        return batch
+    kind = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+    raise DgmrError(
+        f"A batch of images is a tensor [batch, 3, height, width], this is {kind}. Leave out labels, and put a single "
+        "batch into a list."
+    )
