@@ -27,7 +27,7 @@ from train_cifar10_clip import load_split, normalise
 from dgmr_tp import prune
 from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.encoders import wrap_tower
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 BATCH_SIZE = 64
 
@@ -72,7 +72,7 @@ def main() -> None:
                 print(f"| {start} | {point['images']:,} | {point['head']:.1f} | {point['cosine']:.4f} |", flush=True)
     setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, json.dumps({**setting, **result}, indent=1) + "\n")
+    atomic_write(args.out, json.dumps({**setting, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

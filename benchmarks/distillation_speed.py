@@ -44,7 +44,7 @@ from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
 from dgmr_tp.distillation.loop import read_curve
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.pruning import last_state
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 WARMUP_STEPS, MEASURED_STEPS = 20, 40
 STEPS = WARMUP_STEPS + MEASURED_STEPS
@@ -192,7 +192,7 @@ def main() -> None:
             "torch": torch.__version__,
             "model": args.model,
         }
-        write_whole(
+        atomic_write(
             args.out,
             json.dumps({**setting, "batch": args.batch, "images_per_second": rates, "ratios": ratios}, indent=1) + "\n",
         )

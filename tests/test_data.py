@@ -24,7 +24,7 @@ from dgmr_tp.distillation.data import (
     training_transform,
 )
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -122,7 +122,7 @@ def test_linked_folders_are_folders_and_names_need_not_be_utf_8(folder, tmp_path
         file.write((folder / "0.png").read_bytes())
     images = Images.find(place)
     assert len(images) == 13 and {record.class_name() for record in images.records} == {"first", "sub", None}
-    write_whole(place / "names.txt", "\n".join(record.name for record in images.records))
+    atomic_write(place / "names.txt", "\n".join(record.name for record in images.records))
     assert b"caf\xe9.png" in (place / "names.txt").read_bytes()
 
 

@@ -51,7 +51,7 @@ from dgmr_tp.distillation.validation import BestWeights, HeldOutSet
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.utils.files import Held, hold
+from dgmr_tp.utils.files import DirectoryLocked, lock_directory
 
 
 def distill_config(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillConfig:
@@ -302,10 +302,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(DgmrError, match=r"the file system of .* has no locks \(No locks available\)"):
-        hold(tmp_path, "run is working")
+        lock_directory(tmp_path, "run is working").__enter__()
     monkeypatch.undo()
-    with hold(tmp_path, "run is working"), pytest.raises(Held, match="another run is working"):
-        hold(tmp_path, "run is working")
+    with (
+        lock_directory(tmp_path, "run is working"),
+        pytest.raises(DirectoryLocked, match="another run is working"),
+        lock_directory(tmp_path, "run is working"),
+    ):
+        raise AssertionError("locked twice")
 
 
 def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
@@ -373,7 +377,7 @@ def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
     with pytest.raises(
         DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"
     ):
-        run.train_here("tune_text", "mlp_ratio-1")
+        run.train_worker("tune_text", "mlp_ratio-1")
 
 
 # The tests below launch processes.
@@ -641,7 +645,7 @@ def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"keep_features": True}, "serves several sizes, or fixed_crops: true; this recipe has neither"),
+        ({"keep_features": True}, "serves several sizes, or fixed_crops: true"),
         ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not work with shard_teacher"),
     ],
 )
@@ -655,7 +659,7 @@ def test_features_are_kept_only_for_what_reads_them(changes, says):
         images="https://nowhere/{0..3}.tar", distill={**SMALL["distill"], "keep_features": True, "fixed_crops": True}
     )
     with pytest.raises(
-        DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered; set it to false"
+        DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered. Set it to false"
     ):
         Run(url, "runs/none").run()
 

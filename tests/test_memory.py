@@ -98,7 +98,7 @@ def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
     small = recipe()
     text, misfit = estimate_distillation(small, "2x1GB", rate="2")
     assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
-    assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
+    assert "192 images at 2 per second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
     assert "\n192 images\n" in estimate_distillation(small, "2x1GB")[0] + "\n"
     assert (
         estimate_distillation(small, "2x0.028GB")[1]
@@ -119,13 +119,13 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     rates = [float(line.split(",")[1]) for line in log.read_text().splitlines()[1:]]
     later = rates[len(rates) // 2 :]
     match = re.search(
-        r"192 images at ([\d.]+) a second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
+        r"192 images at ([\d.]+) per second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
     )
     assert min(later) * 0.999 <= float(match[1]) <= max(later) * 1.001
     begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
     begun.mkdir(parents=True)
     (begun / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
-    assert "192 images at 0.02 a second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
+    assert "192 images at 0.02 per second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
     for wrong in ("0", "-3", "nan"):
         with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second are more than 0"):
             estimate_distillation(recipe(), "2x1GB", wrong)

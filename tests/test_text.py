@@ -30,6 +30,7 @@ from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run import Run
+from dgmr_tp.pipeline.stages.tune_text import not_zero_shot
 
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
@@ -176,7 +177,7 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
         ("compare.classes", {"compare": SMALL["compare"]}),
     ):
         with pytest.raises(
-            DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer's files; leave that key out"
+            DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer files. Leave that key out"
         ):
             Run(recipe(**{**changes, "tune_text": None, **change}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
@@ -204,7 +205,7 @@ def test_captions_in_a_file_of_any_name_are_known_by_what_it_says(tmp_path, data
     datasets = [{"dataset": name, "root": "data"} for name in ("flickr30k", "mscoco_captions", "imagenet1k")]
     tuned = {"captions": str(tmp_path / "captions.json"), "images": "x", "steps": 1, "batch_size": 2, "base_lr": 1.0}
     run = Run(recipe(evaluate={"datasets": datasets}, tune_text=tuned), tmp_path / "run")
-    assert run.not_zero_shot == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
+    assert not_zero_shot(run.recipe) == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
 
 
 # The tests below launch processes.
