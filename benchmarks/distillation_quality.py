@@ -1,13 +1,13 @@
-"""How many images a distillation needs to reach the teacher, from the recovered and from the unrecovered model.
+"""Accuracy of a distilled model by the number of images, started from the recovered and from the pruned model.
 
-    CIFAR10_DIR=.../cifar10 python benchmarks/distillation_quality.py --encoder VIT.safetensors --out
-    benchmarks/results/quality.json
+    CIFAR10_DIR=.../cifar10 python benchmarks/distillation_quality.py --encoder VIT.safetensors \\
+        --out benchmarks/results/quality.json
 
-The demo CLIP on generated scenes and the CIFAR-10 encoder of ``methods.py``, DGMR's neurons, hidden = width. The papers' schedule
-sees every image ten times; here every image is seen once at most, a tenth of that: 4,096 scenes, 50,000 photographs (of
-which those that calibrate and test are left out). The product's loss; AdamW, warm-up of 20 steps, cosine, 64 images a
-step, no augmentation. Measured on 2,000 test images: accuracy of the original head (zero-shot for the demo) and cosine
-to the dense embedding.
+Models: the demo CLIP on generated scenes, and the CIFAR-10 encoder of ``methods.py``; DGMR's neurons, hidden = width.
+The papers use every image ten times. Here every image is used at most once: 4,096 scenes, or 50,000 photographs without
+those for calibration and testing. Loss as in a recipe; AdamW, 20 warm-up steps, cosine, 64 images a step, no
+augmentation. Measured on 2,000 test images: accuracy of the original head (zero-shot for the demo CLIP) and cosine to
+the dense embedding.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from train_cifar10_clip import load_split, normalise
 from dgmr_tp import prune
 from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.encoders import wrap_tower
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
-BATCH = 64
+BATCH_SIZE = 64
 
 
 def curve(
     subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Tensor
 ) -> list[dict[str, float]]:
-    """Accuracy and cosine before the training and after each quarter of ``images``."""
-    student, steps = copy.deepcopy(student).requires_grad_(True), len(images) // BATCH
+    """Return accuracy and cosine before the training and after each quarter of ``images``."""
+    student, steps = copy.deepcopy(student).requires_grad_(True), len(images) // BATCH_SIZE
     points = [{"images": 0, **measured(subject, student.eval(), dense)}]
-    batches, peak = images[: steps * BATCH].split(BATCH), base_lr * BATCH / 256
+    batches, peak = images[: steps * BATCH_SIZE].split(BATCH_SIZE), base_lr * BATCH_SIZE / 256
     for step in distilling(subject.tower, student, batches, steps=steps, peak=peak, weight_decay=0.0):
         if step in {steps * quarter // 4 for quarter in (1, 2, 3, 4)}:
-            points.append({"images": step * BATCH, **measured(subject, student, dense)})
+            points.append({"images": step * BATCH_SIZE, **measured(subject, student, dense)})
     return points
 
 
@@ -62,17 +62,17 @@ def main() -> None:
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         width = subject.tower.patch_embed.proj.out_channels if name == "cifar" else subject.tower.conv1.out_channels
         plan = make_plan(wrap_tower(subject.tower), "dgmr", keep=width)
-        whole = measured(subject, subject.tower, dense)
-        print(f"{name}, dense: head {whole['head']:.1f}\n| from | images | head | cosine |\n|---|---|---|---|")
-        result[name] = {"dense": whole}
-        for start, seen in (("recovered", calibration), ("pruned", None)):
-            points = curve(subject, prune(subject.tower, seen, plan=plan).model, images, base_lr, dense)
+        dense_figures = measured(subject, subject.tower, dense)
+        print(f"{name}, dense: head {dense_figures['head']:.1f}\n| from | images | head | cosine |\n|---|---|---|---|")
+        result[name] = {"dense": dense_figures}
+        for start, recovery_images in (("recovered", calibration), ("pruned", None)):
+            points = curve(subject, prune(subject.tower, recovery_images, plan=plan).model, images, base_lr, dense)
             result[name][start] = points  # type: ignore[index]
             for point in points:
                 print(f"| {start} | {point['images']:,} | {point['head']:.1f} | {point['cosine']:.4f} |", flush=True)
     setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, json.dumps({**setting, **result}, indent=1) + "\n")
+    atomic_write(args.out, json.dumps({**setting, **result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

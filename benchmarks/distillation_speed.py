@@ -1,15 +1,19 @@
-"""Images per second of the product's distillation beside a minimal loop as the papers' code has it.
+"""Throughput of the distillation, compared with a minimal loop like the one in the papers' code.
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu torchrun --nproc_per_node 2 benchmarks/distillation_speed.py --out FILE.json
 
-The minimal loop (arXiv 2506.08591 and 2603.08100 as released): DistributedDataParallel, eager teacher, AdamW over all
-parameters, a barrier and ``.item()`` in every step, on a GPU pure bf16. The product: float32 master weights, one
-exchange of losses and flags a step; ``zero0`` shards nothing, as the minimal loop does (not in bf16, whose master
-weights are ZeRO's), ``zero1`` the optimiser's states. ``kept`` is ``zero1`` as it trains a recipe's second size with
-``keep_features``: the teacher's features are read, not computed. All distil the demo CLIP (or ``--model``) pruned to
-hidden = width on generated scenes, at the same batch. They take turns, ``--rounds`` times, since a machine's speed
-drifts. A turn's rate is taken from the last ``MEASURED`` steps, so that starting up does not count: by the median step,
-which a shared machine disturbs little, and by their mean.
+The loops:
+
+- ``minimal`` (as released with arXiv 2506.08591 and 2603.08100): DistributedDataParallel, eager teacher, AdamW over all
+  parameters, a barrier and ``.item()`` in every step; pure bf16 on a GPU.
+- ``zero0``: ours, without sharding, as in the minimal loop. Not measured in bf16, which needs ZeRO's master weights.
+- ``zero1``: ours, with sharded optimizer states. Float32 master weights, one all-reduce of losses and flags a step.
+- ``cached``: ``zero1`` with the teacher's features read from the cache, as for the second size of a recipe with
+  ``keep_features``.
+
+All distill the demo CLIP (or ``--model``), pruned to hidden = width, on generated scenes with the same batch size. They
+take turns for ``--rounds`` rounds, because the speed of a machine drifts. The rate of a turn is measured over its last
+``MEASURED_STEPS`` steps: by the median step, which other work on the machine disturbs little, and by the mean.
 """
 
 from __future__ import annotations
@@ -34,20 +38,21 @@ from torchvision import transforms
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation.config import DistillSettings
+from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import start_deepspeed, stop_deepspeed
 from dgmr_tp.distillation.loop import read_curve
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.pipeline.recipe import Distill
 from dgmr_tp.pruning import last_state
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
-WARM_UP, MEASURED = 20, 40
-STEPS = WARM_UP + MEASURED
+WARMUP_STEPS, MEASURED_STEPS = 20, 40
+STEPS = WARMUP_STEPS + MEASURED_STEPS
 
 
-class Folder(Dataset):
+class CropDataset(Dataset):
+    """Random crops, as in the papers' code."""
+
     def __init__(self, images: Images, preprocess: dict, size: int) -> None:
         self.images = images
         self.transform = transforms.Compose(
@@ -79,24 +84,24 @@ class Features(torch.nn.Module):
 
 
 def minimal(teacher: OpenedModel, student: OpenedModel, images: Images, batch: int, workers: int) -> None:
-    """The papers' loop."""
+    """Train with the papers' loop."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     precision = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wanted = Features(teacher).to(device, precision).eval().requires_grad_(False)
+    teacher_features = Features(teacher).to(device, precision).eval().requires_grad_(False)
     ddp = DistributedDataParallel(Features(student).to(device, precision).train(), find_unused_parameters=True)
     optimizer = torch.optim.AdamW(ddp.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.04)
-    crops = Folder(images, teacher.preprocess_config, teacher.image_size)
+    crops = CropDataset(images, teacher.preprocess_config, teacher.image_size)
     share = batch // distributed.get_world_size()
     step = 0
     while step < STEPS:
-        for pictures in DataLoader(
+        for batch_images in DataLoader(
             crops, share, sampler=DistributedSampler(crops), num_workers=workers, drop_last=True
         ):
-            pictures = pictures.to(device, precision)
+            batch_images = batch_images.to(device, precision)
             with torch.no_grad():
-                class_wanted, patches_wanted = wanted(pictures)
-            class_token, patches = ddp(pictures)
-            loss = F.mse_loss(class_token, class_wanted) + F.mse_loss(patches, patches_wanted)
+                teacher_class_token, teacher_patches = teacher_features(batch_images)
+            class_token, patches = ddp(batch_images)
+            loss = F.mse_loss(class_token, teacher_class_token) + F.mse_loss(patches, teacher_patches)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -117,15 +122,15 @@ def main() -> None:
     args = parser.parse_args()
     start_deepspeed()
     rank, world = distributed.get_rank(), distributed.get_world_size()
-    place = [tempfile.mkdtemp() if rank == 0 else None]
-    distributed.broadcast_object_list(place)
-    folder = Path(str(place[0]))
+    shared = [tempfile.mkdtemp() if rank == 0 else None]
+    distributed.broadcast_object_list(shared)
+    folder = Path(str(shared[0]))
     if rank == 0:
         scenes.write_classification(folder / "images", 512, seed=3)
     distributed.barrier()
     images = Images.find(folder / "images")
 
-    def product(teacher: OpenedModel, student: OpenedModel, directory: Path, stage: int, features: Path | None) -> None:
+    def ours(teacher: OpenedModel, student: OpenedModel, directory: Path, stage: int, features: Path | None) -> None:
         section = {
             "steps": STEPS,
             "batch_size": args.batch,
@@ -139,9 +144,7 @@ def main() -> None:
             "zero_stage": stage,
             "log_every": STEPS,
         }
-        distill(
-            teacher, student, images, DistillSettings.of(Distill(**section).model_dump(), seed=0), directory, features
-        )
+        distill(teacher, student, images, DistillConfig(**section), directory, features=features)
 
     def turn(which: str, number: int) -> dict[str, float]:
         teacher = open_model(args.model)
@@ -153,28 +156,28 @@ def main() -> None:
         if which == "minimal":
             minimal(teacher, student, images, args.batch, args.workers)
         else:
-            stage, features = (1, folder / "features") if which == "kept" else (int(which[-1]), None)
-            product(teacher, student, directory, stage, features)
-        times = [end - start for start, end in pairwise(starts[-MEASURED:])]
-        distributed.barrier()  # until the first process has written its curves
+            stage, features = (1, folder / "features") if which == "cached" else (int(which[-1]), None)
+            ours(teacher, student, directory, stage, features)
+        times = [end - start for start, end in pairwise(starts[-MEASURED_STEPS:])]
+        distributed.barrier()  # until rank 0 has written its curves
         curves = {name: read_curve(directory, name) for name in ("memory_gb", "share_of_peak")}
         figures = {name: curve[-1][1] for name, curve in curves.items() if curve}
         return {"median": args.batch / statistics.median(times), "mean": args.batch / statistics.mean(times), **figures}
 
-    turn("kept", -1)  # fills the file
-    found: dict[str, list[dict[str, float]]] = {which: [] for which in ("minimal", "zero0", "zero1", "kept")}
+    turn("cached", -1)  # fills the cache
+    rates: dict[str, list[dict[str, float]]] = {which: [] for which in ("minimal", "zero0", "zero1", "cached")}
     if torch.cuda.is_available():
-        del found["zero0"]
+        del rates["zero0"]
     for number in range(args.rounds):
-        for which, turns in found.items():
+        for which, turns in rates.items():
             turns.append(turn(which, number))
             if rank == 0:
-                print(f"{which:<8} {turns[-1]['median']:.1f} images/s, in the mean {turns[-1]['mean']:.1f}", flush=True)
+                print(f"{which:<8} {turns[-1]['median']:.1f} images/s, mean {turns[-1]['mean']:.1f}", flush=True)
     if rank == 0:
-        pairs = [*((stage, "minimal") for stage in found if stage.startswith("zero")), ("kept", "zero1")]
+        pairs = [*((stage, "minimal") for stage in rates if stage.startswith("zero")), ("cached", "zero1")]
         ratios = {
             f"{first} / {second}, {kind}": statistics.median(
-                one[kind] / other[kind] for one, other in zip(found[first], found[second], strict=True)
+                one[kind] / other[kind] for one, other in zip(rates[first], rates[second], strict=True)
             )
             for kind in ("median", "mean")
             for first, second in pairs
@@ -189,9 +192,9 @@ def main() -> None:
             "torch": torch.__version__,
             "model": args.model,
         }
-        write_whole(
+        atomic_write(
             args.out,
-            json.dumps({**setting, "batch": args.batch, "images_per_second": found, "ratios": ratios}, indent=1) + "\n",
+            json.dumps({**setting, "batch": args.batch, "images_per_second": rates, "ratios": ratios}, indent=1) + "\n",
         )
     stop_deepspeed()
 

@@ -1,4 +1,4 @@
-"""Original checkpoints as people have them: every format, the layouts of the releases, narrowed widths, damage, and the hub."""
+"""Loading of released checkpoints: file formats, layouts, pruned widths, damaged files, and the hub."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ def output(tower):
 
 
 def narrowed(tower, keep=40):
-    """A pruned copy, as the papers' checkpoints hold them."""
+    """Return a pruned copy, with widths as in the papers' checkpoints."""
     tower = copy.deepcopy(tower)
     blocks = [site for site in find_sites(tower) if "blocks." in site.name or site.name.startswith("encoder.")]
     pruner = MLPPruner(tower, keep=keep, sites=blocks)
@@ -38,7 +38,7 @@ def narrowed(tower, keep=40):
 
 
 def same_and_not_by_chance(loaded, expected):
-    """The outputs agree, and zeroing one column of one MLP shows."""
+    """Assert that the outputs agree, and that a change of one MLP would be noticed."""
     assert torch.allclose(output(loaded), output(expected), atol=1e-6)
     broken = copy.deepcopy(loaded)
     last = [layer for name, layer in broken.named_modules() if isinstance(layer, nn.Linear) and ".mlp." in name][-1]
@@ -48,7 +48,7 @@ def same_and_not_by_chance(loaded, expected):
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory):
-    """A small CLIP under a name in open_clip's registry."""
+    """A small CLIP with a name in open_clip's registry."""
     path = tmp_path_factory.mktemp("configs") / "tiny-clip.json"
     path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": OPEN_CLIP, "text_cfg": TEXT}))
     open_clip.add_model_config(path)
@@ -101,7 +101,7 @@ def test_a_bare_tower_needs_the_text_towers_weights_named(tiny_clip, tmp_path, p
 
 @pytest.mark.parametrize("width", ["dense", "pruned"])
 def test_eva_clips_own_release_opens_as_open_clip(tmp_path, width):
-    """EVA02_CLIP_E_psz14_plus_s9B.pt: the tower's keys stand under ``visual.``, without open_clip's ``trunk.``."""
+    """EVA02_CLIP_E_psz14_plus_s9B.pt: the tower's keys start with ``visual.``, without open_clip's ``trunk.``."""
     FAMILIES["open_clip EVA02-E+"](tmp_path / "clip")
     clip = open_model(str(tmp_path / "clip")).module
     released = narrowed(clip) if width == "pruned" else clip
@@ -113,20 +113,20 @@ def test_eva_clips_own_release_opens_as_open_clip(tmp_path, width):
 
 
 def in_dinov2s_names(state):
-    """The keys of facebookresearch's DINOv2 with SwiGLU, by hand."""
+    """Rename the keys as in facebookresearch's DINOv2 with SwiGLU."""
     names = {".mlp.fc1.": ".mlp.w12.", ".mlp.fc2.": ".mlp.w3."}
     renamed = {}
     for name, tensor in state.items():
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         renamed[name] = tensor
-    # Theirs has a position for the class token and a mask token; timm adds the class token's position to the token.
+    # The release has a mask token and a position for the class token, which timm adds to the token itself.
     return {**renamed, "mask_token": torch.zeros(1, 48)}
 
 
 @pytest.mark.parametrize("width", ["dense", "pruned"])
 def test_dinov2s_own_release_opens_as_timm(tmp_path, width):
-    """dinov2_vitg14_pretrain.pth and the papers' pruned ones: ``w12`` and ``w3``."""
+    """dinov2_vitg14_pretrain.pth and the papers' pruned checkpoints have ``w12`` and ``w3``."""
     arguments = {**VIT, "num_classes": 0}
     dense = redraw(timm.create_model("vit_giant_patch14_dinov2", **arguments))
     released = narrowed(dense) if width == "pruned" else dense
@@ -146,7 +146,7 @@ def eva_8b(**options):
 
 
 def in_transformers_names(state):
-    """The keys of BAAI/EVA-CLIP-8B on the hub, by hand."""
+    """Rename the keys as in BAAI/EVA-CLIP-8B on the hub."""
     released = {"text_model.embeddings.token_embedding.weight": torch.zeros(5, 4), "logit_scale": torch.zeros(())}
     released["vision_model.embeddings.class_embedding"] = state["cls_token"].flatten()
     released["vision_model.embeddings.position_embedding.weight"] = state["pos_embed"][0]
@@ -189,7 +189,7 @@ def test_eva_clip_8b_has_the_published_size():
 
 
 def release_internvit(directory):
-    """OpenGVLab's layout by hand: their keys, one fused projection, their configuration."""
+    """Write OpenGVLab's layout: its keys, its fused projection and its configuration."""
     in_transformers("InternVLVisionModel", "InternVLVisionConfig", **{**INTERN, "use_mean_pooling": True})(directory)
     ours = read_tensors(directory / "model.safetensors")
     names = {
@@ -290,7 +290,7 @@ def test_a_truncated_file_is_one_sentence(tiny_clip, tmp_path):
 
 @pytest.mark.slow
 def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_path):
-    """A repository in the layout of the hub's cache; the hub itself is not reached."""
+    """Uses a repository in the layout of the hub's cache. The hub itself is not contacted."""
     snapshot = tmp_path / "hub" / "models--org--clip" / "snapshots" / "0123"
     snapshot.parent.mkdir(parents=True)
     FAMILIES["open_clip"](snapshot)
@@ -327,7 +327,7 @@ def test_hub_names_open_from_the_cache_and_fail_in_one_sentence_without_it(tmp_p
 
 
 def test_open_clips_older_repositories_open(tiny_clip, tmp_path):
-    """Weights called open_clip_pytorch_model.bin, with what older versions kept beside them."""
+    """Weights in open_clip_pytorch_model.bin, with the extra tensors of older versions."""
     FAMILIES["open_clip"](tmp_path / "clip")
     state = read_tensors(tmp_path / "clip" / "open_clip_model.safetensors")
     (tmp_path / "clip" / "open_clip_model.safetensors").unlink()

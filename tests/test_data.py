@@ -24,7 +24,7 @@ from dgmr_tp.distillation.data import (
     training_transform,
 )
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -40,7 +40,7 @@ def test_a_scene_is_the_same_picture_every_time_and_another_one_differs():
 
 
 def test_a_known_scene_has_not_changed():
-    """The demo CLIP was trained on these pictures: a change of the generator needs a new demo CLIP."""
+    """The demo CLIP was trained on these images. A change of the generator needs a new demo CLIP."""
     scene = Scene.draw(0, 0)
     assert scene.caption == "a medium striped purple cross at the top left on a plain background"
     assert scene.image().shape == (64, 64, 3)
@@ -56,7 +56,7 @@ def test_captions_name_the_class_and_all_classes_occur():
 
 
 def test_the_object_is_where_the_caption_says():
-    """Rendered twice with the same random numbers but another colour, only the object's pixels differ."""
+    """Two renderings with the same random numbers and different colors differ only in the object's pixels."""
     for index in range(60):
         scene = Scene.draw(3, index)
         other = Scene(**{**scene.__dict__, "color": "red" if scene.color != "red" else "blue"})
@@ -76,7 +76,7 @@ def test_shards_hold_what_the_scenes_say(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten good pictures, two broken ones, one text file, one in a sub-folder."""
+    """Ten good images, one of them in a subfolder, two broken ones and a text file."""
     for i in range(9):
         Image.fromarray(Scene.draw(0, i).image()).save(tmp_path / f"{i}.png")
     (tmp_path / "sub").mkdir()
@@ -108,8 +108,8 @@ def test_pictures_of_sixteen_bits_keep_their_shades_and_those_without_a_range_ar
     Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "c.tif")
     images = Images.find(tmp_path)
     for place in (0, 1):
-        found = np.asarray(images.read(place)).astype(int)
-        assert found.shape == (16, 16, 3) and (found == np.arange(256).reshape(16, 16, 1)).all()
+        pixels = np.asarray(images.read(place)).astype(int)
+        assert pixels.shape == (16, 16, 3) and (pixels == np.arange(256).reshape(16, 16, 1)).all()
     assert images.read(2) is None and "mode F" in images.broken[str(tmp_path / "c.tif")]
 
 
@@ -122,7 +122,7 @@ def test_linked_folders_are_folders_and_names_need_not_be_utf_8(folder, tmp_path
         file.write((folder / "0.png").read_bytes())
     images = Images.find(place)
     assert len(images) == 13 and {record.class_name() for record in images.records} == {"first", "sub", None}
-    write_whole(place / "names.txt", "\n".join(record.name for record in images.records))
+    atomic_write(place / "names.txt", "\n".join(record.name for record in images.records))
     assert b"caf\xe9.png" in (place / "names.txt").read_bytes()
 
 
@@ -164,8 +164,8 @@ def test_no_contrastive_batch_has_an_image_twice():
     for batch in drawn:
         assert len({index for _, index in batch}) == 16 and len({epoch for epoch, _ in batch}) == 1
     for epoch in range(3):
-        seen = [index for batch in drawn for e, index in batch if e == epoch]
-        assert len(seen) == len(set(seen)) == 48
+        indices = [index for batch in drawn for e, index in batch if e == epoch]
+        assert len(indices) == len(set(indices)) == 48
     assert drawn[0] != [(0, index) for _, index in drawn[3]]
     assert any(len({index for _, index in global_batch(50, 16, seed=3, step=step)}) < 16 for step in range(50))
 
@@ -184,19 +184,19 @@ def test_global_batches_are_epochs_of_shuffled_samples(count):
 def test_ranks_share_the_global_batch_and_a_resumed_run_sees_what_it_would_have_seen(folder, workers):
     crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
 
-    def seen(first=0, rank=0, world=1, micro=8):
+    def drawn(first=0, rank=0, world=1, micro=8):
         options = {"batch": 8, "seed": 1, "steps": 6, "workers": workers}
         return [
             sample.images for sample in batches(crops, first_step=first, rank=rank, world=world, micro=micro, **options)
         ]
 
-    whole, halves, resumed = seen(), [seen(rank=rank, world=2, micro=4) for rank in (0, 1)], seen(first=4)
+    full, halves, resumed = drawn(), [drawn(rank=rank, world=2, micro=4) for rank in (0, 1)], drawn(first=4)
     for step in range(6):
-        assert torch.equal(whole[step][0::2], halves[0][step]) and torch.equal(whole[step][1::2], halves[1][step])
-    assert torch.equal(whole[4], resumed[0]) and torch.equal(whole[5], resumed[1])
-    assert not torch.equal(whole[4], whole[5])
-    pieces = seen(micro=3)
-    assert len(pieces) == 18 and torch.equal(torch.cat(pieces), torch.cat(whole))
+        assert torch.equal(full[step][0::2], halves[0][step]) and torch.equal(full[step][1::2], halves[1][step])
+    assert torch.equal(full[4], resumed[0]) and torch.equal(full[5], resumed[1])
+    assert not torch.equal(full[4], full[5])
+    pieces = drawn(micro=3)
+    assert len(pieces) == 18 and torch.equal(torch.cat(pieces), torch.cat(full))
 
 
 def test_broken_images_are_named_by_every_process_that_meets_them(folder):
@@ -211,23 +211,23 @@ def test_crops_differ_between_epochs_and_respect_the_smallest_area(folder):
     crops = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 0.3, True), seed=1)
     assert not torch.equal(crops[0, 2][0], crops[1, 2][0])
     assert torch.equal(crops[0, 2][0], crops[0, 2][0])
-    whole = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 1.0, False), seed=1)
-    assert torch.equal(whole[0, 2][0], whole[1, 2][0])
+    uncropped = Crops(Images.find(folder), training_transform(PREPROCESS, 16, 1.0, False), seed=1)
+    assert torch.equal(uncropped[0, 2][0], uncropped[1, 2][0])
 
 
-def test_dinov2_changes_the_colours_of_most_crops(folder):
+def test_dinov2_changes_the_colors_of_most_crops(folder):
     image = Images.find(folder).read(0)
-    plain, coloured = (training_transform(PREPROCESS, 16, 1.0, False, augment) for augment in ("clip", "dinov2"))
-    crops = torch.stack([coloured(image) for _ in range(40)])
+    plain, color_changed = (training_transform(PREPROCESS, 16, 1.0, False, augment) for augment in ("clip", "dinov2"))
+    crops = torch.stack([color_changed(image) for _ in range(40)])
     changed = (crops - plain(image)).abs().amax((1, 2, 3)) > 0.05
     assert torch.equal(plain(image), plain(image)) and changed.sum() >= 30
-    grey = ((crops[:, 0] - crops[:, 1]).abs().amax((1, 2)) < 1e-6).sum()
-    assert 1 <= grey <= 20  # a fifth
+    gray = ((crops[:, 0] - crops[:, 1]).abs().amax((1, 2)) < 1e-6).sum()
+    assert 1 <= gray <= 20  # a fifth is expected
 
 
 @pytest.fixture
 def shards(tmp_path):
-    """Four shards of five pictures behind a URL; the pictures are told apart by their red channel."""
+    """Four shards of five images behind a URL. The red channel identifies an image."""
     for shard in range(4):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
             for i in range(5):
@@ -256,14 +256,14 @@ def test_shards_behind_a_url_are_read_whole_in_an_order_of_their_own_for_every_s
 def test_readers_share_the_shards_of_a_url_and_a_resumed_run_goes_on_at_one(shards, world, workers):
     transform = training_transform({"mean": [0.0] * 3, "std": [1.0] * 3}, 16, 1.0, False)
 
-    def seen(first, rank, pieces):
+    def drawn(first, rank, pieces):
         crops = StreamCrops(find_images(shards), transform, 3, first, rank, world)
         return list(islice(stream_batches(crops, micro=5, workers=workers), pieces))
 
-    epoch = [sample for rank in range(world) for sample in seen(0, rank, 4 // world)]
+    epoch = [sample for rank in range(world) for sample in drawn(0, rank, 4 // world)]
     assert len({name for sample in epoch for name in sample.names}) == 20
     stream = find_images(shards)
-    for sample in [sample for rank in range(world) for sample in seen(2, rank, 4)]:
+    for sample in [sample for rank in range(world) for sample in drawn(2, rank, 4)]:
         _, position = sample.shard
         assert position >= 2 and {name.rpartition(":")[0] for name in sample.names} == {stream.shard(position, 3)}
 

@@ -1,4 +1,4 @@
-"""What the student is asked for, what DeepSpeed is told, and that every way to run it ends at the same weights."""
+"""Distillation: the loss, the DeepSpeed configuration, checkpoints, and equal weights for every way to run it."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.feature_cache import FeatureCache
 from dgmr_tp.distillation.loop import describe_save, read_curve, training_session
-from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
+from dgmr_tp.distillation.losses import LOSSES, DistillationLoss, FeatureTap, Loss
 from dgmr_tp.distillation.processes import FAILURE_FILE
 from dgmr_tp.distillation.processes import launch as launch_processes
 from dgmr_tp.distillation.validation import BestWeights, HeldOutSet
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.utils.files import Held, hold
+from dgmr_tp.utils.files import DirectoryLocked, lock_directory
 
 
 def distill_config(json: dict | None = None, features: str = "", lost: bool = False, **changes) -> DistillConfig:
@@ -60,7 +60,7 @@ def distill_config(json: dict | None = None, features: str = "", lost: bool = Fa
 
 
 def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """timm's own: the states after the blocks, and the logits."""
+    """Return the last state, the states after all blocks, and the logits, computed by timm's own forward pass."""
     states: list[torch.Tensor] = []
     handles = [block.register_forward_hook(lambda _m, _i, out: states.append(out)) for block in model.blocks]
     logits = model(images)
@@ -83,7 +83,7 @@ def naive_features(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor
 def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
     teacher, student, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
     taps = [FeatureTap(adapt(model), objective) for model in (student, teacher)]
-    found = objective.total(objective(*(tap(images) for tap in taps)))
+    total = objective.total(objective(*(tap(images) for tap in taps)))
     expected = torch.zeros(())
     (a, layers_a, logits_a), (b, layers_b, logits_b) = naive_features(student, images), naive_features(teacher, images)
     if objective.after_norm:
@@ -93,11 +93,37 @@ def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
     expected = expected + objective.embedding * (logits_a - logits_b).square().mean()
     for layer, weight in objective.layers.items():
         expected = expected + weight * (layers_a[layer - 1] - layers_b[layer - 1]).square().mean()
-    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(total, expected, rtol=1e-5)
     other = objective.model_copy(update={"patches": objective.patches + 0.1})
     assert not torch.allclose(
-        found, other.total(other(*(FeatureTap(t.adapter, other)(images) for t in taps))), rtol=1e-3
+        total, other.total(other(*(FeatureTap(t.adapter, other)(images) for t in taps))), rtol=1e-3
     )
+
+
+def test_a_loss_is_added_by_one_entry_of_the_registry(monkeypatch):
+    def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 1 - nn.functional.cosine_similarity(student, teacher).mean()
+
+    with pytest.raises(
+        DgmrError, match=r"distill\.loss\.terms\.cosine.* unknown name; use one of class_token, patches"
+    ):
+        recipe(distill={**SMALL["distill"], "loss": {"terms": {"cosine": 1.0}}})
+    monkeypatch.setitem(LOSSES, "cosine", Loss("embedding", cosine_distance))
+    section = {"class_token": 0, "patches": 0, "terms": {"cosine": 0.5}}
+    loss = recipe(distill={**SMALL["distill"], "loss": section}).distill.loss
+    student, teacher, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
+    terms = loss(*(FeatureTap(adapt(model), loss)(images) for model in (student, teacher)))
+    assert terms.keys() == {"cosine"}
+    expected = 0.5 * cosine_distance(student(images), teacher(images))
+    assert torch.allclose(loss.total(terms), expected, rtol=1e-5)
+    with pytest.raises(DgmrError, match="terms names patches, which is a key of its own"):
+        recipe(distill={**SMALL["distill"], "loss": {"terms": {"patches": 1.0}}})
+
+
+def test_text_tuning_refuses_the_options_of_a_distillation():
+    tuned = {"captions": "scenes:pairs", "steps": 2, "batch_size": 8, "base_lr": 1e-3, "ema": 0.9}
+    with pytest.raises(DgmrError, match=r"unknown key tune_text\.ema"):
+        recipe(tune_text=tuned)
 
 
 def test_blocks_that_are_not_there_are_refused():
@@ -148,35 +174,35 @@ def test_what_is_trained_and_what_is_decayed():
 
 
 def test_the_schedule_of_the_papers():
-    """Linear warm-up to base · batch / 256, a cosine to the end (torch's own as the reference), decay from 0.04 to 0.2."""
-    given = distill_config(
+    """Linear warm-up to base · batch / 256, then a cosine (torch's is the reference); decay from 0.04 to 0.2."""
+    config = distill_config(
         steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2
     )
-    assert [given.learning_rate(step) for step in range(10)] == pytest.approx(
+    assert [config.learning_rate(step) for step in range(10)] == pytest.approx(
         [2e-4 * (step + 1) / 10 for step in range(10)]
     )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=1e-6)
     for step in range(10, 100):
-        assert given.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         cosine.step()
-    assert (given.decay(0), given.decay(50), given.decay(100)) == pytest.approx((0.04, 0.12, 0.2))
+    assert (config.decay(0), config.decay(50), config.decay(100)) == pytest.approx((0.04, 0.12, 0.2))
     assert distill_config(weight_decay=0.3).decay(50) == 0.3
 
 
 @hypothesis.settings(deadline=None)
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 50))
 def test_micro_batches_keep_the_global_batch(world, share, most):
-    given = distill_config(batch_size=world * share, micro_batch=most)
+    training = distill_config(batch_size=world * share, micro_batch=most)
     fitting = [n for n in range(1, min(most, share) + 1) if share % n == 0]
     if max(fitting) < min(most, share) / 2:
         with pytest.raises(DgmrError, match="Choose a batch_size with more divisors"):
-            given.micro_batch_of(world)
+            training.micro_batch_of(world)
         return
-    config = deepspeed_config(given, world, Path("x"))
-    micro = config["train_micro_batch_size_per_gpu"]
-    assert micro <= most and micro * config["gradient_accumulation_steps"] * world == given.batch_size
+    engine_config = deepspeed_config(training, world, Path("x"))
+    micro = engine_config["train_micro_batch_size_per_gpu"]
+    assert micro <= most and micro * engine_config["gradient_accumulation_steps"] * world == training.batch_size
 
 
 def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
@@ -200,7 +226,7 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     assert joined(steps_per_print=2000, wall_clock_breakdown=True)["steps_per_print"] == 2000
     with pytest.raises(
         DgmrError,
-        match=r"offload_optimizer, but the recipe's distill section has no offload: optimizer. Set it there",
+        match=r"offload_optimizer is set, but the recipe's distill section has no offload: optimizer. Set it there",
     ):
         joined(zero_optimization={"offload_optimizer": {"device": "cpu"}})
     assert joined(zero_optimization={"offload_optimizer": {"device": "none"}})
@@ -209,7 +235,9 @@ def test_a_deepspeed_file_is_joined_and_conflicts_are_named(tmp_path):
     ):
         joined(zero_optimization={"round_robin_gradients": True})
     assert joined(zero_optimization={"round_robin_gradients": False})
-    with pytest.raises(DgmrError, match=r"ds\.json: optimizer is not set here, because the recipe sets the optimizer"):
+    with pytest.raises(
+        DgmrError, match=r"ds\.json: optimizer must not be set here, because the recipe sets the optimizer"
+    ):
         joined(optimizer={"type": "Adam"})
     path.write_text("{")
     with pytest.raises(DgmrError, match=r"distill\.deepspeed: cannot read .*ds\.json"):
@@ -226,7 +254,7 @@ def process_group(tmp_path):
 
 
 class Writer:
-    """Writes a checkpoint as DeepSpeed's engine does: some files below the tag."""
+    """Writes a checkpoint as DeepSpeed's engine does: files in a folder named by the tag."""
 
     def save_checkpoint(self, directory, tag, save_latest):
         (Path(directory) / tag).mkdir(parents=True, exist_ok=True)
@@ -241,16 +269,16 @@ def test_the_newest_whole_checkpoint_counts_and_only_the_last_are_kept(process_g
             Writer(), folder, Checkpoint(step, 1, 1, broken={"a.png": "no image"}), [("w", torch.ones(2))], keep=2
         )
     assert sorted(path.name for path in folder.iterdir()) == ["step00000006", "step00000009"]
-    found, damaged = checkpoints.newest(folder)
-    assert (found.step, found.broken, damaged) == (9, {"a.png": "no image"}, [])
-    assert torch.equal(checkpoints.load_average(folder, found)["w"], torch.ones(2))
+    checkpoint, damaged = checkpoints.newest(folder)
+    assert (checkpoint.step, checkpoint.broken, damaged) == (9, {"a.png": "no image"}, [])
+    assert torch.equal(checkpoints.load_average(folder, checkpoint)["w"], torch.ones(2))
     for damage in (lambda f: f.write_text("x"), lambda f: f.unlink()):
         shutil.copytree(folder, tmp_path / "copy")
         damage(tmp_path / "copy" / "step00000009" / "model_states.pt")
-        found, damaged = checkpoints.newest(tmp_path / "copy")
-        assert found.step == 6 and damaged == ["step00000009"]
+        checkpoint, damaged = checkpoints.newest(tmp_path / "copy")
+        assert checkpoint.step == 6 and damaged == ["step00000009"]
         shutil.rmtree(tmp_path / "copy")
-    (folder / "step00000009" / MANIFEST).unlink()  # killed before the end of the save
+    (folder / "step00000009" / MANIFEST).unlink()  # as if killed during the save
     assert checkpoints.newest(folder)[0].step == 6
 
 
@@ -274,10 +302,14 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", none)
     with pytest.raises(DgmrError, match=r"the file system of .* has no locks \(No locks available\)"):
-        hold(tmp_path, "run is working")
+        lock_directory(tmp_path, "run is working").__enter__()
     monkeypatch.undo()
-    with hold(tmp_path, "run is working"), pytest.raises(Held, match="another run is working"):
-        hold(tmp_path, "run is working")
+    with (
+        lock_directory(tmp_path, "run is working"),
+        pytest.raises(DirectoryLocked, match="another run is working"),
+        lock_directory(tmp_path, "run is working"),
+    ):
+        raise AssertionError("locked twice")
 
 
 def test_only_the_disk_is_blamed_for_a_full_disk(tmp_path):
@@ -317,7 +349,7 @@ def test_a_process_that_fails_ends_those_that_wait_for_it(process_group, tmp_pat
         (tmp_path / FAILURE_FILE).touch()
         assert ended.wait(10)
     with pytest.raises(Preempted), training_session(tmp_path, distill_config()):
-        raise Preempted("told")
+        raise Preempted("preempted")
     assert not (tmp_path / FAILURE_FILE).exists()
 
 
@@ -345,16 +377,16 @@ def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
     with pytest.raises(
         DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"
     ):
-        run.train_here("tune_text", "mlp_ratio-1")
+        run.train_worker("tune_text", "mlp_ratio-1")
 
 
-# What follows launches processes.
+# The tests below launch processes.
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-"""Otherwise ZeRO-3 leaves parameters as small as the demo CLIP's whole."""
+"""Without it, ZeRO-3 does not shard parameters as small as the demo CLIP's."""
 HELD_OUT = {"held_out": 9, "evaluate_every": 3, "base_lr": 0.03, "log_every": 100}
-"""At a learning rate at which training first makes it better and then worse; 9 images for 2 processes."""
+"""A learning rate at which the score first rises and then falls. 9 images are an uneven share for 2 processes."""
 MATRIX = {
     **{name: {"zero_stage": int(name[-1])} for name in STAGES[:3]},
     "zero3": {"zero_stage": 3, "json": SHARDED},
@@ -414,18 +446,19 @@ def start() -> dict[str, torch.Tensor]:
 
 
 def without_key_biases(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Softmax does not see a key's bias: its gradient is rounding alone, of which Adam makes steps of full size."""
+    """Drop the key biases. A softmax ignores them, so that Adam turns the rounding of their gradient into steps."""
     return {
         k: torch.cat([t.chunk(3)[0], t.chunk(3)[2]]) if k.endswith("attn.in_proj_bias") else t for k, t in state.items()
     }
 
 
-def apart(
+def relative_distance(
     a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], begin: dict[str, torch.Tensor] | None = None
 ) -> float:
-    """Distance in norm, relative to the way of the training from where it began. Not by weight: Adam turns the rounding
-    of a gradient
-    near zero into a step of full size."""
+    """Return the distance of ``a`` and ``b`` in norm, relative to the distance of ``a`` from the start of the training.
+
+    Single weights cannot be compared: Adam turns the rounding of a gradient near zero into a full step.
+    """
     a, b, begin = map(without_key_biases, (a, b, begin or start()))
     norm = lambda x, y: sum(float((x[k] - y[k]).double().square().sum()) for k in x) ** 0.5  # noqa: E731
     return norm(a, b) / norm(a, begin)
@@ -433,15 +466,15 @@ def apart(
 
 @cache
 def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> dict[str, torch.Tensor]:
-    """One process, no DeepSpeed, no walk: open_clip's own modules, AdamW and the formulas of the papers."""
-    given = distill_config(gradient_clipping=clipping, fixed_crops=fixed)
+    """Train in one process without DeepSpeed and without our adapters: open_clip's modules and the papers' formulas."""
+    config = distill_config(gradient_clipping=clipping, fixed_crops=fixed)
     opened = open_model("demo")
     teacher, student = opened.module.visual, prune(opened, criterion="l2", mlp_ratio=1).model.tower.train()
     crops = Crops(
         Images.find(folder / "images"),
-        training_transform(opened.preprocess_config, 64, given.min_crop, given.flip),
+        training_transform(opened.preprocess_config, 64, config.min_crop, config.flip),
         0,
-        given.fixed_crops,
+        config.fixed_crops,
     )
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(not name.startswith(("ln_post", "proj")))
@@ -459,20 +492,22 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95))
     tokens = lambda tower, x: tower.transformer(tower._embeds(x))  # noqa: E731
     average = {name: p.detach().clone() for name, p in student.named_parameters()}
-    seen = batches(crops, batch=8, micro=8, seed=0, first_step=0, steps=given.steps, rank=0, world=1, workers=0)
-    for step, (images, *_) in enumerate(seen):
+    samples = batches(crops, batch=8, micro=8, seed=0, first_step=0, steps=config.steps, rank=0, world=1, workers=0)
+    for step, (images, *_) in enumerate(samples):
         for group in optimizer.param_groups:
             group["lr"] = (
-                given.base_lr * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / given.steps))).item()
+                config.base_lr * 8 / 256 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / config.steps))).item()
             )
         with torch.no_grad():
-            wanted = tokens(teacher, images)
-        got = tokens(student, images)
-        loss = (got[:, 0] - wanted[:, 0]).square().mean() + (got[:, 1:] - wanted[:, 1:]).square().mean()
+            teacher_tokens = tokens(teacher, images)
+        student_tokens = tokens(student, images)
+        loss = (student_tokens[:, 0] - teacher_tokens[:, 0]).square().mean() + (
+            student_tokens[:, 1:] - teacher_tokens[:, 1:]
+        ).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        if given.gradient_clipping:
-            nn.utils.clip_grad_norm_(student.parameters(), given.gradient_clipping)
+        if config.gradient_clipping:
+            nn.utils.clip_grad_norm_(student.parameters(), config.gradient_clipping)
         optimizer.step()
         for name, parameter in student.named_parameters():
             average[name] = 0.5 * average[name] + 0.5 * parameter.detach()
@@ -482,12 +517,12 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held", "watched"))])
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
-    given = distill_config(**MATRIX[case])
-    found = load_file(matrix / f"{case}.safetensors")
-    limits = (given.gradient_clipping, 0.0 if given.gradient_clipping else 0.01)
-    expected, wrong = (plain_torch(matrix, limit, given.fixed_crops, bool(given.ema)) for limit in limits)
-    assert apart(found, expected) < 0.0005
-    assert apart(found, wrong) > 0.02
+    config = distill_config(**MATRIX[case])
+    weights = load_file(matrix / f"{case}.safetensors")
+    limits = (config.gradient_clipping, 0.0 if config.gradient_clipping else 0.01)
+    expected, wrong = (plain_torch(matrix, limit, config.fixed_crops, bool(config.ema)) for limit in limits)
+    assert relative_distance(weights, expected) < 0.0005
+    assert relative_distance(weights, wrong) > 0.02
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -497,11 +532,11 @@ def losses(folder: Path) -> torch.Tensor:
 @pytest.mark.slow
 def test_bf16_trains_float32_weights(matrix):
     for name in ("bf16", "bf16 zero2", "bf16 zero3", "bf16 average"):
-        found = load_file(matrix / f"{name}.safetensors")
-        assert all(tensor.dtype == torch.float32 for tensor in found.values())
-        fc1 = found["transformer.resblocks.0.mlp.c_fc.weight"]
+        weights = load_file(matrix / f"{name}.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+        fc1 = weights["transformer.resblocks.0.mlp.c_fc.weight"]
         assert (fc1 == fc1.bfloat16().float()).float().mean() < 0.1, f"{name}: the master weights were rounded"
-        assert torch.equal(start()["ln_post.weight"], found["ln_post.weight"]), "what is not trained was rounded"
+        assert torch.equal(start()["ln_post.weight"], weights["ln_post.weight"]), "what is not trained was rounded"
         assert len(losses(matrix / name)) == 12 and torch.allclose(
             losses(matrix / name), losses(matrix / "zero1"), rtol=0.1
         ), name
@@ -548,17 +583,17 @@ def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
         file.write_bytes(content)
     elif damage:
         file.unlink()
-    again = BestWeights(tmp_path)
+    reopened = BestWeights(tmp_path)
     if damage:
-        assert again.step == -1
-        again.update(0.5, 9, [("w", torch.full((5,), 9.0))])
+        assert reopened.step == -1
+        reopened.update(0.5, 9, [("w", torch.full((5,), 9.0))])
         assert torch.equal(BestWeights(tmp_path).load()["w"], torch.full((5,), 9.0))
     else:
-        assert (again.score, again.step) == (0.75, 6) and torch.equal(again.load()["w"], torch.full((5,), 6.0))
+        assert (reopened.score, reopened.step) == (0.75, 6) and torch.equal(reopened.load()["w"], torch.full((5,), 6.0))
 
 
 def left_out(embeddings, classes):
-    """For each, whether the others tell its class: votes of the 20 nearest, weighed by exp(cosine / 0.07)."""
+    """Yield for each image whether the 20 nearest others predict its class, with votes exp(cosine / 0.07)."""
     for place, embedding in enumerate(embeddings):
         similar = embeddings @ embedding
         votes = {}
@@ -578,12 +613,12 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 128  # noqa: E731
     teacher, student = (lambda batch: batch.flatten(1)), (lambda batch: batch.mean((2, 3)))
     held_out = HeldOutSet(images, preprocess, student, 8, 16)
-    there = [i for i in range(len(images)) if images.read(i) is not None]
-    classes = [images.records[i].class_name() for i in there]
-    pictures = torch.stack([preprocess(images.read(i)) for i in there])
-    for tower, told in ((student, held_out.scores(student)["knn"]), (student, held_out.teacher_scores["knn"])):
-        found = nn.functional.normalize(tower(pictures), dim=-1).double().numpy()
-        assert told == pytest.approx(sum(left_out(found, classes)) / 90) and 0.4 < told < 0.99
+    readable = [i for i in range(len(images)) if images.read(i) is not None]
+    classes = [images.records[i].class_name() for i in readable]
+    pictures = torch.stack([preprocess(images.read(i)) for i in readable])
+    for tower, accuracy in ((student, held_out.scores(student)["knn"]), (student, held_out.teacher_scores["knn"])):
+        embeddings = nn.functional.normalize(tower(pictures), dim=-1).double().numpy()
+        assert accuracy == pytest.approx(sum(left_out(embeddings, classes)) / 90) and 0.4 < accuracy < 0.99
     wide = HeldOutSet(images, preprocess, teacher, 8, 16)
     assert wide.teacher_scores["knn"] != held_out.teacher_scores["knn"]
     few = HeldOutSet(replace(images, records=images.records[::4]), preprocess, student, 8, 16)
@@ -610,7 +645,7 @@ def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"keep_features": True}, "serves several sizes, or fixed_crops: true; this recipe has neither"),
+        ({"keep_features": True}, "serves several sizes, or fixed_crops: true"),
         ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not work with shard_teacher"),
     ],
 )
@@ -624,7 +659,7 @@ def test_features_are_kept_only_for_what_reads_them(changes, says):
         images="https://nowhere/{0..3}.tar", distill={**SMALL["distill"], "keep_features": True, "fixed_crops": True}
     )
     with pytest.raises(
-        DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered; set it to false"
+        DgmrError, match=r"distill.fixed_crops: shards behind a URL cannot be divided or numbered. Set it to false"
     ):
         Run(url, "runs/none").run()
 
@@ -641,47 +676,47 @@ def test_the_time_of_a_checkpoint_is_said(tmp_path):
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_features_come_back_as_they_were_kept_or_not_at_all(tmp_path, precision):
     draw = lambda count: {"class_token": torch.randn(count, 5).to(precision), "patches": torch.randn(count, 4, 3)}  # noqa: E731
-    kept, first, second = FeatureCache(tmp_path / "kept", draw(1), 100), draw(3), draw(2)
-    kept.write([7, 0, 90], first)
-    kept.write([3, 8], second)
-    found = FeatureCache(tmp_path / "kept", draw(1), 100).read([90, 7, 8])  # as another process does
-    assert found.keys() == first.keys()
-    for name, values in found.items():
+    cache, first, second = FeatureCache(tmp_path / "cache", draw(1), 100), draw(3), draw(2)
+    cache.write([7, 0, 90], first)
+    cache.write([3, 8], second)
+    stored = FeatureCache(tmp_path / "cache", draw(1), 100).read([90, 7, 8])  # as another process does
+    assert stored.keys() == first.keys()
+    for name, values in stored.items():
         assert (
             torch.equal(values, torch.cat([first[name][[2, 0]], second[name][1:]]))
             and values.dtype == first[name].dtype
         )
-    assert kept.read([7, 1]) is None and kept.read([200]) is None, "what was never written"
-    with (tmp_path / "kept").open("r+b") as file:
-        file.seek(8 * kept.row_bytes - 1)
+    assert cache.read([7, 1]) is None and cache.read([200]) is None, "what was never written"
+    with (tmp_path / "cache").open("r+b") as file:
+        file.seek(8 * cache.row_bytes - 1)
         last = file.read(1)[0]
-        file.seek(8 * kept.row_bytes - 1)
+        file.seek(8 * cache.row_bytes - 1)
         file.write(bytes([last ^ 1]))
-    assert kept.read([7]) is None and kept.read([0, 8]) is not None, "a damaged row"
-    kept.write([-1, 11], second)
-    assert kept.read([11]) is not None and kept.read([-1]) is None, "a crop without number"
+    assert cache.read([7]) is None and cache.read([0, 8]) is not None, "a damaged row"
+    cache.write([-1, 11], second)
+    assert cache.read([11]) is not None and cache.read([-1]) is None, "a crop without number"
     with pytest.raises(DgmrError, match=r"take .* GB, but only .* GB are free at .*. Free disk space"):
         FeatureCache(tmp_path / "more", draw(1), 10**15)
 
 
 @pytest.mark.slow
 def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix, tmp_path):
-    """A teacher that is lost makes no difference where its features are kept, and all the difference where they are not."""
+    """A teacher with zeroed weights changes nothing if its features are cached, and changes the result otherwise."""
     shutil.copytree(matrix / "images", tmp_path / "images")
-    kept = {"features": "file"}
-    launch(tmp_path, 2, {"plain": {}, "writes": kept, "reads": {**kept, "lost": True}, "lost": {"lost": True}})
+    cached = {"features": "file"}
+    launch(tmp_path, 2, {"plain": {}, "writes": cached, "reads": {**cached, "lost": True}, "lost": {"lost": True}})
     plain, writes, reads, lost = (
         load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "writes", "reads", "lost")
     )
     assert all(torch.equal(plain[name], writes[name]) and torch.equal(plain[name], reads[name]) for name in plain)
-    assert apart(lost, plain) > 0.1
+    assert relative_distance(lost, plain) > 0.1
     fixed, fresh = (load_file(matrix / f"{name}.safetensors") for name in ("fixed", "zero1"))
-    assert apart(fixed, fresh) > 0.02, "the second epoch has the crops of the first"
+    assert relative_distance(fixed, fresh) > 0.02, "the second epoch has the crops of the first"
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_processes(matrix):
-    """2 → 1 → 2, in every ZeRO stage: steps 0–4, 4–8, 8–12."""
+    """With 2, 1 and 2 processes for steps 0–4, 4–8 and 8–12, in every ZeRO stage."""
     cases = {name: MATRIX[name] for name in (*STAGES, "average", "average zero0", "average zero3", "bf16")}
     launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
     for name in cases:
@@ -689,15 +724,15 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
         assert seal["processes"] == 1 and not list((matrix / f"{name} one" / "checkpoints").glob("*universal*"))
     launch(matrix, 2, {f"{name} back": {**case, "after": f"{name} one", "step": 8} for name, case in cases.items()})
     for name in cases:
-        whole, there_and_back = (
+        uninterrupted, resumed = (
             load_file(matrix / f"{name}.safetensors"),
             load_file(matrix / f"{name} back.safetensors"),
         )
-        assert apart(whole, there_and_back) < (0.005 if name == "bf16" else 0.0005), name
+        assert relative_distance(uninterrupted, resumed) < (0.005 if name == "bf16" else 0.0005), name
         curves = losses(matrix / name), losses(matrix / f"{name} back")
         assert len(curves[1]) == 12 and torch.allclose(*curves, rtol=0.005 if name == "bf16" else 1e-4), name
-    # It went on, and did not begin again: another start ends elsewhere.
-    assert apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
+    # It resumed and did not start again: a different training ends elsewhere.
+    assert relative_distance(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
 
 
 @pytest.mark.slow
@@ -715,7 +750,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     for record in Images.find(matrix / "all broken").records:
         content[record.offset : record.offset + record.length] = bytes(record.length)
     shard.write_bytes(content)
-    whole = matrix / "images" / "test" / "0.tar"
+    shard_file = matrix / "images" / "test" / "0.tar"
     cases = {
         "damaged": {**MATRIX["zero1"], "after": "zero1", "damage": 12},
         "too many broken": {"images": str(matrix / "broken")},
@@ -727,12 +762,14 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
         "unlike": {"images": [str(matrix / "images"), str(matrix / "fewer")]},
         "stream": {"images": f"pipe:cat {matrix / 'images' / 'test' / '0.tar'}", "workers": 1},
         "no shard": {"images": f"pipe:cat {matrix / 'images' / 'test' / '7.tar'}", "workers": 1},
-        "cut shard": {"images": f"pipe:head -c {whole.stat().st_size // 2 + 100} {whole}", "workers": 1},
+        "cut shard": {"images": f"pipe:head -c {shard_file.stat().st_size // 2 + 100} {shard_file}", "workers": 1},
         "all broken": {"images": str(matrix / "all broken")},
     }
     launch(matrix, 2, cases)
     says = lambda name: (matrix / f"{name}.error").read_text()  # noqa: E731
-    assert apart(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.0005
+    assert (
+        relative_distance(load_file(matrix / "damaged.safetensors"), load_file(matrix / "zero1.safetensors")) < 0.0005
+    )
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
     assert (
         "the loss is" in says("not finite")
@@ -751,7 +788,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert "cannot read the shard pipe:head" in says("cut shard") and "Traceback" not in says("cut shard")
     assert "none of the 60 images in" in says("all broken")
     assert (
-        0.5 < apart(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5
+        0.5 < relative_distance(load_file(matrix / "zero1.safetensors"), load_file(matrix / "stream.safetensors")) < 1.5
     )  # other crops
     listed = json.loads((matrix / "some broken" / "checkpoints" / "step00000012" / MANIFEST).read_text())["broken"]
     met = {name for name in listed if name.endswith(".png")}
@@ -759,15 +796,16 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
 
 
 def a_rank(process: psutil.Process) -> psutil.Process:
-    """The second of the launched processes."""
+    """Return the second of the launched processes."""
     return next(each for each in process.children(recursive=True) if each.environ().get("RANK") == "1")
 
 
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp_path):
-    """300 steps; SIGKILL wherever it happens to be: in a step, in a save, in an evaluation, in the first step after a
-    start; by turns to
-    the command and to one of the processes that it launched, which then ends the job with code 2."""
+    """300 steps, with SIGKILL at random moments: in a step, a save, an evaluation, or right after a start.
+
+    It goes in turn to the command and to one of the processes that it launched; then the job ends with code 2.
+    """
     path = write_recipe(
         tmp_path / "small.yaml",
         distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5},
@@ -779,13 +817,13 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
     directory, chance = tmp_path / "killed", random.Random(0)
     folder = directory / "distill/.mlp_ratio-1.partial/checkpoints"
     reached = lambda: max((int(seal.parent.name[4:]) for seal in folder.glob(f"*/{MANIFEST}")), default=0)  # noqa: E731
-    again = command("run", path, "-o", directory, "--until", "distill")
+    resume = command("run", path, "-o", directory, "--until", "distill")
     for turn in range(10):
         before, wait = reached(), 0.5 * chance.random()
         victim = a_rank if turn % 2 else lambda process: process
-        code = kill_when(again, lambda before=before: reached() > before, tmp_path / "log", wait, victim)
-        said = (tmp_path / "log").read_text()
-        assert code == (2 if turn % 2 else -signal.SIGKILL) and "Traceback" not in said, said[-3000:]
+        code = kill_when(resume, lambda before=before: reached() > before, tmp_path / "log", wait, victim)
+        log = (tmp_path / "log").read_text()
+        assert code == (2 if turn % 2 else -signal.SIGKILL) and "Traceback" not in log, log[-3000:]
         wait_for_the_end_of_workers(directory)
     assert not (directory / "distill/mlp_ratio-1").exists(), "it was over before the last kill"
     done = run_command("run", path, "-o", directory, "--until", "distill")
@@ -801,9 +839,9 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
 def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(small_run, tmp_path):
     whole, _ = small_run
     directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml")
-    again = command("run", path, "-o", directory, "--until", "distill")
+    resume = command("run", path, "-o", directory, "--until", "distill")
     full = subprocess.run(
-        ["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *again], capture_output=True, text=True, timeout=300
+        ["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *resume], capture_output=True, text=True, timeout=300
     )
     assert full.returncode == 2 and "cannot write the checkpoint" in full.stderr and "Free disk space" in full.stderr, (
         full.stdout + full.stderr
@@ -831,8 +869,8 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 143, (tmp_path / "log").read_text()[-3000:]
-    said = (tmp_path / "log").read_text()
-    assert "preempted" in said and "Traceback" not in said
+    log = (tmp_path / "log").read_text()
+    assert "preempted" in log and "Traceback" not in log
     checkpoint = max(curve.parent.parent.glob(f"checkpoints/*/{MANIFEST}"))
     step = json.loads(checkpoint.read_text())["step"]
     assert 3 <= step < 24
@@ -846,7 +884,7 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
 
 @pytest.mark.slow
 def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_path):
-    """As Slurm's scancel and a container's stop do it."""
+    """As Slurm's scancel and stopping a container do."""
     whole, _ = small_run
     directory = begun(whole, tmp_path / "run")
     path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24})
@@ -868,7 +906,7 @@ def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_pat
 
 @pytest.mark.slow
 def test_every_family_distils_in_bf16_as_in_float32(tmp_path):
-    """Some towers have buffers that meet the activations, which DeepSpeed does not convert with the weights by itself."""
+    """Some towers add buffers to activations. By default DeepSpeed does not convert these with the weights."""
     scenes.write_classification(tmp_path / "images", 16, seed=5)
     for name, write in FAMILIES.items():
         write(tmp_path / f"model {name}")

@@ -1,4 +1,4 @@
-"""What a distillation needs on a device, against what torch really keeps and what DeepSpeed itself estimates."""
+"""Memory estimates, compared with what autograd saves and with DeepSpeed's own estimates."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ def estimator(config) -> MemoryEstimator:
     return MemoryEstimator(*map(adapt, towers), config, 32)
 
 
-def really_kept(recompute: bool, batch: int) -> int:
-    """On the CPU, with values: all that autograd holds when the backward pass begins."""
+def saved_bytes(recompute: bool, batch: int) -> int:
+    """Return the bytes that autograd saves on the CPU, with real values, when the backward pass begins."""
     tap = FeatureTap(adapt(redraw(timm_tower())), recompute=recompute)
     own = {parameter.data_ptr() for parameter in tap.parameters()}
-    kept = {}
+    saved = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes twice
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features = tap(torch.zeros(batch, 3, 32, 32))
     del features
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_activations_are_what_autograd_keeps(recompute):
-    given = distill_config(recompute=recompute)
-    image = estimator(given).estimate(given, 1).image
-    once = really_kept(False, 2) / 2
+    config = distill_config(recompute=recompute)
+    image = estimator(config).estimate(config, 1).image
+    once = saved_bytes(False, 2) / 2
     if recompute:
-        kept = really_kept(True, 2) / 2
-        assert kept < 0.3 * once and kept < image < kept + once  # with two blocks, one of each tower, at a time
+        recomputed = saved_bytes(True, 2) / 2
+        assert (
+            recomputed < 0.3 * once and recomputed < image < recomputed + once
+        )  # plus two blocks at a time, one of each tower
     else:
-        assert once < image < 1.5 * once  # the teacher's block beside it
+        assert once < image < 1.5 * once  # plus one block of the teacher
 
 
 def test_the_states_are_those_of_deepspeed_s_own_estimate():
-    """For mixed precision, which is what DeepSpeed estimates; it leaves out the teacher, and multiplies by 1.5 for what is not counted."""
+    """For mixed precision, as in DeepSpeed's estimate, which leaves out the teacher. Its factor of 1.5 is set to 1."""
     base = distill_config(bf16=True, zero_stage=2)
     opened = open_model("open_clip:ViT-B-16", weights="none")
     memory = MemoryEstimator(opened.adapter, opened.adapter, base, 224)
@@ -80,7 +82,7 @@ def test_what_saves_memory_saves_memory():
 
 
 def test_the_beginning_has_to_fit_too():
-    """Before ZeRO-3 shards them, the original and then the student, in float32, lie whole on every device."""
+    """Before ZeRO-3 shards them, every device holds the teacher and then the float32 student unsharded."""
     base = distill_config(bf16=True, zero_stage=3, shard_teacher=True)
     memory = estimator(base)
     memory.student = memory.trained = memory.teacher = 4_000_000_000
@@ -93,20 +95,20 @@ def test_the_beginning_has_to_fit_too():
 
 
 def test_a_recipe_that_does_not_fit_says_what_would(tmp_path):
-    given = recipe()
-    text, misfit = estimate_distillation(given, "2x1GB", rate="2")
+    small = recipe()
+    text, misfit = estimate_distillation(small, "2x1GB", rate="2")
     assert "the recipe: 4 images at a time on each of 2 devices" in text and misfit is None
-    assert "192 images at 2 a second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
-    assert "\n192 images\n" in estimate_distillation(given, "2x1GB")[0] + "\n"
+    assert "192 images at 2 per second: 0.0 hours" in text and all(len(line) <= 80 for line in text.splitlines())
+    assert "\n192 images\n" in estimate_distillation(small, "2x1GB")[0] + "\n"
     assert (
-        estimate_distillation(given, "2x0.028GB")[1]
+        estimate_distillation(small, "2x0.028GB")[1]
         == "mlp_ratio-1 does not fit into 2x0.028GB. It would fit with distill.micro_batch: 2."
     )
-    assert "Take larger devices" in estimate_distillation(given, "2x0.001GB")[1]
+    assert "Take larger devices" in estimate_distillation(small, "2x0.001GB")[1]
     done = call_command("estimate", write_recipe(tmp_path / "small.yaml"), "--devices", "2x0.028GB")
     assert done.returncode == 2 and "the recipe: 4 images" in done.stdout and "It would fit with" in done.stderr
     with pytest.raises(DgmrError, match=r"--devices 8 is not a number and a size of devices\. Write it as in 8x48GB"):
-        estimate_distillation(given, "8")
+        estimate_distillation(small, "8")
     with pytest.raises(DgmrError, match="has no section distill"):
         estimate_distillation(recipe(distill=None), "2x1GB")
 
@@ -116,14 +118,14 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     [log] = directory.glob("distill/mlp_ratio-1/log/*samples_per_second.csv")
     rates = [float(line.split(",")[1]) for line in log.read_text().splitlines()[1:]]
     later = rates[len(rates) // 2 :]
-    said = re.search(
-        r"192 images at ([\d.]+) a second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
+    match = re.search(
+        r"192 images at ([\d.]+) per second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
     )
-    assert min(later) * 0.999 <= float(said[1]) <= max(later) * 1.001
+    assert min(later) * 0.999 <= float(match[1]) <= max(later) * 1.001
     begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
     begun.mkdir(parents=True)
     (begun / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
-    assert "192 images at 0.02 a second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
+    assert "192 images at 0.02 per second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
     for wrong in ("0", "-3", "nan"):
         with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second are more than 0"):
             estimate_distillation(recipe(), "2x1GB", wrong)
@@ -140,6 +142,6 @@ def test_the_least_change_comes_first():
     assert memory.fits(base, Devices(2, room(needs, share)))
     assert memory.smallest_change(base, Devices(2, room(needs, 2))) == {"micro_batch": 2}
     less = memory.estimate(base.model_copy(update={"recompute": True}), 2)
-    found = memory.smallest_change(base, Devices(2, room(less, 1)))
-    assert found["recompute"] is True and found["micro_batch"] == 1
+    change = memory.smallest_change(base, Devices(2, room(less, 1)))
+    assert change["recompute"] is True and change["micro_batch"] == 1
     assert memory.smallest_change(base, Devices(2, 1000)) is None

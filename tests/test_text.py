@@ -1,4 +1,4 @@
-"""The text tower's tuning: where captions come from, what is trained, and that it ends where plain PyTorch ends."""
+"""Text tuning: sources of captions, trained parameters, and agreement with a training in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from distill_worker import TEXT
 from families import FAMILIES
 from open_clip.hf_model import HFTextEncoder
 from safetensors.torch import load_file
-from test_distillation import apart, launch
+from test_distillation import launch, relative_distance
 
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
@@ -30,6 +30,7 @@ from dgmr_tp.distillation.text import TextTower
 from dgmr_tp.encoders import open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run import Run
+from dgmr_tp.pipeline.stages.tune_text import not_zero_shot
 
 
 def test_captions_of_shards_and_of_files_beside_images(tmp_path):
@@ -92,7 +93,7 @@ def test_captions_of_karpathys_json(tmp_path):
 
 
 def test_a_temperature_at_its_bound_is_trained_and_stays_within():
-    """Released CLIPs end at log 100; those of another loss, beyond it."""
+    """Released CLIPs have a scale of log 100, or above it if they were trained with another loss."""
     for start in (math.log(100), 4.76):
         clip = open_model("demo").module
         with torch.no_grad():
@@ -111,7 +112,7 @@ def test_a_temperature_at_its_bound_is_trained_and_stays_within():
 
 
 def test_a_text_tower_of_hugging_face_is_trained(tmp_path):
-    """Whose attention masks need values: nothing can be found out on the meta device."""
+    """Its attention masks need values, so that it cannot run on the meta device."""
     FAMILIES["open_clip EVA02-L"](tmp_path / "model")
     clip = open_model(str(tmp_path / "model")).module
     sizes = {
@@ -143,9 +144,9 @@ def test_only_the_text_tower_is_trained_and_the_clip_comes_back_whole(family, tm
     trained = {name.removeprefix("clip.") for name, parameter in tower.named_parameters() if parameter.requires_grad}
     assert "logit_scale" in trained and any("token_embedding" in name for name in trained)
     assert not any(name.startswith("text_decoder") or name == "logit_bias" for name in trained)
-    found = tower(texts)
-    assert torch.equal(found["text"], expected) and torch.allclose(found["text"].norm(dim=-1), torch.ones(2))
-    assert torch.allclose(found["scale"], before["logit_scale"].clamp(max=4.6052).exp(), rtol=1e-4)
+    outputs = tower(texts)
+    assert torch.equal(outputs["text"], expected) and torch.allclose(outputs["text"].norm(dim=-1), torch.ones(2))
+    assert torch.allclose(outputs["scale"], before["logit_scale"].clamp(max=4.6052).exp(), rtol=1e-4)
     tower.restore()
     after = clip.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
@@ -171,11 +172,14 @@ def test_a_model_without_text_tower_is_refused_before_anything_runs(tmp_path):
     }
     with pytest.raises(DgmrError, match=r"tune_text: .*model has no text tower that can be tuned"):
         Run(recipe(**changes), tmp_path / "run").run()
-    for key, asked in (("export.text", {"export": {"text": True}}), ("compare.classes", {"compare": SMALL["compare"]})):
+    for key, change in (
+        ("export.text", {"export": {"text": True}}),
+        ("compare.classes", {"compare": SMALL["compare"]}),
+    ):
         with pytest.raises(
-            DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer's files; leave that key out"
+            DgmrError, match=rf"{key}: .*model has no text tower, or no tokenizer files. Leave that key out"
         ):
-            Run(recipe(**{**changes, "tune_text": None, **asked}), tmp_path / "run").run()
+            Run(recipe(**{**changes, "tune_text": None, **change}), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     with pytest.raises(DgmrError, match=r"tune_text.captions: .*nowhere does not exist"):
         Run(recipe(**{**changes, "tune_text": {**section, "captions": "/nowhere"}}), tmp_path / "run").run()
@@ -201,14 +205,14 @@ def test_captions_in_a_file_of_any_name_are_known_by_what_it_says(tmp_path, data
     datasets = [{"dataset": name, "root": "data"} for name in ("flickr30k", "mscoco_captions", "imagenet1k")]
     tuned = {"captions": str(tmp_path / "captions.json"), "images": "x", "steps": 1, "batch_size": 2, "base_lr": 1.0}
     run = Run(recipe(evaluate={"datasets": datasets}, tune_text=tuned), tmp_path / "run")
-    assert run.not_zero_shot == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
+    assert not_zero_shot(run.recipe) == [{"flickr30k": "flickr30k", "coco": "mscoco_captions"}[dataset]]
 
 
-# What follows launches processes.
+# The tests below launch processes.
 
 
-def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
-    """One process, open_clip's own modules, AdamW, and InfoNCE over the global batch as two cross entropies."""
+def plain_torch(folder, *, normalized: bool = True) -> dict[str, torch.Tensor]:
+    """Train in one process with open_clip's modules, AdamW, and InfoNCE as two cross entropies."""
     opened = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model
     clip, pairs = opened.module, CaptionedImages.find(folder / "pairs")
     with torch.no_grad():
@@ -232,7 +236,7 @@ def plain_torch(folder, *, normalised: bool = True) -> dict[str, torch.Tensor]:
             )
         chosen = [index for _, index in distinct_global_batch(len(pairs), 8, 0, step)]
         texts = clip.encode_text(opened.tokenizer([pairs.captions[i][0] for i in chosen]))
-        texts = F.normalize(texts, dim=-1) if normalised else texts
+        texts = F.normalize(texts, dim=-1) if normalized else texts
         logits = clip.logit_scale.clamp(max=torch.tensor(100.0).log()).exp() * images[chosen] @ texts.T
         loss = (F.cross_entropy(logits, torch.arange(8)) + F.cross_entropy(logits.T, torch.arange(8))) / 2
         optimizer.zero_grad()
@@ -259,24 +263,24 @@ def test_text_tuning_on_two_processes_ends_where_plain_torch_ends(tuned):
     folder, _ = tuned
     expected, before = plain_torch(folder), start()
     for name in ("two", "zero2"):
-        found = load_file(folder / f"{name}.safetensors")
-        assert apart(found, expected, start()) < 0.01, name
-        assert apart(found, plain_torch(folder, normalised=False), start()) > 0.1
-        assert all(torch.equal(found[key], before[key]) for key in found if key.startswith("visual."))
-        assert found["logit_scale"].shape == () and found["logit_scale"] != before["logit_scale"]
+        weights = load_file(folder / f"{name}.safetensors")
+        assert relative_distance(weights, expected, start()) < 0.01, name
+        assert relative_distance(weights, plain_torch(folder, normalized=False), start()) > 0.1
+        assert all(torch.equal(weights[key], before[key]) for key in weights if key.startswith("visual."))
+        assert weights["logit_scale"].shape == () and weights["logit_scale"] != before["logit_scale"]
     bf16 = load_file(folder / "bf16.safetensors")
     assert all(torch.equal(bf16[key], before[key]) for key in bf16 if key.startswith("visual.")), (
         "what is frozen was rounded"
     )
-    assert apart(bf16, expected, start()) < 0.5
+    assert relative_distance(bf16, expected, start()) < 0.5
 
 
 @pytest.mark.slow
 def test_text_tuning_goes_on_at_another_number_of_processes(tuned):
     folder, case = tuned
     launch(folder, 1, {"one": {**case, "after": "two", "step": 4}})
-    found = load_file(folder / "one.safetensors")
-    assert apart(found, load_file(folder / "two.safetensors"), start()) < 0.01
+    weights = load_file(folder / "one.safetensors")
+    assert relative_distance(weights, load_file(folder / "two.safetensors"), start()) < 0.01
     assert sorted(path.name for path in (folder / "one/checkpoints").glob("images-*.npy")) == [
         "images-0-of-2.npy",
         "images-1-of-2.npy",
@@ -305,7 +309,7 @@ def test_images_that_cannot_be_read_are_left_out_or_stop_the_run(tuned):
 
 @pytest.mark.slow
 def test_the_example_tunes_evaluates_and_warns(tmp_path):
-    """The recipe of examples/, smaller; twice, so that the second run finds everything done."""
+    """Run a smaller version of the example recipe twice. The second run finds every step done."""
     content = yaml.safe_load((Path(__file__).parent.parent / "examples/tune-text.yaml").read_text())
     content["scenes"] = {"images": 20, "classes": 70, "captions": 200, "pairs": 300}
     content["tune_text"] |= {"steps": 30, "batch_size": 32, "base_lr": 8.0e-3}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import files_below
+from dgmr_tp.utils.files import list_files
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 """Extensions of image files."""
@@ -125,7 +125,7 @@ class Images:
             )
         records: list[Record] = []
         other_files = 0
-        for path in files_below(source):
+        for path in list_files(source):
             if path.suffix == ".tar":
                 records += _tar_records(path)
             elif path.suffix.lower() in EXTENSIONS:

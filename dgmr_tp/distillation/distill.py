@@ -48,8 +48,7 @@ def distill(
     seed: int = 0,
     features: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Train ``student`` to reproduce ``teacher``'s features, resuming from a checkpoint in ``directory`` if there is
-    one.
+    """Train ``student`` to reproduce ``teacher``'s features, resuming from a checkpoint in ``directory``.
 
     Call it in every process that the ``deepspeed`` launcher started. Only parameters that the features depend on are
     trained. See :func:`dgmr_tp.distillation.loop.train` for the optimizer and the errors.

@@ -114,7 +114,7 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], path: Path, section: st
         name = f"{prefix}{key}"
         if name in ("optimizer", "scheduler", "train_batch_size", "fp16.enabled") and value is not False:
             raise DgmrError(
-                f"{path}: {name} is not set here, because the recipe sets the optimizer, schedule, batch and "
+                f"{path}: {name} must not be set here, because the recipe sets the optimizer, schedule, batch and "
                 "precision. Remove it."
             )
         if name in UNSUPPORTED_KEYS and value not in (False, -1):

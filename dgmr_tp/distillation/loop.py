@@ -45,7 +45,7 @@ from dgmr_tp.distillation.throughput import Throughput, format_throughput, measu
 from dgmr_tp.distillation.validation import BestWeights
 from dgmr_tp.errors import DgmrError, Preempted, first_line
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import hold
+from dgmr_tp.utils.files import lock_directory
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import Meter
 
@@ -103,14 +103,15 @@ def training_session(directory: Path, config: TrainingConfig) -> Iterator[Callab
     Raises:
         DgmrError: another run holds ``directory``, another process of this training failed, or memory ran out.
     """
-    lock = None
     try:
         start_deepspeed()
-        if is_main_process():
-            lock = hold(directory, f"{config.title} is running")
-            (directory / FAILURE_FILE).unlink(missing_ok=True)
-        distributed.barrier()  # until rank 0 has prepared the directory
-        with stop_requested(directory / STOP_FILE) as stop, fail_together(directory / FAILURE_FILE):
+        with contextlib.ExitStack() as stack:
+            if is_main_process():
+                stack.enter_context(lock_directory(directory, f"{config.title} is running"))
+                (directory / FAILURE_FILE).unlink(missing_ok=True)
+            distributed.barrier()  # until rank 0 has prepared the directory
+            stop = stack.enter_context(stop_requested(directory / STOP_FILE))
+            stack.enter_context(fail_together(directory / FAILURE_FILE))
             yield stop
     except RuntimeError as error:
         if any(phrase in str(error) for phrase in OUT_OF_MEMORY_PHRASES):
@@ -120,9 +121,6 @@ def training_session(directory: Path, config: TrainingConfig) -> Iterator[Callab
                 f"another process of this training is gone ({first_line(error)}). See its message, and run again."
             ) from error
         raise
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[], bool]) -> TrainingResult:
@@ -402,7 +400,7 @@ def curve_names(directory: Path) -> list[str]:
 
 
 def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
-    """Return a curve, such as ``loss``, as (step, value). If a step occurs twice (after a resume), the last one counts."""
+    """Return a curve, such as ``loss``, as (step, value). If a resumed run repeated a step, the last value counts."""
     path = directory / "log" / f"{CURVE_PREFIX}_{name}.csv"
     values: dict[int, float] = {}
     if path.exists():

@@ -114,7 +114,7 @@ class MemoryEstimator:
         return MemoryEstimate(states, self.image_bytes[config.recompute], startup)
 
     def table(self, config: DistillConfig, devices: Devices) -> str:
-        """Return a text table of the ZeRO stages, with and without recomputation, and a line about ``config`` itself."""
+        """Return a table of the ZeRO stages, with and without recomputation, and a line about ``config`` itself."""
         lines = [
             f"student {self.student / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained, "
             f"teacher {self.teacher / 1e6:,.1f} M, {'bf16' if config.bf16 else 'float32'}",

@@ -21,7 +21,7 @@ import torch
 
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.utils.distributed import is_main_process
-from dgmr_tp.utils.files import Held, hold
+from dgmr_tp.utils.files import DirectoryLocked, lock_directory
 from dgmr_tp.utils.lazy_imports import require_installed
 
 PARENT_VARIABLE = "DGMR_TP_PARENT"
@@ -119,8 +119,9 @@ def wait_for_lock_release(directory: Path) -> None:
     """Wait until no process holds the lock of ``directory``, which rank 0 of a training holds."""
     while True:
         try:
-            return hold(directory, "process is training").close()
-        except Held:
+            with lock_directory(directory, "process is training"):
+                return
+        except DirectoryLocked:
             time.sleep(0.2)
 
 

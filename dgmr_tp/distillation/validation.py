@@ -18,7 +18,7 @@ from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import sha256, write_whole
+from dgmr_tp.utils.files import sha256, atomic_write
 from dgmr_tp.utils.knn import predict_classes
 
 NUM_NEIGHBORS = 20
@@ -141,7 +141,7 @@ class BestWeights:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, self._file(step))
                 entry = {"score": score, "step": step, "sha256": sha256(self._file(step))}
-                write_whole(self.manifest, json.dumps(entry))
+                atomic_write(self.manifest, json.dumps(entry))
                 for other in self.directory.glob(self._file("*").name):
                     if other != self._file(step):
                         other.unlink()

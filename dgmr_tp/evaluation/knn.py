@@ -14,7 +14,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
-from dgmr_tp.utils.knn import QUERY_CHUNK, nearest, vote
+from dgmr_tp.utils.knn import predict_classes
 
 NEIGHBORS = (10, 20, 100, 200)
 
@@ -73,11 +73,6 @@ def knn_accuracy(
         )
     queries, places = embed_share(embed, preprocess, test, title="test images", **options)
     answers = torch.tensor([number[test_classes[place]] for place in places.tolist()], device=bank.device)
-    counts = torch.zeros(len(NEIGHBORS) + 1, dtype=torch.float64, device=bank.device)  # correct for each k, then all
-    for query_block, answer_block in zip(queries.split(QUERY_CHUNK), answers.split(QUERY_CHUNK), strict=True):
-        similarities, rows = nearest(bank, query_block, max(NEIGHBORS))
-        for i, k in enumerate(NEIGHBORS):
-            counts[i] += (vote(similarities[:, :k], labels[rows[:, :k]], len(names)) == answer_block).sum()
-        counts[-1] += len(query_block)
-    counts = all_reduce_sum(counts)
+    correct = (predict_classes(bank, labels, queries, NEIGHBORS) == answers).sum(1)
+    counts = all_reduce_sum(torch.cat([correct, correct.new_tensor([len(queries)])]).double())
     return {f"knn@{k}": float(counts[i] / counts[-1]) for i, k in enumerate(NEIGHBORS) if k <= len(bank)}

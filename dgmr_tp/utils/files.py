@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -61,6 +62,7 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
 
     Raises:
         DirectoryLocked: another process holds the lock.
+        DgmrError: the file system has no locks.
     """
     directory.mkdir(parents=True, exist_ok=True)
     lock = FileLock(directory / LOCK_NAME, timeout=0)
@@ -68,6 +70,13 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise DirectoryLocked(f"another {activity} in {directory}. Wait for it or stop it.") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise DgmrError(
+            f"the file system of {directory} has no locks ({error.strerror}). Mount it with locks (Lustre: flock), or name "
+            "another directory."
+        ) from error
     try:
         yield
     finally:
