@@ -3,8 +3,9 @@
     python benchmarks/export_table.py --out benchmarks/results/export_table.json
 
 The families are the small models of ``tests/families.py`` with random weights and images of 32 × 32, pruned to uneven
-widths. Results are stored as they are measured, and a second call continues. At the end the script prints the tables of
-docs/export.md for image and text towers: the largest relative error of an embedding against PyTorch at batch 1, 3 and 8.
+widths. Results are stored as they are measured, and a second call continues. At the end the script prints the tables
+of docs/export.md for image and text towers: the largest relative error of an embedding against PyTorch at batch 1, 3
+and 8.
 """
 
 from __future__ import annotations
