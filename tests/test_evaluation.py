@@ -130,7 +130,7 @@ def test_own_class_names_and_prompts_are_used(demo, data, tmp_path):
     own = {"classnames": tmp_path / "names.json", "templates": tmp_path / "prompts.json"}
     plain = run(demo, demo.module, data / "classes", tmp_path / "r.json")
     turned = run(demo, demo.module, data / "classes", tmp_path / "r.json", **own)
-    assert turned["acc1"] < 0.1 < 0.9 < plain["acc1"], "every name stands for another class"
+    assert turned["acc1"] < 0.1 < 0.9 < plain["acc1"], "every name belongs to another class"
 
 
 def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_path):

@@ -38,13 +38,17 @@ from dgmr_tp.export.verify import VERIFIED, _compare_outputs, _status
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
 
-def bundle(part, directory, **options):
+def bundle(export_tower, directory, **options):
     return export_bundle(
-        [part], directory, model="somewhere", preprocess={"mean": [0.5] * 3}, **{"latency_batches": (), **options}
+        [export_tower],
+        directory,
+        model="somewhere",
+        preprocess={"mean": [0.5] * 3},
+        **{"latency_batches": (), **options},
     )
 
 
-def part(tower, **options):
+def export_tower(tower, **options):
     return vision_export_tower(adapt(tower), pictures(5), **options)
 
 
@@ -60,11 +64,11 @@ def names(directory):
 def exported(tmp_path_factory):
     """Return a pruned tower, the directory of its files, and the content of export.json."""
     tower, folder = redraw(timm_tower()), tmp_path_factory.mktemp("files")
-    bundle(part(tower, outputs=("embedding", "patches")), folder / "dense", formats=["onnx"])
+    bundle(export_tower(tower, outputs=("embedding", "patches")), folder / "dense", formats=["onnx"])
     pruner = MLPPruner(tower, mlp_ratio=1)
     pruner.apply(pruner.plan())
     options = {"dense": folder / "dense", "latency_batches": (2,)}
-    report = bundle(part(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
+    report = bundle(export_tower(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
     assert not failures(report)
     return tower, folder / "pruned", report
 
@@ -97,7 +101,7 @@ def test_every_format_computes_what_the_model_computes_at_any_batch(exported, fi
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["pt2", "aotinductor"])
 def test_programs_compute_what_the_model_computes_at_any_batch(tower, file_format, tmp_path):
-    report = bundle(part(tower), tmp_path, formats=[file_format])
+    report = bundle(export_tower(tower), tmp_path, formats=[file_format])
     assert not failures(report)
     computes_the_same(tower, tmp_path / report["towers"]["image"]["files"][file_format]["file"], 1e-4)
 
@@ -133,7 +137,7 @@ def test_a_runtime_opens_the_files_as_export_json_says(exported):
 
 def test_embeddings_of_length_one(exported, tmp_path):
     tower = exported[0]
-    report = bundle(part(tower, normalized=True), tmp_path, formats=["onnx"])
+    report = bundle(export_tower(tower, normalized=True), tmp_path, formats=["onnx"])
     with torch.no_grad():
         embedding = tower(pictures(3))
     outputs = open_exported(tmp_path / "model.onnx")(pictures(3))
@@ -142,16 +146,16 @@ def test_embeddings_of_length_one(exported, tmp_path):
     )
     assert report["towers"]["image"]["normalized"]
     with pytest.raises(DgmrError, match=r"unknown output 'logits'. Use embedding, patches"):
-        part(tower, outputs=("logits",))
+        export_tower(tower, outputs=("logits",))
     with pytest.raises(DgmrError, match="lack the embedding"):
-        part(tower, outputs=("patches",))
+        export_tower(tower, outputs=("patches",))
 
 
 def test_a_text_tower(tmp_path):
     demo = open_model("demo")
     texts = demo.tokenizer(["a red circle", "two blue squares", "nothing"])
-    _, part = export_towers(demo, torch.rand(2, 3, 64, 64), text=True)
-    report = bundle(part, tmp_path, formats=["onnx", "torchscript"])
+    _, export_tower = export_towers(demo, torch.rand(2, 3, 64, 64), text=True)
+    report = bundle(export_tower, tmp_path, formats=["onnx", "torchscript"])
     assert not failures(report)
     with torch.no_grad():
         expected = demo.module.eval().encode_text(texts)
@@ -168,11 +172,11 @@ def test_a_text_tower(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(tmp_path, monkeypatch):
-    other, write = part(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
-    tower = part(redraw(timm_tower()))
+    other, write = export_tower(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
+    tower = export_tower(redraw(timm_tower()))
     with monkeypatch.context() as patched:
         patched.setitem(
-            FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda part, path: write(other, path))
+            FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda export_tower, path: write(other, path))
         )
         report = bundle(tower, tmp_path, formats=["torchscript", "onnx"])
     assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
@@ -197,7 +201,7 @@ def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
     )
     (tmp_path / "crash" / "sitecustomize.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'crash'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    report = bundle(part(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
+    report = bundle(export_tower(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
     assert failures(report) == {"model.onnx": "the runtime crashed (SIGSEGV)"}
     assert names(tmp_path / "out") == ["export.json", "model.onnx.failed"]
 
@@ -255,7 +259,7 @@ def test_code_is_opened_only_when_it_is_trusted(exported):
 
 def test_files_that_no_runtime_can_open_are_one_sentence(exported, tmp_path):
     with pytest.raises(DgmrError, match="unknown export format 'tflite'"):
-        bundle(part(exported[0]), tmp_path, formats=["tflite"])
+        bundle(export_tower(exported[0]), tmp_path, formats=["tflite"])
     model = onnx.load(exported[1] / "model.onnx")
     model.opset_import[0].version = 99
     onnx.save(model, tmp_path / "opset.onnx")
@@ -370,18 +374,18 @@ def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsy
 
 
 def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
-    part = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    export_tower = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
     for free in (9e6, 11e6):
         monkeypatch.setattr(
             "dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
         )
         if free > 10e6:
-            assert not failures(bundle(part, tmp_path, formats=["torchscript"]))
+            assert not failures(bundle(export_tower, tmp_path, formats=["torchscript"]))
             continue
         with pytest.raises(
             DgmrError, match=r"a file of the image tower takes up to 10 MB, but 9 MB are free. Free disk space"
         ):
-            bundle(part, tmp_path, formats=["torchscript"])
+            bundle(export_tower, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)
 
 
