@@ -1,10 +1,10 @@
-"""How much of the cut in FLOPs becomes speed on a GPU: ViT-g/14's shape, dense and pruned to hidden = width in turn.
+"""Measure how much of the reduction in FLOPs becomes speed on a GPU, for ViT-g/14 pruned to hidden = width.
 
     python benchmarks/export_gpu.py --out benchmarks/results/export_gpu.json
 
-Random weights, float16, batches 8 and 32: torch.compile, AOTInductor, and onnxruntime with CUDA and with TensorRT where this
-onnxruntime has them (the others are left out, and the JSON says so). On a CPU it runs too (``--device cpu --model ViT-B-32``), to try
-the script.
+The weights are random. The dense and the pruned tower run in turn in float16, at batches 8 and 32, under torch.compile,
+AOTInductor, and onnxruntime with CUDA and TensorRT. Providers that this onnxruntime lacks are listed in the JSON as
+``left_out``. To try the script on a CPU, pass ``--device cpu --model ViT-B-32``.
 """
 
 from __future__ import annotations
@@ -33,35 +33,40 @@ from dgmr_tp.utils.files import write_whole
 PROVIDERS = {"cuda": ("CUDAExecutionProvider", "TensorrtExecutionProvider"), "cpu": ("CPUExecutionProvider",)}
 
 
-def compiled(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
-    return torch.compile(part.module, dynamic=True)
+Runner = Callable[[Tensor], object]
 
 
-def packaged(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
-    program_file.write_compiled(part, scratch / "model.aoti.pt2")
+def torch_compile(tower: ExportTower, device: str, scratch: Path) -> Runner:
+    return torch.compile(tower.module, dynamic=True)
+
+
+def aotinductor(tower: ExportTower, device: str, scratch: Path) -> Runner:
+    program_file.write_compiled(tower, scratch / "model.aoti.pt2")
     return torch._inductor.aoti_load_package(str(scratch / "model.aoti.pt2"))
 
 
-def by_onnxruntime(provider: str) -> Callable[[ExportTower, str, Path], Callable[[Tensor], object]]:
-    def build(part: ExportTower, device: str, scratch: Path) -> Callable[[Tensor], object]:
-        plain = replace(part, module=part.module.float().cpu(), examples=part.examples.float().cpu())
-        onnx_file.write(plain, scratch / "model.onnx")
+def with_onnxruntime(provider: str) -> Callable[[ExportTower, str, Path], Runner]:
+    """Return a function that builds a runner of the float16 ONNX file under an execution provider."""
+
+    def build(tower: ExportTower, device: str, scratch: Path) -> Runner:
+        float32 = replace(tower, module=tower.module.float().cpu(), examples=tower.examples.float().cpu())
+        onnx_file.write(float32, scratch / "model.onnx")
         onnx_file.to_float16(scratch / "model.onnx", scratch / "model.fp16.onnx")
         session = onnxruntime.InferenceSession(str(scratch / "model.fp16.onnx"), providers=[provider])
 
         def run(images: Tensor) -> object:
-            given, bound = images.float().contiguous(), session.io_binding()
-            bound.bind_input(part.input_name, device, 0, np.float32, tuple(given.shape), given.data_ptr())
-            bound.bind_output(part.output_names[0], device)
-            session.run_with_iobinding(bound)
-            return bound
+            inputs, binding = images.float().contiguous(), session.io_binding()
+            binding.bind_input(tower.input_name, device, 0, np.float32, tuple(inputs.shape), inputs.data_ptr())
+            binding.bind_output(tower.output_names[0], device)
+            session.run_with_iobinding(binding)
+            return binding
 
         return run
 
     return build
 
 
-def timed(run: Callable[[Tensor], object], images: Tensor) -> None:
+def run_and_wait(run: Runner, images: Tensor) -> None:
     run(images)
     if images.is_cuda:
         torch.cuda.synchronize()
@@ -74,39 +79,37 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-g-14")
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
-    kind = torch.float16 if args.device == "cuda" else torch.float32
+    dtype = torch.float16 if args.device == "cuda" else torch.float32
     dense = open_model(f"open_clip:{args.model}", "none")
     models = {"original": dense, "pruned": prune(dense, criterion="random", mlp_ratio=1).model}
     ideal = flops(dense.tower, dense.image_size) / flops(models["pruned"].tower, dense.image_size)
-    images = torch.randn(32, 3, dense.image_size, dense.image_size, device=args.device, dtype=kind)
-    ways: dict[str, Callable] = {"torch.compile": compiled, "AOTInductor": packaged}
-    there = [name for name in PROVIDERS[args.device] if name in onnxruntime.get_available_providers()]
-    ways |= {f"onnxruntime {name}": by_onnxruntime(name) for name in there}
+    images = torch.randn(32, 3, dense.image_size, dense.image_size, device=args.device, dtype=dtype)
+    builders: dict[str, Callable] = {"torch.compile": torch_compile, "AOTInductor": aotinductor}
+    providers = [name for name in PROVIDERS[args.device] if name in onnxruntime.get_available_providers()]
+    builders |= {f"onnxruntime {name}": with_onnxruntime(name) for name in providers}
     rows: dict[str, dict] = {}
-    for name, build in ways.items():
+    for name, build in builders.items():
         with tempfile.TemporaryDirectory() as scratch:
             runs = {}
-            for which, model in models.items():
-                part = vision_export_tower(model.adapter, images[:2])
-                part = replace(part, module=part.module.to(args.device, kind))
-                (Path(scratch) / which).mkdir()
-                runs[which] = build(part, args.device, Path(scratch) / which)
+            for label, model in models.items():
+                tower = vision_export_tower(model.adapter, images[:2])
+                tower = replace(tower, module=tower.module.to(args.device, dtype))
+                (Path(scratch) / label).mkdir()
+                runs[label] = build(tower, args.device, Path(scratch) / label)
 
             for batch in (8, 32):
-                found = latencies({which: partial(timed, run, images[:batch]) for which, run in runs.items()})
-                faster = found["original"]["median"] / found["pruned"]["median"]
-                rows[f"{name}, batch {batch}"] = {"faster": faster, "ideal": ideal, "share": faster / ideal, **found}
-                print(f"| {name} | {batch} | {ideal:.2f} | {faster:.2f} | {faster / ideal:.2f} |", flush=True)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    left_out = sorted(set(PROVIDERS[args.device]) - set(there))
-    kept = {
-        "device": device,
+                times = latencies({label: partial(run_and_wait, run, images[:batch]) for label, run in runs.items()})
+                speedup = times["original"]["median"] / times["pruned"]["median"]
+                rows[f"{name}, batch {batch}"] = {"faster": speedup, "ideal": ideal, "share": speedup / ideal, **times}
+                print(f"| {name} | {batch} | {ideal:.2f} | {speedup:.2f} | {speedup / ideal:.2f} |", flush=True)
+    result = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "model": args.model,
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
-        "left_out": left_out,
+        "left_out": sorted(set(PROVIDERS[args.device]) - set(providers)),
     }
-    write_whole(args.out, json.dumps({**kept, "rows": rows}, indent=1) + "\n")
+    write_whole(args.out, json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

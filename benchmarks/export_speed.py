@@ -1,10 +1,11 @@
-"""How much of the cut in FLOPs becomes speed: ViT-B/16 and ViT-L/14 shapes in onnxruntime on a CPU, dense and pruned in turn.
+"""Measure how much of the reduction in FLOPs becomes speed in onnxruntime on a CPU, for ViT-B/16 and ViT-L/14.
 
     python benchmarks/export_speed.py --out benchmarks/results/export_speed.json
 
-Random weights (speed does not depend on them). For every hidden width: the ONNX file of the pruned tower and that of the dense one are
-called in turn in one process, batch 8, and the ratio of the medians is divided by the ratio of the FLOPs. Widths beside a multiple of 8
-or 64 show whether the runtime minds. Cells are kept as they are done.
+The weights are random, because speed does not depend on them. For every hidden width, the ONNX files of the pruned and
+of the dense tower are called in turn in one process, at batch 8. The ratio of the median times is divided by the ratio
+of the FLOPs. Widths next to a multiple of 8 or 64 show whether the runtime needs aligned widths. Results are stored as
+they are measured, and a second call continues.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning.cost import flops
 from dgmr_tp.utils.files import write_whole
 
-SHAPES = {"ViT-B-16": (768, 770, 761, 1536), "ViT-L-14": (1024, 1026, 1017)}
-BATCH, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}
+HIDDEN_WIDTHS = {"ViT-B-16": (768, 770, 761, 1536), "ViT-L-14": (1024, 1026, 1017)}
+BATCH_SIZE, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}
 
 
 def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[str, float]]:
+    """Return the speed-up, the ratio of the FLOPs and the median time for every hidden width."""
     dense, rows = open_model(f"open_clip:{name}", "none"), {}
-    images = torch.randn(BATCH, 3, dense.image_size, dense.image_size)
-    work = flops(dense.tower, dense.image_size)
+    images = torch.randn(BATCH_SIZE, 3, dense.image_size, dense.image_size)
+    dense_flops = flops(dense.tower, dense.image_size)
     with tempfile.TemporaryDirectory() as scratch:
         runs = {}
         for width in (None, *widths):
@@ -44,13 +46,14 @@ def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[
             runs[width] = onnx_file.read(path, os.cpu_count()), flops(model.tower, model.image_size)
         for width in widths:
             calls = {str(key): lambda run=runs[key][0]: run(images) for key in (None, width)}
-            found = latencies(calls, repeats)
-            faster, ideal = found["None"]["median"] / found[str(width)]["median"], work / runs[width][1]
+            times = latencies(calls, repeats)
+            speedup = times["None"]["median"] / times[str(width)]["median"]
+            ideal = dense_flops / runs[width][1]
             rows[str(width)] = {
-                "faster": faster,
+                "faster": speedup,
                 "ideal": ideal,
-                "share": faster / ideal,
-                "ms": found[str(width)]["median"],
+                "share": speedup / ideal,
+                "ms": times[str(width)]["median"],
             }
             print(name, width, rows[str(width)], flush=True)
     return rows
@@ -59,20 +62,20 @@ def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tables", action="store_true", help="print what is there")
+    parser.add_argument("--tables", action="store_true", help="only print the stored results")
     args = parser.parse_args()
-    kept = json.loads(args.out.read_text()) if args.out.exists() else {"shapes": {}}
-    for name, widths in {} if args.tables else SHAPES.items():
-        if name not in kept["shapes"]:
-            kept["shapes"][name] = measure(name, widths, REPEATS[name])
-            kept |= {
+    results = json.loads(args.out.read_text()) if args.out.exists() else {"shapes": {}}
+    for name, widths in {} if args.tables else HIDDEN_WIDTHS.items():
+        if name not in results["shapes"]:
+            results["shapes"][name] = measure(name, widths, REPEATS[name])
+            results |= {
                 "threads": os.cpu_count(),
                 "machine": platform.processor() or platform.machine(),
                 "onnxruntime": onnxruntime.__version__,
             }
-            write_whole(args.out, json.dumps(kept, indent=1) + "\n")
+            write_whole(args.out, json.dumps(results, indent=1) + "\n")
     print("| shape | hidden width | FLOPs ratio | faster | share of the ideal |\n|---|---|---|---|---|")
-    for name, rows in kept["shapes"].items():
+    for name, rows in results["shapes"].items():
         for width, row in rows.items():
             print(f"| {name} | {width} | {row['ideal']:.2f} | {row['faster']:.2f} | {row['share']:.2f} |")
 

@@ -1,8 +1,9 @@
-"""Time and memory of a comparison of a million old and new embeddings on a CPU.
+"""Measure time and memory of a comparison of a million old and new embeddings on a CPU.
 
     python benchmarks/index_scale.py --out benchmarks/results/index_scale.json
 
-Random clusters of 768 dimensions, 1,000 queries, 1,000 classes; memory: the process's peak less what it held with both arrays.
+The data are random clusters of width 768, with 1,000 queries and 1,000 classes. The memory is the peak of the process
+minus its memory with both arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from dgmr_tp.utils.files import write_whole
 ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
 
 
-def held(field: str) -> float:
+def memory_gb(field: str) -> float:
+    """Return a field of /proc/self/status in GB."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 1e6
 
@@ -33,26 +35,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
-    centres = torch.randn(CLASSES, WIDTH)
-    old = centres[torch.randint(CLASSES, (ROWS,))].add_(torch.randn(ROWS, WIDTH).mul_(0.5))
+    centers = torch.randn(CLASSES, WIDTH)
+    old = centers[torch.randint(CLASSES, (ROWS,))].add_(torch.randn(ROWS, WIDTH).mul_(0.5))
     new = torch.randn(ROWS, WIDTH).mul_(0.05).add_(old)
-    before, started = held("VmRSS"), time.perf_counter()
-    found = compare_embeddings(old, new, classifier=centres.T.contiguous())
-    seconds = time.perf_counter() - started
-    kept = {
+    memory_before, start = memory_gb("VmRSS"), time.perf_counter()
+    comparison = compare_embeddings(old, new, classifier=centers.T.contiguous())
+    seconds = time.perf_counter() - start
+    result = {
         "rows": ROWS,
         "width": WIDTH,
         "seconds": seconds,
-        "gigabytes": held("VmHWM") - before,
+        "gigabytes": memory_gb("VmHWM") - memory_before,
         "arrays_gigabytes": 2 * old.numel() * 4 / 1e9,
-        "verdict": found["verdict"],
+        "verdict": comparison["verdict"],
         "threads": os.cpu_count(),
         "machine": platform.machine(),
         "torch": torch.__version__,
         "faiss": faiss.__version__,
     }
-    write_whole(args.out, json.dumps(kept, indent=1) + "\n")
-    print(json.dumps(kept, indent=1))
+    write_whole(args.out, json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def test_a_saved_classifier_stands_in_for_the_text_tower(demo, data, tmp_path):
     options = {"dataset": "wds/test", "root": data / "classes"}
     first = run(demo, demo.module, data / "classes", tmp_path / "a.json", save_classifier=tmp_path / "classes.pt")
     vision = CLIPWithEncoder(timm_tower(), demo.module.encode_image)
-    how = {"output": tmp_path / "b.json", "name": "vit", "load_classifiers": [tmp_path / "classes.pt"]}
-    assert evaluate(vision, demo.preprocess, None, **options, **how) == first
+    saved = {"output": tmp_path / "b.json", "name": "vit", "load_classifiers": [tmp_path / "classes.pt"]}
+    assert evaluate(vision, demo.preprocess, None, **options, **saved) == first
     with pytest.raises(DgmrError, match="no text tower"):
         evaluate(vision, demo.preprocess, None, **options, output=tmp_path / "b.json", name="vit")
 
@@ -114,14 +114,14 @@ def test_an_encoder_without_text_tower_has_a_linear_probe(data, tmp_path, capsys
     FAMILIES["timm ViT"](tmp_path / "vit")
     shutil.copytree(data / "classes", tmp_path / "set")
     shutil.copytree(data / "classes" / "test", tmp_path / "set" / "train")
-    where = {"dataset": "wds/test", "root": tmp_path / "set", "out_dir": tmp_path / "out"}
-    commands.evaluate([str(tmp_path / "vit")], task="linear_probe", **where)
+    options = {"dataset": "wds/test", "root": tmp_path / "set", "out_dir": tmp_path / "out"}
+    commands.evaluate([str(tmp_path / "vit")], task="linear_probe", **options)
     assert "lp_acc1_sklearn" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["table.csv", "vit-wds_test-linear_probe.json"]
     with pytest.raises(DgmrError, match="no text tower"):
-        commands.evaluate([str(tmp_path / "vit")], **where)
+        commands.evaluate([str(tmp_path / "vit")], **options)
     with pytest.raises(DgmrError, match="Give one model"):
-        commands.evaluate(["demo", "demo"], save_classifier=tmp_path / "c.pt", **where)
+        commands.evaluate(["demo", "demo"], save_classifier=tmp_path / "c.pt", **options)
 
 
 def test_own_class_names_and_prompts_are_used(demo, data, tmp_path):
@@ -130,7 +130,7 @@ def test_own_class_names_and_prompts_are_used(demo, data, tmp_path):
     own = {"classnames": tmp_path / "names.json", "templates": tmp_path / "prompts.json"}
     plain = run(demo, demo.module, data / "classes", tmp_path / "r.json")
     turned = run(demo, demo.module, data / "classes", tmp_path / "r.json", **own)
-    assert turned["acc1"] < 0.1 < 0.9 < plain["acc1"], "every name stands for another class"
+    assert turned["acc1"] < 0.1 < 0.9 < plain["acc1"], "every name belongs to another class"
 
 
 def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_path):
@@ -140,7 +140,7 @@ def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_pat
     metrics = run(demo, demo.module, tmp_path / "set", tmp_path / "r.json", task="linear_probe")
     draws = {seed: [Scene.draw(seed, i) for i in range(count)] for seed, count in ((9, 320), (7, 120))}
     with torch.no_grad():
-        known, judged = (
+        train_features, test_features = (
             F.normalize(
                 demo.module.encode_image(torch.stack([demo.preprocess(Image.fromarray(s.image())) for s in drawn])),
                 dim=-1,
@@ -149,7 +149,8 @@ def test_the_linear_probe_is_scikit_learns_on_the_embeddings(demo, data, tmp_pat
         )
     labels, answers = ([scene.label for scene in drawn] for drawn in draws.values())
     probes = [
-        LogisticRegression(max_iter=1000, C=c).fit(known, labels).score(judged, answers) for c in (1, 10, 100, 1000)
+        LogisticRegression(max_iter=1000, C=c).fit(train_features, labels).score(test_features, answers)
+        for c in (1, 10, 100, 1000)
     ]
     assert (
         any(metrics["lp_acc1_sklearn"] == pytest.approx(score, abs=0.01) for score in probes)
@@ -166,8 +167,8 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
         "latency_batches": (),
     }
     assert not failures(export_bundle(export_towers(demo, images), tmp_path, **options))
-    where = {"dataset": "wds/test", "root": data / "classes", "out_dir": tmp_path / "out"}
-    commands.evaluate(["demo", str(tmp_path / "model.onnx")], **where)
+    options = {"dataset": "wds/test", "root": data / "classes", "out_dir": tmp_path / "out"}
+    commands.evaluate(["demo", str(tmp_path / "model.onnx")], **options)
     scores = re.findall(r"^ *(demo|model.onnx) +(0\.\d+)", capsys.readouterr().out, re.M)
     assert [name for name, _ in scores] == ["demo", "model.onnx"] and scores[0][1] == scores[1][1]
     with (tmp_path / "out" / "table.csv").open() as stream:
@@ -175,8 +176,8 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
     stored = json.loads((tmp_path / "out" / "demo-wds_test-zeroshot_classification.json").read_text())["metrics"]
     assert float(rows["model.onnx"]["acc1"]) == float(rows["demo"]["acc1"]) == stored["acc1"] > 0.9
     with pytest.raises(DgmrError, match=r"model\.pt contains code"):
-        commands.evaluate([str(tmp_path / "model.pt")], **where)
-    commands.evaluate([str(tmp_path / "model.pt")], trust_file=True, **where)
+        commands.evaluate([str(tmp_path / "model.pt")], **options)
+    commands.evaluate([str(tmp_path / "model.pt")], trust_file=True, **options)
     assert re.search(rf"acc1 +{scores[0][1]}", capsys.readouterr().out)
     (tmp_path / "export.json").unlink()
     with pytest.raises(DgmrError, match="Name the model with --text"):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from conftest import call_command, pictures, redraw, timm_tower
 from PIL import Image
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -27,6 +28,7 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS, open_exported
 from dgmr_tp.export.layouts import export_model, image_processor
@@ -36,18 +38,22 @@ from dgmr_tp.export.verify import VERIFIED, _compare_outputs, _status
 FAST = ("onnx", "onnx-fp16", "onnx-int8", "torchscript")
 
 
-def bundle(part, directory, **options):
+def bundle(export_tower, directory, **options):
     return export_bundle(
-        [part], directory, model="somewhere", preprocess={"mean": [0.5] * 3}, **{"latency_batches": (), **options}
+        [export_tower],
+        directory,
+        model="somewhere",
+        preprocess={"mean": [0.5] * 3},
+        **{"latency_batches": (), **options},
     )
 
 
-def part(tower, **options):
+def export_tower(tower, **options):
     return vision_export_tower(adapt(tower), pictures(5), **options)
 
 
-def worst(found, expected):
-    return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+def worst(outputs, expected):
+    return float(((outputs - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def names(directory):
@@ -55,14 +61,14 @@ def names(directory):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def exported(tmp_path_factory):
     """Return a pruned tower, the directory of its files, and the content of export.json."""
     tower, folder = redraw(timm_tower()), tmp_path_factory.mktemp("files")
-    bundle(part(tower, outputs=("embedding", "patches")), folder / "dense", formats=["onnx"])
+    bundle(export_tower(tower, outputs=("embedding", "patches")), folder / "dense", formats=["onnx"])
     pruner = MLPPruner(tower, mlp_ratio=1)
     pruner.apply(pruner.plan())
     options = {"dense": folder / "dense", "latency_batches": (2,)}
-    report = bundle(part(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
+    report = bundle(export_tower(tower, outputs=("embedding", "patches")), folder / "pruned", formats=FAST, **options)
     assert not failures(report)
     return tower, folder / "pruned", report
 
@@ -76,15 +82,15 @@ def computes_the_same(tower, path, tolerance):
         assert worst(run(images), expected) <= min(tolerance, worst(run(-images), expected) / 2)
 
 
-@pytest.mark.parametrize("form", FAST)
-def test_every_format_computes_what_the_model_computes_at_any_batch(served, form):
-    tower, folder, report = served
-    entry = report["towers"]["image"]["files"][form]
-    computes_the_same(tower, folder / entry["file"], FORMATS[form].tolerance)
-    assert 0 < max(entry["relative_error"]["embedding"].values()) <= FORMATS[form].tolerance
+@pytest.mark.parametrize("file_format", FAST)
+def test_every_format_computes_what_the_model_computes_at_any_batch(exported, file_format):
+    tower, folder, report = exported
+    entry = report["towers"]["image"]["files"][file_format]
+    computes_the_same(tower, folder / entry["file"], FORMATS[file_format].tolerance)
+    assert 0 < max(entry["relative_error"]["embedding"].values()) <= FORMATS[file_format].tolerance
     assert 0.97 < min(entry["cosine"]["patches"].values()) <= 1.000001
     assert entry["sha256"] == {entry["file"]: hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()}
-    assert entry["latency_ms"]["2"].keys() == ({"original", "pruned"} if form == "onnx" else {"pruned"})
+    assert entry["latency_ms"]["2"].keys() == ({"original", "pruned"} if file_format == "onnx" else {"pruned"})
     assert (
         entry["latency_ms"]["2"]["pruned"]["low"] <= entry["latency_ms"]["2"]["pruned"]["median"]
         and entry["peak_memory_mb"] > 0
@@ -93,15 +99,15 @@ def test_every_format_computes_what_the_model_computes_at_any_batch(served, form
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["pt2", "aotinductor"])
-def test_programs_compute_what_the_model_computes_at_any_batch(tower, form, tmp_path):
-    report = bundle(part(tower), tmp_path, formats=[form])
+@pytest.mark.parametrize("file_format", ["pt2", "aotinductor"])
+def test_programs_compute_what_the_model_computes_at_any_batch(tower, file_format, tmp_path):
+    report = bundle(export_tower(tower), tmp_path, formats=[file_format])
     assert not failures(report)
-    computes_the_same(tower, tmp_path / report["towers"]["image"]["files"][form]["file"], 1e-4)
+    computes_the_same(tower, tmp_path / report["towers"]["image"]["files"][file_format]["file"], 1e-4)
 
 
-def test_a_runtime_opens_the_files_as_export_json_says(served):
-    tower, folder, report = served
+def test_a_runtime_opens_the_files_as_export_json_says(exported):
+    tower, folder, report = exported
     described, images = report["towers"]["image"], pictures(3, seed=9)
     encoder = adapt(tower)
     with torch.no_grad():
@@ -109,10 +115,8 @@ def test_a_runtime_opens_the_files_as_export_json_says(served):
         for block in encoder.blocks():
             state = block(state)
         patches = encoder.features(encoder.norm(state))[1]
-    for file, tolerance in (
-        ("model.onnx", 1e-4),
-        ("model.fp16.onnx", 1e-2),
-    ):  # default settings, in which half precision crashed once
+    for file, tolerance in (("model.onnx", 1e-4), ("model.fp16.onnx", 1e-2)):
+        # Default settings, with which onnxruntime crashed on half-precision norms.
         session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
         assert [(i.name, i.shape, i.type) for i in session.get_inputs()] == [
             ("image", ["batch", 3, 32, 32], "tensor(float)")
@@ -121,37 +125,37 @@ def test_a_runtime_opens_the_files_as_export_json_says(served):
             ("embedding", "tensor(float)"),
             ("patches", "tensor(float)"),
         ]
-        found = [torch.from_numpy(rows) for rows in session.run(["embedding", "patches"], {"image": images.numpy()})]
-        assert [["batch", *rows.shape[1:]] for rows in found] == [output["shape"] for output in described["outputs"]]
-        assert worst(found[0], embedding) < tolerance and worst(found[1].flatten(1), patches.flatten(1)) < tolerance
-        assert worst(found[1].flip(1).flatten(1), patches.flatten(1)) > tolerance
+        outputs = [torch.from_numpy(rows) for rows in session.run(["embedding", "patches"], {"image": images.numpy()})]
+        assert [["batch", *rows.shape[1:]] for rows in outputs] == [output["shape"] for output in described["outputs"]]
+        assert worst(outputs[0], embedding) < tolerance and worst(outputs[1].flatten(1), patches.flatten(1)) < tolerance
+        assert worst(outputs[1].flip(1).flatten(1), patches.flatten(1)) > tolerance
     assert json.loads((folder / "export.json").read_text()) == report
     assert onnx.load(folder / "model.onnx").opset_import[0].version == report["opset"]
     sizes = [(folder / file).stat().st_size for file in ("model.onnx", "model.fp16.onnx")]
     assert sizes[1] < 0.8 * sizes[0]
 
 
-def test_embeddings_of_length_one(served, tmp_path):
-    tower = served[0]
-    report = bundle(part(tower, normalized=True), tmp_path, formats=["onnx"])
+def test_embeddings_of_length_one(exported, tmp_path):
+    tower = exported[0]
+    report = bundle(export_tower(tower, normalized=True), tmp_path, formats=["onnx"])
     with torch.no_grad():
         embedding = tower(pictures(3))
-    found = open_exported(tmp_path / "model.onnx")(pictures(3))
-    assert torch.allclose(found, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(
-        found, embedding, atol=1e-2
+    outputs = open_exported(tmp_path / "model.onnx")(pictures(3))
+    assert torch.allclose(outputs, F.normalize(embedding, dim=-1), atol=1e-5) and not torch.allclose(
+        outputs, embedding, atol=1e-2
     )
     assert report["towers"]["image"]["normalized"]
     with pytest.raises(DgmrError, match=r"unknown output 'logits'. Use embedding, patches"):
-        part(tower, outputs=("logits",))
+        export_tower(tower, outputs=("logits",))
     with pytest.raises(DgmrError, match="lack the embedding"):
-        part(tower, outputs=("patches",))
+        export_tower(tower, outputs=("patches",))
 
 
 def test_a_text_tower(tmp_path):
     demo = open_model("demo")
     texts = demo.tokenizer(["a red circle", "two blue squares", "nothing"])
-    _, part = export_towers(demo, torch.rand(2, 3, 64, 64), text=True)
-    report = bundle(part, tmp_path, formats=["onnx", "torchscript"])
+    _, export_tower = export_towers(demo, torch.rand(2, 3, 64, 64), text=True)
+    report = bundle(export_tower, tmp_path, formats=["onnx", "torchscript"])
     assert not failures(report)
     with torch.no_grad():
         expected = demo.module.eval().encode_text(texts)
@@ -168,11 +172,11 @@ def test_a_text_tower(tmp_path):
 
 
 def test_a_file_that_computes_something_else_is_named_failed_until_it_is_right(tmp_path, monkeypatch):
-    other, write = part(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
-    tower = part(redraw(timm_tower()))
+    other, write = export_tower(redraw(timm_tower(), seed=5)), FORMATS["torchscript"].write
+    tower = export_tower(redraw(timm_tower()))
     with monkeypatch.context() as patched:
         patched.setitem(
-            FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda part, path: write(other, path))
+            FORMATS, "torchscript", replace(FORMATS["torchscript"], write=lambda export_tower, path: write(other, path))
         )
         report = bundle(tower, tmp_path, formats=["torchscript", "onnx"])
     assert re.search(r"embedding at batch \d differs from PyTorch's", failures(report)["model.pt"])
@@ -197,7 +201,7 @@ def test_a_runtime_that_crashes_is_a_verdict(tmp_path, monkeypatch):
     )
     (tmp_path / "crash" / "sitecustomize.py").write_text(program)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'crash'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    report = bundle(part(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
+    report = bundle(export_tower(redraw(timm_tower())), tmp_path / "out", formats=["onnx"])
     assert failures(report) == {"model.onnx": "the runtime crashed (SIGSEGV)"}
     assert names(tmp_path / "out") == ["export.json", "model.onnx.failed"]
 
@@ -244,8 +248,8 @@ def test_outputs_that_are_not_finite_fail(tmp_path):
     assert "NaN" not in (tmp_path / "export.json").read_text()
 
 
-def test_code_is_opened_only_when_it_is_trusted(served):
-    path = served[1] / "model.pt"
+def test_code_is_opened_only_when_it_is_trusted(exported):
+    path = exported[1] / "model.pt"
     with pytest.raises(DgmrError, match=r"model\.pt contains code.*--trust-file"):
         open_exported(path)
     assert open_exported(path, trusted=True)(pictures(1)).shape[0] == 1
@@ -253,28 +257,28 @@ def test_code_is_opened_only_when_it_is_trusted(served):
         open_exported(path, trusted=True)(pictures(1, size=16))
 
 
-def test_files_that_no_runtime_can_open_are_one_sentence(served, tmp_path):
+def test_files_that_no_runtime_can_open_are_one_sentence(exported, tmp_path):
     with pytest.raises(DgmrError, match="unknown export format 'tflite'"):
-        bundle(part(served[0]), tmp_path, formats=["tflite"])
-    model = onnx.load(served[1] / "model.onnx")
+        bundle(export_tower(exported[0]), tmp_path, formats=["tflite"])
+    model = onnx.load(exported[1] / "model.onnx")
     model.opset_import[0].version = 99
     onnx.save(model, tmp_path / "opset.onnx")
     model.opset_import[0].version = 20
     onnx.save(model, tmp_path / "split.onnx", save_as_external_data=True, location="split.data", size_threshold=0)
     (tmp_path / "split.data").unlink()
-    (tmp_path / "damaged.onnx").write_bytes((served[1] / "model.onnx").read_bytes()[:9000])
+    (tmp_path / "damaged.onnx").write_bytes((exported[1] / "model.onnx").read_bytes()[:9000])
     (tmp_path / "damaged.pt").write_bytes(b"nothing")
     (tmp_path / "damaged.pt2").write_bytes(b"nothing")
-    for name, why in (
+    for name, message in (
         ("opset.onnx", "opset"),
         ("split.onnx", "split.data"),
         ("damaged.onnx", ""),
         ("damaged.pt", ""),
         ("damaged.pt2", ""),
     ):
-        with pytest.raises(DgmrError, match=rf"^cannot open .*{name}: .*{why}") as caught:
+        with pytest.raises(DgmrError, match=rf"^cannot open .*{name}: .*{message}") as error:
             open_exported(tmp_path / name, trusted=True)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(error.value)
     with pytest.raises(DgmrError, match="end in"):
         open_exported(tmp_path / "a.tflite")
     with pytest.raises(DgmrError, match="does not exist"):
@@ -293,9 +297,9 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
     pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
     assert (pixels[0] - images[0]).abs().max() < 0.05 < (pixels[0] - images[1]).abs().max()
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "vision_model.onnx"))
-    [found] = session.run(["image_embeds"], {"pixel_values": images.numpy()})
+    [outputs] = session.run(["image_embeds"], {"pixel_values": images.numpy()})
     with torch.no_grad():
-        assert worst(torch.from_numpy(found), demo.module.eval().encode_image(images)) < 1e-4
+        assert worst(torch.from_numpy(outputs), demo.module.eval().encode_image(images)) < 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
     assert session.run(["text_embeds"], {"input_ids": demo.tokenizer(["a", "b"]).numpy()})[0].shape == (2, 128)
     with pytest.raises(DgmrError, match="cannot resize by 'longest'"):
@@ -314,7 +318,7 @@ def test_immichs_layout_answers_as_its_service_asks(tmp_path):
     config = json.loads((tmp_path / "visual" / "preprocess_cfg.json").read_text())
     assert {"size", "mean", "std", "interpolation"} <= config.keys() and config["size"] == 64
     visual = onnxruntime.InferenceSession(str(tmp_path / "visual" / "model.onnx"))
-    [found] = visual.run(None, {"image": images[:1].numpy()})
+    [outputs] = visual.run(None, {"image": images[:1].numpy()})
     length = json.loads((tmp_path / "config.json").read_text())["text_cfg"]["context_length"]
     tokenizer = Tokenizer.from_file(str(tmp_path / "textual" / "tokenizer.json"))
     pad = json.loads((tmp_path / "textual" / "tokenizer_config.json").read_text())["pad_token"]
@@ -328,7 +332,7 @@ def test_immichs_layout_answers_as_its_service_asks(tmp_path):
             demo.module.eval().encode_image(images[:1], normalize=True),
             demo.module.encode_text(demo.tokenizer([text]), normalize=True),
         )
-    assert np.abs(found - expected[0].numpy()).max() < 1e-4 and np.abs(words - expected[1].numpy()).max() < 1e-4
+    assert np.abs(outputs - expected[0].numpy()).max() < 1e-4 and np.abs(words - expected[1].numpy()).max() < 1e-4
     assert [o.name for o in (*visual.get_outputs(), *textual.get_outputs())] == ["image_embedding", "text_embedding"]
     with pytest.raises(DgmrError, match="Remove patches"):
         export_model(demo, images, tmp_path, outputs=("embedding", "patches"), **options)
@@ -370,19 +374,35 @@ def test_the_command_says_what_came_out_and_fails_if_a_file_does(tmp_path, capsy
 
 
 def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, monkeypatch):
-    part = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    export_tower = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
     for free in (9e6, 11e6):
         monkeypatch.setattr(
             "dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
         )
         if free > 10e6:
-            assert not failures(bundle(part, tmp_path, formats=["torchscript"]))
+            assert not failures(bundle(export_tower, tmp_path, formats=["torchscript"]))
             continue
         with pytest.raises(
             DgmrError, match=r"a file of the image tower takes up to 10 MB, but 9 MB are free. Free disk space"
         ):
-            bundle(part, tmp_path, formats=["torchscript"])
+            bundle(export_tower, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)
+
+
+def test_the_configuration_takes_the_names_in_the_registries():
+    for name in FORMATS:
+        assert ExportConfig(formats=[name], tolerance={name: 0.5}).layout == "plain"
+    for options in (
+        {"formats": ["tflite"]},
+        {"tolerance": {"tflite": 0.5}},
+        {"layout": "core"},
+        {"outputs": ["logits"]},
+    ):
+        with pytest.raises(ValidationError, match="unknown name; use one of"):
+            ExportConfig(**options)
+    for options in ({"outputs": ["patches"]}, {"layout": "immich", "outputs": ["embedding", "patches"]}):
+        with pytest.raises(ValidationError, match="patches"):
+            ExportConfig(**options)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence():

@@ -1,4 +1,4 @@
-"""Every family at full size on the meta device: its MLPs are found, cut, and leave the parameters that the plan says."""
+"""Every family at full size on the meta device: halve all MLPs, and check the parameters and FLOPs that remain."""
 
 import pytest
 import timm
@@ -11,7 +11,7 @@ from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning.cost import flop_cost, flops, parameter_cost, parameters
 from dgmr_tp.pruning.pruner import resize
 
-# Blocks, token width and hidden width, as the models' publications give them.
+# Blocks, token width and hidden width, from the models' publications.
 TIMM = {
     "vit_huge_patch14_clip_224": (32, 1280, 5120),
     "vit_giant_patch14_reg4_dinov2": (40, 1536, 4096),

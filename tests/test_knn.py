@@ -38,7 +38,7 @@ def test_votes_are_scikit_learns(size, count, block, seed):
 
 
 def test_the_temperature_decides_between_one_close_and_many_far():
-    """A similarity of 0.914 votes exp(−0.086 / 0.07) = 0.29 times as much as 1: four neighbors outvote one, three do not."""
+    """A similarity of 0.914 has exp(−0.086 / 0.07) = 0.29 votes of a similarity of 1. Four outvote it, three do not."""
     bank, classes = torch.tensor([[1.0, 0.0]] + 4 * [[0.9, 0.4]]), torch.tensor([0, 1, 1, 1, 1])
     query = torch.tensor([[1.0, 0.0]])
     assert nearest_classes(bank, classes, query).item() == 1
@@ -61,13 +61,13 @@ def test_the_accuracy_of_an_encoder_is_the_one_computed_by_hand(folders):
     with torch.no_grad():
         embed = lambda images: opened.module.visual(torch.stack([opened.preprocess(r.read()) for r in images.records]))  # noqa: E731
         bank, queries = embed(train), embed(test)
-    wanted = [int(r.class_name()) for r in test.records]
+    labels = [int(r.class_name()) for r in test.records]
     for count in NEIGHBORS:
-        found = nearest_classes(
+        predictions = nearest_classes(
             bank, torch.tensor([int(r.class_name()) for r in train.records]), queries, count
         ).tolist()
         assert figures[f"knn@{count}"] == pytest.approx(
-            sum(a == b for a, b in zip(found, wanted, strict=True)) / len(wanted)
+            sum(a == b for a, b in zip(predictions, labels, strict=True)) / len(labels)
         )
     assert 0.1 < figures["knn@10"] < 1
     few = Images.find(folders / "train")
@@ -129,8 +129,8 @@ def test_a_recipe_evaluates_an_encoder_without_text_tower_by_knn(tmp_path):
 @pytest.mark.slow
 def test_two_processes_give_one_processes_numbers(folders, tmp_path):
     options = ["demo", "--knn-train", folders / "train", "--knn-test", tmp_path / "test"]
-    known = {r.class_name() for r in Images.find(folders / "train").records}
-    for i, record in enumerate(r for r in Images.find(folders / "test").records if r.class_name() in known):
+    train_classes = {r.class_name() for r in Images.find(folders / "train").records}
+    for i, record in enumerate(r for r in Images.find(folders / "test").records if r.class_name() in train_classes):
         (tmp_path / "test" / record.class_name()).mkdir(parents=True, exist_ok=True)
         record.read().save(tmp_path / "test" / record.class_name() / f"{i}.png")
     one = call_command("eval", *options, "-o", tmp_path / "one")

@@ -32,7 +32,7 @@ def directory(request, tmp_path_factory):
     return directory
 
 
-def theirs(directory):
+def open_with_transformers(directory):
     """Return the model, tokenizer and image processor of transformers."""
     kinds = (transformers.AutoModel, transformers.AutoTokenizer, transformers.AutoImageProcessor)
     model, *others = (kind.from_pretrained(directory) for kind in kinds)
@@ -41,7 +41,7 @@ def theirs(directory):
 
 @torch.no_grad()
 def embeddings(directory, images, texts):
-    model, tokenizer, _ = theirs(directory)
+    model, tokenizer, _ = open_with_transformers(directory)
     tokens = tokenizer(texts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
     mask = {} if model.config.model_type == "siglip" else {"attention_mask": tokens["attention_mask"]}
     return model.get_image_features(images).pooler_output, model.get_text_features(
@@ -51,19 +51,19 @@ def embeddings(directory, images, texts):
 
 @torch.no_grad()
 def test_both_towers_give_what_transformers_gives(directory):
-    opened, images = open_model(str(directory)), pictures(3)
+    model, images = open_model(str(directory)), pictures(3)
     expected = embeddings(directory, images, TEXTS)
-    found = ImageEncoder(opened.adapter)(images), opened.text.encode_text(opened.tokenizer(TEXTS))
-    for ours, reference in zip(found, expected, strict=True):
+    outputs = ImageEncoder(model.adapter)(images), model.text.encode_text(model.tokenizer(TEXTS))
+    for ours, reference in zip(outputs, expected, strict=True):
         assert torch.allclose(ours, reference, atol=1e-5) and not torch.allclose(ours, reference.flip(0), atol=1e-2)
-    assert torch.allclose(opened.text.encode_text(opened.tokenizer(TEXTS), normalize=True).norm(dim=-1), torch.ones(3))
-    assert not any("vision" in name or "visual" in name for name, _ in opened.text.named_parameters())
-    assert any("vision" in name for name, _ in opened.module.named_parameters())
+    assert torch.allclose(model.text.encode_text(model.tokenizer(TEXTS), normalize=True).norm(dim=-1), torch.ones(3))
+    assert not any("vision" in name or "visual" in name for name, _ in model.text.named_parameters())
+    assert any("vision" in name for name, _ in model.module.named_parameters())
 
 
 def test_a_pruned_one_keeps_its_words(directory, tmp_path):
-    opened = open_model(str(directory))
-    pruned = prune(opened, criterion="l2", keep=40)
+    model = open_model(str(directory))
+    pruned = prune(model, criterion="l2", keep=40)
     pruned.model.save(tmp_path / "pruned", pruned.plan)
     images = pictures(3)
     again = open_model(str(tmp_path / "pruned"))
@@ -76,16 +76,16 @@ def test_a_pruned_one_keeps_its_words(directory, tmp_path):
     ):  # SigLIP's pooling head has the blocks' width
         assert torch.allclose(ours[0], embeddings(tmp_path / "pruned", images, TEXTS)[0], atol=1e-5)
     else:
-        assert opened.module.config.model_type == "siglip"
+        assert model.module.config.model_type == "siglip"
 
 
 def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_path):
     scenes.write_classification(tmp_path / "classes", 150, seed=5)
     (tmp_path / "classes" / "zeroshot_classification_templates.txt").write_text("a photo of {c}\n")
-    opened = open_model(str(directory))
+    model = open_model(str(directory))
     options = {"dataset": "wds/scenes", "root": tmp_path / "classes", "output": tmp_path / "out.json", "name": "clip"}
-    metrics = evaluate(as_clip(opened), opened.preprocess, opened.tokenizer, **options)
-    *_, processor = theirs(directory)
+    metrics = evaluate(as_clip(model), model.preprocess, model.tokenizer, **options)
+    *_, processor = open_with_transformers(directory)
     records = Images.find(tmp_path / "classes").records
     names = (tmp_path / "classes" / "classnames.txt").read_text().splitlines()
     pixels = processor([record.read() for record in records], return_tensors="pt")["pixel_values"]
@@ -95,12 +95,12 @@ def test_zero_shot_figures_are_those_of_transformers_own_logits(directory, tmp_p
         [int(record.class_name()) for record in records]
     )
     assert metrics["acc1"] == pytest.approx(float(right.float().mean()), abs=1e-6)
-    assert torch.allclose(class_embeddings(opened, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
+    assert torch.allclose(class_embeddings(model, tmp_path / "classes"), unit(text, dim=-1).T, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tmp_path):
-    opened, images = open_model(str(directory)), pictures(4)
+    model, images = open_model(str(directory)), pictures(4)
     options = {
         "source": str(directory),
         "layout": "huggingface",
@@ -108,8 +108,8 @@ def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tm
         "formats": ["onnx", "torchscript"],
         "latency_batches": (),
     }
-    assert not failures(export_model(opened, images, tmp_path, **options))
-    _, tokenizer, _ = theirs(directory)
+    assert not failures(export_model(model, images, tmp_path, **options))
+    _, tokenizer, _ = open_with_transformers(directory)
     ids = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="np")["input_ids"]
     image, text = embeddings(directory, images, TEXTS)
     vision, words = (
@@ -125,16 +125,16 @@ def test_exported_files_have_the_names_and_numbers_of_transformers(directory, tm
 def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tmp_path):
     shutil.copytree(directory, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    opened = open_model(str(tmp_path / "model"))
-    assert prune(opened, criterion="l2", keep=40).model.module is not None
+    model = open_model(str(tmp_path / "model"))
+    assert prune(model, criterion="l2", keep=40).model.module is not None
     with pytest.raises(DgmrError, match=r"model: cannot load its tokenizer: "):
-        opened.tokenizer(["a"])
+        model.tokenizer(["a"])
     for file in (tmp_path / "model").glob("*token*"):
         file.unlink()
     silent = open_model(str(tmp_path / "model"))
     with pytest.raises(DgmrError, match="no text tower to export, or no tokenizer"):
         export_model(silent, pictures(2), tmp_path / "out", source="", text=True)
-    asked = {
+    sections = {
         "model": str(tmp_path / "model"),
         "export": {"formats": ["onnx"], "text": True},
         "compare": None,
@@ -143,13 +143,13 @@ def test_a_tokenizer_that_cannot_be_loaded_stops_only_who_needs_it(directory, tm
     with pytest.raises(
         DgmrError, match=r"export.text: .* has no text tower, or no tokenizer's files; leave that key out"
     ):
-        Run(recipe(**asked), tmp_path / "run").run()
+        Run(recipe(**sections), tmp_path / "run").run()
     with pytest.raises(DgmrError, match="immich takes CLIP models of open_clip"):
-        export_model(opened, pictures(2), tmp_path / "out", source="", layout="immich")
+        export_model(model, pictures(2), tmp_path / "out", source="", layout="immich")
 
 
 def test_words_of_the_scenes_are_known_to_the_tokenizer(directory):
-    opened = open_model(str(directory))
-    assert (opened.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), (
+    model = open_model(str(directory))
+    assert (model.tokenizer([t.format(c=c) for c in CLASSNAMES[:5] for t in TEMPLATES]) != 1).all(), (
         "the test needs words that the tokenizer knows"
     )

@@ -443,7 +443,9 @@ def _read_embeddings(path: str) -> Tensor:
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
     if embeddings.ndim != 2:
-        raise DgmrError(f"{path} has the shape {list(embeddings.shape)}. Give embeddings as rows, [images, width].")
+        raise DgmrError(
+            f"{path} has the shape {list(embeddings.shape)}. Give an array with rows and columns, [images, width]."
+        )
     return embeddings
 
 
