@@ -92,7 +92,7 @@ def test_unknown_model(tmp_path):
         "x",
         "-o",
         tmp_path / "out",
-        says="did you mean ViT-g-14",
+        says="Did you mean ViT-g-14",
     )
     assert not (tmp_path / "out").exists()
 
@@ -168,7 +168,7 @@ def test_plan_for_another_model(tmp_path):
         tmp_path / "plan.json",
         "-o",
         tmp_path / "out",
-        says="plan.json: this is no plan",
+        says="plan.json: this is not a plan",
     )
     refused(
         "prune",
@@ -205,4 +205,4 @@ def test_plan_for_another_model(tmp_path):
 def test_a_missing_extra_names_the_pip_command(missing, code, extra, tmp_path):
     program = f"import sys; sys.modules[{missing!r}] = None\nimport dgmr_tp\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert f"DgmrError: {missing} is not installed; run: pip install 'dgmr-tp[{extra}]'" in done.stderr
+    assert f"DgmrError: {missing} is not installed. Run: pip install 'dgmr-tp[{extra}]'" in done.stderr

@@ -17,6 +17,7 @@ from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
 from dgmr_tp.compression.criteria import make_plan
+from dgmr_tp.encoders import adapt
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.formats import open_exported
 from dgmr_tp.export.towers import vision_part
@@ -101,6 +102,19 @@ def test_the_walk_is_the_towers_own_forward(model):
         and patches.shape[0] == 3
         and (class_token is None or class_token.shape == patches[:, 0].shape)
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["transformers CLIPVisionModel", "transformers SigLIP", "transformers InternViT", "timm ViT"]
+)
+def test_a_subclass_of_a_known_tower_uses_its_parents_adapter(written, name):
+    tower = open_model(str(written(name))).tower.eval()
+    adapter = adapt(tower)
+    tower.__class__ = type("Mine", (type(tower),), {})
+    subclass_adapter = adapt(tower)
+    assert type(subclass_adapter) is type(adapter) and subclass_adapter.gives_tokens == adapter.gives_tokens
+    with torch.no_grad():
+        assert torch.equal(ImageEncoder(subclass_adapter)(IMAGES), ImageEncoder(adapter)(IMAGES))
 
 
 def masked(tower, sites, plan):

@@ -11,10 +11,13 @@ import timm
 import torch
 from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
 from dgmr_tp.compression.criteria import make_plan
-from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.encoders import OpenedModel, wrap_tower
+from dgmr_tp.pruning import find_sites, recover
+from dgmr_tp.pruning.plan import weight_sha256
 
 OPEN_CLIP_CONFIG = {
     "embed_dim": 24,
@@ -311,3 +314,39 @@ def test_unknown_tags_are_refused_without_a_download(source, tag):
     assert open_model(source, tag, weights="none").tower is not None
     with pytest.raises(DgmrError, match=f"has no weights 'nonsense'. Its tags are: .*{tag}"):
         open_model(source, "nonsense", weights="none")
+
+
+def test_an_opened_model_finds_its_sites_once(timm_directory, monkeypatch):
+    models = []
+
+    def count(model):
+        models.append(model)
+        return find_sites(model)
+
+    monkeypatch.setattr("dgmr_tp.pruning.adapter.find_sites", count)
+    opened = open_model(str(timm_directory))
+    assert opened.has_adapter and opened.sites is opened.sites == opened.adapter.sites
+    assert opened.weight_hashes is opened.weight_hashes
+    assert opened.weight_hashes == {site.name: weight_sha256(opened.tower, site) for site in opened.sites}
+    plan = MLPPruner(opened.tower, sites=opened.sites, weight_hashes=opened.weight_hashes, keep=20).plan()
+    pruned = opened.copy()
+    MLPPruner(pruned.tower, sites=opened.sites, weight_hashes=opened.weight_hashes).apply(plan)
+    recover(opened.adapter, pruned.adapter, [pictures(20)])
+    assert models == [opened.tower]
+    assert [site.hidden for site in pruned.sites] == [20] * 3  # a copy has no caches of the original
+    assert pruned.weight_hashes != opened.weight_hashes
+    assert models == [opened.tower, pruned.tower]
+
+
+def test_a_bare_tower_is_an_opened_model_without_preprocessing(tmp_path):
+    tower = redraw(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2))
+    opened = wrap_tower(tower)
+    assert opened.tower is tower and opened.name == "VisionTransformer" and opened.image_size is None
+    assert opened.has_adapter and len(opened.sites) == 2 and opened.copy().tower is not tower
+    with pytest.raises(DgmrError, match=r"needs the encoder's preprocessing.*open_model, or pass preprocessed batches"):
+        opened.preprocess(None)
+    with pytest.raises(DgmrError, match=r"a bare tower belongs to no library.*\. Save its state_dict"):
+        opened.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    unknown = wrap_tower(nn.Sequential(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))))
+    assert not unknown.has_adapter and [site.hidden for site in unknown.sites] == [32]

@@ -328,3 +328,11 @@ def test_the_default_looks_at_images_where_there_are_some():
     tower, images = redraw(timm_tower()), pictures(30).split(10)
     assert prune(tower, images, keep=16).plan == make_plan(tower, "output", images, keep=16)
     assert prune(tower, keep=16).plan == make_plan(tower, "dgmr", keep=16)
+
+
+def test_an_unknown_selection_rule_is_refused(tower):
+    hidden, weight = problem(0)
+    with pytest.raises(DgmrError, match=r"unknown selection rule 'typo'\. Use one of output, activation"):
+        ranked(hidden, weight, by="typo")
+    with pytest.raises(DgmrError, match="unknown selection rule 'typo'"):
+        rank_tower(adapt(tower), [pictures(12)], by="typo")

@@ -15,7 +15,9 @@ from dgmr_tp.compression.criteria import make_plan
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, find_sites, last_state
+from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.selection import select_diverse_rows
+from dgmr_tp.pruning.sites import sites_inside
 
 
 def masked(model, plan):
@@ -219,3 +221,32 @@ def test_an_importance_that_gives_nonsense_is_refused(tower):
 
     with pytest.raises(DgmrError, match="Wrong"):
         MLPPruner(tower, Wrong(), mlp_ratio=1).plan()
+
+
+def test_weight_hashes_of_the_caller_are_used_and_checked(tower, monkeypatch):
+    sites = find_sites(tower)
+    hashes = {site.name: weight_sha256(tower, site) for site in sites}
+    plan = MLPPruner(tower, mlp_ratio=1).plan()
+    calls = []
+    monkeypatch.setattr("dgmr_tp.pruning.plan.weight_sha256", lambda *_: calls.append(1))
+    monkeypatch.setattr("dgmr_tp.pruning.pruner.weight_sha256", lambda *_: calls.append(1))
+    pruner = MLPPruner(copy.deepcopy(tower), sites=sites, weight_hashes=hashes, mlp_ratio=1)
+    assert pruner.plan() == plan
+    pruner.apply(plan)
+    assert not calls
+    other = {**hashes, sites[1].name: "0"}
+    with pytest.raises(DgmrError, match="another checkpoint"):
+        MLPPruner(copy.deepcopy(tower), sites=sites, weight_hashes=other).apply(plan)
+    monkeypatch.undo()
+    with pytest.raises(DgmrError, match="another checkpoint"):
+        pruner.apply(plan)  # the hashes of pruned sites are no longer valid
+
+
+def test_sites_inside_a_module_have_relative_paths(tower):
+    sites = find_sites(tower)
+    name = sites[1].name
+    [inside] = sites_inside(sites, name)
+    assert inside.name == "" and inside == find_sites(tower.get_submodule(name))[0]
+    block = name.removesuffix(".mlp")
+    assert sites_inside(sites, block) == find_sites(tower.get_submodule(block))
+    assert sites_inside(sites, "") == sites

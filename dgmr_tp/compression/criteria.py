@@ -43,7 +43,7 @@ from dgmr_tp.pruning.amp import (
     weight_gradients,
 )
 from dgmr_tp.pruning.cost import Cost, costs
-from dgmr_tp.pruning.latency import widths_within
+from dgmr_tp.pruning.latency import widths_for_latency
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.utils.distributed import broadcast_from_main, is_main_process
 from dgmr_tp.utils.files import write_whole
@@ -112,7 +112,7 @@ class Rankings:
             elif size is None:
                 raise DgmrError("a budget of latency needs the image size: open the tower with open_model")
             else:
-                keep = widths_within(budget["latency"], fit, tower, sites, size, round_to)
+                keep = widths_for_latency(budget["latency"], fit, tower, sites, size, round_to)
         else:
             keep = keep_counts(sites, **_or_default(amount))
         decided = {}

@@ -18,7 +18,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.pruning.allocation import least
+from dgmr_tp.pruning.allocation import minimum_widths
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.utils.knn import nearest_classes
 from dgmr_tp.utils.modules import evaluating
@@ -136,7 +136,7 @@ def prune_to_promise(
     tower, sites = model.tower, block_sites(model) or []
     cost = parameter_cost(tower, sites)
     fewest = cost.without(
-        {site.name: site.hidden - count for site, count in zip(sites, least(sites, round_to).values(), strict=True)}
+        {site.name: site.hidden - count for site, count in zip(sites, minimum_widths(sites, round_to).values(), strict=True)}
     )
     low, high, count = fewest, cost.total, fewest  # the fewest may do
     best, trials = None, []
