@@ -1,4 +1,4 @@
-"""Keep counts: exact integers, multiples, and budgets that are met and used."""
+"""Keep counts: exact integers, multiples, and budgets that are met and not wasted."""
 
 import copy
 import itertools
@@ -81,7 +81,7 @@ def model(request, tmp_path_factory):
 
 
 def measured_flops(opened):
-    """Count a real forward pass. The counter does not know every fused attention kernel, so attention runs unfused."""
+    """Count a real forward pass. Attention runs unfused, because the counter does not know every fused kernel."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ImageEncoder(opened.adapter)(pictures(1).requires_grad_(True))
     return counter.get_total_flops()
@@ -119,7 +119,7 @@ def test_a_budget_may_be_a_number():
     [
         ({"budget": {"params": 0.001}}, r"budget params = 0\.001 cannot be met.*still costs"),
         ({"budget": {"watts": 0.5}}, r"unknown budget 'watts'\. Use one of params"),
-        ({"budget": {"flops": 0.5}}, r"unknown budget 'flops'"),  # a bare module has no image size
+        ({"budget": {"flops": 0.5}}, r"unknown budget 'flops'"),  # a bare tower has no image size
         ({"budget": {"params": -1}}, r"budget params = -1"),
         ({"keep": 100, "round_to": 64}, r"keep = 100 .* not a multiple of round_to = 64"),
         ({"mlp_ratio": 1, "round_to": 0}, r"round_to = 0"),
@@ -132,7 +132,7 @@ def test_impossible_amounts_are_refused(amount, says):
 
 
 def test_costs_are_counted_without_memory_or_a_change():
-    """A model on the meta device is counted as one with weights is; mode and weights stay."""
+    """A tower on the meta device has the same count as one with weights. Mode and weights do not change."""
     tower = redraw(timm_tower()).train()
     before = [parameter.clone() for parameter in tower.parameters()]
     with torch.device("meta"):
@@ -144,7 +144,10 @@ def test_costs_are_counted_without_memory_or_a_change():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 3), st.floats(0.2, 0.9), st.booleans())
 def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits):
-    """Against every combination of widths, on convex curves: the optimum where neurons cost the same, else within a neuron per limit."""
+    """Compared with all combinations of widths, on convex curves.
+
+    The result is the optimum if all neurons have the same cost, and else within one neuron per limit of it.
+    """
     rng = np.random.default_rng(seed)
     sites = [site(str(i), int(rng.integers(4, 10))) for i in range(count)]
     loss = {
@@ -163,9 +166,7 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
 
     def fits(kept):
         cut = {s.name: s.hidden - k for s, k in zip(sites, kept, strict=True)}
-        return all(
-            costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items()
-        )  # exactly
+        return all(costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items())
 
     def lost(kept):
         return sum(loss[s.name][k] for s, k in zip(sites, kept, strict=True))
@@ -181,7 +182,7 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
     one_neuron = max(max(loss[s.name][:-1] - loss[s.name][1:]) for s in sites)
     assert lost(kept) <= best + (0 if same else len(budget) * one_neuron) + 1e-9
     lost_by = {s.name: [loss[s.name][k - 1] - loss[s.name][k] for k in range(1, s.hidden + 1)] for s in sites}
-    assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # convex, as the first line says
+    assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # the curves are convex
 
 
 @settings(max_examples=100, deadline=None)
@@ -224,7 +225,7 @@ def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share):
-    """A clock that has a fixed part, likes multiples of 8, and finds one MLP three times as slow as its FLOPs say."""
+    """The simulated time has a constant, is lower at multiples of 8, and is three times the FLOPs for one MLP."""
     tower = redraw(timm_tower())
     sites = find_sites(tower)
     rankings = rank(tower, "output", [pictures(40)])

@@ -1,4 +1,4 @@
-"""AMP: its entropy, its importance against plain autograd, its search against one that runs the whole tower in every trial."""
+"""AMP: the entropy, the importance against autograd, and the search against one that runs the whole tower per trial."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_the_variant_with_text_is_clips_loss():
 
 
 def by_autograd(model, images, objective):
-    """|Σ_tokens h ∂E/∂h| from kept activations and one backward pass through the whole group."""
+    """Return |Σ_tokens h ∂E/∂h| from stored activations and one backward pass over the whole group."""
     sites = block_sites(model)
     kept = {}
     handles = []
@@ -77,7 +77,7 @@ def test_importance_is_plain_autograds(family, tmp_path):
     for name, scores in expected.items():
         assert torch.allclose(got[name], scores, rtol=1e-3, atol=1e-4 * float(scores.max())), name
         assert scores.std() > 0.1 * scores.mean()
-    two = gate_scores(model.adapter, [[images[:12]], [images[12:]]], objective)  # other candidates, another entropy
+    two = gate_scores(model.adapter, [[images[:12]], [images[12:]]], objective)  # the entropy depends on the groups
     assert not any(torch.allclose(two[name], got[name], rtol=1e-2) for name in got)
     assert all(parameter.grad is None for parameter in model.module.parameters())
 
@@ -119,7 +119,7 @@ def test_small_gradients_do_not_vanish_in_half_precision():
 
 
 def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
-    """Algorithm 1 with nothing kept between trials: every trial prunes the original anew and runs all of it."""
+    """Run Algorithm 1 without reuse: each trial prunes a copy of the dense tower and runs all of it."""
     names = list(scores)
     keep = {name: len(scores[name]) for name in names}
     forwards = 0
@@ -166,8 +166,8 @@ def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
         name: site.kept for name, site in expected.sites.items()
     }
     widths = {len(site.kept) for site in found.plan.sites.values()}
-    assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials passed, some did not
-    assert 0 < found.image_blocks < forwards * 3  # blocks in front of the trial are run once
+    assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials pass and some do not
+    assert 0 < found.image_blocks < forwards * 3  # blocks before the searched one run once
 
 
 def test_the_plan_gives_the_searchs_own_model():
@@ -202,7 +202,9 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
     with listen_to_progress(lambda title, done, total: seen.append(done)):
         resumed = search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
     assert seen == [3] and resumed == whole
-    other = search(tower, [images], threshold=-1, candidates=24, journal=journal)  # another question: from the start
+    other = search(
+        tower, [images], threshold=-1, candidates=24, journal=journal
+    )  # another threshold starts a new search
     assert other.plan != whole.plan
     with pytest.raises(Enough), listen_to_progress(stop):
         search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
@@ -267,21 +269,22 @@ import sys, torch, json
 sys.path.insert(0, sys.argv[1])
 from conftest import pictures, redraw, timm_tower
 from dgmr_tp.compression.criteria import search
-from dgmr_tp.encoders import as_encoder
+from dgmr_tp.encoders import adapt
 from dgmr_tp.pruning.amp import gate_scores, weight_gradients
 torch.distributed.init_process_group("gloo")
 tower, images = redraw(timm_tower()), pictures(60)
 groups = [[g] for g in images.split(20)]
-scores = gate_scores(as_encoder(tower), groups)
-with weight_gradients(as_encoder(tower), groups):
+scores = gate_scores(adapt(tower), groups)
+with weight_gradients(adapt(tower), groups):
     gradient = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
-with weight_gradients(as_encoder(tower), groups[:1]):  # one group for two processes
+with weight_gradients(adapt(tower), groups[:1]):  # one group for two processes
     lonely = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
 found = search(tower, [images], threshold=1e-4, candidates=20)
 if torch.distributed.get_rank() == 0:
     kept = {name: site.kept for name, site in found.plan.sites.items()}
     first = {name: s[:5].tolist() for name, s in scores.items()}
-    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": found.image_blocks}))
+    blocks = found.image_blocks
+    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": blocks}))
 torch.distributed.destroy_process_group()
 """
 

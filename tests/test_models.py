@@ -1,4 +1,4 @@
-"""Opening, saving and reopening encoders, by this package and by the libraries they come from."""
+"""Encoders are opened, saved and reopened by this package and by their own libraries."""
 
 import json
 import shutil
@@ -87,7 +87,9 @@ PLAIN = {
 
 
 def test_the_plain_library_opens_a_uniform_width_without_this_package(directory, tmp_path):
-    model, plan, _ = prune(open_model(str(directory)), keep=240)  # int(88 · 240 / 88) is 239: the ratio has to be found
+    model, plan, _ = prune(
+        open_model(str(directory)), keep=240
+    )  # int(88 · (240 / 88)) is 239, so that a larger ratio is needed
     model.save(tmp_path / "pruned", plan)
     torch.save((pictures(3), embed(model)), tmp_path / "expected.pt")
     program = f"""
@@ -256,7 +258,7 @@ def hugging_face_tokenizer(directory):
 
 
 def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
-    """As in SigLIP: open_clip looks for it in the directory, whatever name the config gives."""
+    """As for SigLIP, open_clip looks for the tokenizer in the directory, whatever name the config gives."""
     config = json.loads((open_clip_directory / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "somewhere/on-the-hub"
     (open_clip_directory / "open_clip_config.json").write_text(json.dumps(config))
@@ -264,7 +266,7 @@ def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
         open_model(str(open_clip_directory))
     hugging_face_tokenizer(open_clip_directory)
     original = open_model(str(open_clip_directory))
-    original.source = None  # opened by its name, there is no directory to copy from
+    original.source = None  # a model opened by name has no directory to copy from
     model, plan, _ = prune(original, keep=29)
     model.save(tmp_path / "pruned", plan)
     again = load_pruned(tmp_path / "pruned")
@@ -273,7 +275,7 @@ def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
 
 
 def test_classes_of_its_own_survive(tmp_path):
-    """A fine-tuned checkpoint with other classes than the architecture's 1,000."""
+    """A fine-tuned checkpoint has another number of classes than the architecture's 1,000."""
     module = redraw(timm.create_model("vit_tiny_patch16_224", num_classes=7))
     torch.save(module.state_dict(), tmp_path / "mine.pth")
     opened = open_model("timm:vit_tiny_patch16_224", str(tmp_path / "mine.pth"))
@@ -302,7 +304,11 @@ def test_an_image_size_of_its_own_survives(tmp_path, name):
 
 def test_shapes_alone_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = "import dgmr_tp; print(len(dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none').adapter.blocks()))"
+    program = (
+        "import dgmr_tp\n"
+        "model = dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none')\n"
+        "print(len(model.adapter.blocks()))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "12", done.stderr[-2000:]
 

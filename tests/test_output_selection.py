@@ -1,4 +1,4 @@
-"""Selection that sees the data: against least squares solved anew for every candidate, LAPACK, and the tower's own activations."""
+"""Selection on calibration images, against least squares per candidate, LAPACK, and the tower's own activations."""
 
 import copy
 
@@ -31,7 +31,7 @@ def problem(seed, neurons=8, tokens=60, width=4):
 
 
 def best_fit_error(hidden, weight, kept):
-    """What is left of the output after the best least-squares fit from some of the neurons."""
+    """Return the squared error of the output after the best least-squares fit from the neurons ``kept``."""
     output = hidden @ weight.T
     if not kept:
         return float((output**2).sum())
@@ -84,7 +84,7 @@ def test_the_first_picks_are_the_same_when_only_they_are_asked_for():
 
 
 def test_the_gram_is_that_of_the_towers_own_activations(tower):
-    """The first block by hand: its hidden activations on all tokens, weighted and centred, and the order they give."""
+    """The reference for the first block uses its hidden activations on all tokens, weighted and centered."""
     encoder = adapt(tower)
     images = pictures(12)
     rankings = rank_tower(encoder, images.split(5))
@@ -162,11 +162,11 @@ def test_more_picks_than_a_panel_change_nothing(monkeypatch):
 
 @pytest.mark.parametrize("family", FORMS)
 def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_path):
-    """Every MLP cut alone to an eighth and refitted by numpy; what the tower then answers, in units of the curve's error."""
+    """The reference prunes each MLP alone to an eighth, refits it with numpy, and runs the tower."""
     FAMILIES[family](tmp_path / "model")
     model = open_model(str(tmp_path / "model"))
     model.module.eval()
-    images = pictures(64)  # all of them are probed
+    images = pictures(64)  # fewer than NUM_SENSITIVITY_IMAGES
     batches = images.split(30)
     rankings = rank_tower(model.adapter, batches)
     with torch.no_grad():
@@ -234,7 +234,7 @@ def test_rankings_on_disk_give_the_plans_of_a_fresh_search_at_any_size(tmp_path)
 
 
 def test_fitted_widths_recover_better_than_equal_ones(tmp_path):
-    """The same number of parameters, on a tower whose MLPs matter unequally: one writes with a tenth of the force."""
+    """Compared at the same number of parameters, on a tower whose MLPs have outputs of different scale."""
     tower = redraw(timm_tower())
     with torch.no_grad():
         for index, block in enumerate(tower.blocks):
@@ -252,7 +252,10 @@ def test_fitted_widths_recover_better_than_equal_ones(tmp_path):
 
 
 def test_few_images_do_not_make_the_last_block_worthless():
-    """Its head reads one token an image, from which as many neurons rebuild the output whole: no reason to cut it to the floor."""
+    """The head reads one token per image.
+
+    With few images, as few neurons reproduce these tokens exactly, which must not prune the block to its minimum.
+    """
     tower = redraw(timm_tower())
     for images in (24, 26, 60):
         widths = [
@@ -286,7 +289,7 @@ def test_the_original_stays_as_it_is(tower):
 
 @pytest.mark.slow
 def test_a_recipe_and_the_command_line_take_it(tmp_path):
-    """Two sizes from one ranking in a run; the commands give the same plans from their own file."""
+    """A run makes two sizes from one ranking, and the commands make the same plans from their own file."""
     budgets = [{"params": 0.6}, {"params": 0.5, "flops": 0.52}]
     recipe = write_recipe(
         tmp_path / "small.yaml",

@@ -1,4 +1,4 @@
-"""The MLP pruner on open_clip's and timm's ViT: the cut is exact, and nothing else moves."""
+"""The MLP pruner on open_clip's and timm's ViT: pruning is exact, and nothing else changes."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ from dgmr_tp.pruning.sites import sites_inside
 
 
 def masked(model, plan):
-    """The reference: the original with the columns of dropped neurons zeroed in each second Linear."""
+    """Return the reference: the dense model with zero columns for pruned neurons in each second Linear."""
     model = copy.deepcopy(model)
     for site in find_sites(model):
         drop = sorted(set(range(site.hidden)) - set(plan.sites[site.name].kept))
@@ -145,7 +145,7 @@ def test_batches_that_are_none_are_refused():
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_looking_for_sites_leaves_no_hook_behind(inference):
-    """Attention with Linears of its own fails in torch-pruning, which leaves its hooks on them."""
+    """Attention with separate Linears fails in torch-pruning, which does not remove its hooks from them."""
     tower = redraw(
         timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10)
     )

@@ -1,4 +1,4 @@
-"""Closed-form recovery against scipy on the stacked activations, and what a user relies on around it."""
+"""Closed-form recovery against least squares on the stacked activations, and its guarantees."""
 
 import copy
 
@@ -21,7 +21,7 @@ from dgmr_tp.pruning.recovery import Moments, _gain, _refit_layer, refit
 
 
 def reference(h, y, w, weight, bias, damping):
-    """The same objective as one dense least-squares problem over all rows, solved by numpy."""
+    """Solve the same objective with numpy, as one least-squares problem over all rows."""
     w = w / w.sum()
     rows, targets = h * np.sqrt(w)[:, None], y * np.sqrt(w)[:, None]
     if bias is not None:
@@ -155,7 +155,7 @@ def scale_of(block):
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, depth):
-    """By hand: what the MLP has to answer for the block to end where the dense one ends, weighted, and one dense solve."""
+    """The reference computes the residual stream target of the block and solves one weighted least-squares problem."""
     dense, pruned = pruned_pair(tower, keep=48)
     images = pictures(40)
     recover(dense, pruned, [images], damping=1e-2)
@@ -185,7 +185,7 @@ def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, de
 
 
 def test_later_blocks_make_good_what_earlier_ones_lost(tower):
-    """Only the first block is pruned hard; a second one that lost a single neuron still repairs part of the stream."""
+    """A second block that lost one neuron corrects part of the error of a first block that lost almost all."""
     drifts = []
     for sites in (("0",), ("0", "1")):
         keep = {
@@ -202,7 +202,7 @@ def test_later_blocks_make_good_what_earlier_ones_lost(tower):
 
 @pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", "vit_giant_patch14_dinov2"])
 def test_behind_a_norm_the_dense_mlp_is_the_target(name):
-    """EVA-CLIP-E has a norm between MLP and stream, DINOv2-g a LayerScale."""
+    """EVA-CLIP-E has a norm between MLP and residual stream, DINOv2-g has a LayerScale."""
     tower = redraw(timm.create_model(name, **VIT))
     dense, pruned = pruned_pair(tower, keep=24)
     block, images = pruned.blocks()[1], pictures(20)
@@ -220,7 +220,7 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
 
 @pytest.mark.parametrize(("images", "few"), [(40, True), (250, False)])
 def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
-    """192 neurons; the head reads one token an image."""
+    """The MLP has 192 neurons, and the head reads one token per image."""
     tower, seen, judged = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
     fitted = prune(tower, [seen], criterion="l2", keep=100).model
     monkeypatch.setattr("dgmr_tp.pruning.recovery.fewer_tokens_than_neurons", lambda *_: False)
@@ -245,7 +245,7 @@ def test_towers_whose_tokens_are_used_are_fitted_on_all_of_them():
 
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest):
-    """Held-out answers that contradict the others: there the cut weights are right, and what the others teach is wrong."""
+    """If not honest, the held-out targets are those of the cut weights, and the other images have different ones."""
     h, y, w, weight, bias = problem(3)
     layer = nn.Linear(12, 5)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_images_held_out_choose_between_two_targets(right):
 
 
 def test_half_precision_keeps_faint_channels_finite():
-    """A LayerScale all but zero, in a type that ends at 65504: what such a channel lacks cannot be asked of the Linear."""
+    """For a LayerScale near zero the refit would need weights above 65504, the maximum of float16."""
     tower = redraw(timm_tower())
     with torch.no_grad():
         for block in adapt(tower).blocks():
@@ -292,7 +292,7 @@ def test_half_precision_keeps_faint_channels_finite():
     h, y, w, *_ = problem(3)
     moments = moments_of(h, 1e9 * y, w)
     entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments, moments, damping=1e-3)
-    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights that the type cannot hold were written"
+    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights were written that the dtype cannot represent"
 
 
 def test_recovery_touches_nothing_but_the_last_linears(tower):
