@@ -1,6 +1,4 @@
-"""The greedy Gram-Schmidt against a direct implementation of the paper's procedure, which projects all rows at each
-step.
-"""
+"""The greedy Gram-Schmidt against a direct implementation of the paper's procedure."""
 
 import ml_dtypes
 import numpy as np

@@ -331,8 +331,7 @@ def wrap_tower(tower: nn.Module) -> OpenedModel:
     def preprocess(image: Any) -> Tensor:
         raise DgmrError(
             "a folder of images needs the encoder's preprocessing, which a bare tower does not have. Open the encoder "
-            "with "
-            "open_model, or pass preprocessed batches."
+            "with open_model, or pass preprocessed batches."
         )
 
     return OpenedModel("", tower, "", type(tower).__name__, preprocess, {})

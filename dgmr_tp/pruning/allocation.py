@@ -27,10 +27,15 @@ class Amount(TypedDict, total=False):
     """Number of neurons to keep, in one of four forms, and the multiple to round to. See :func:`keep_counts`."""
 
     mlp_ratio: float | None
+    """Hidden width as a multiple of the token width."""
     keep_ratio: float | None
+    """Hidden width as a fraction of the current one."""
     keep: int | Mapping[str, int] | None
+    """Hidden width, for all sites or by pattern."""
     budget: Mapping[str, float] | None
+    """Cost of the whole tower by key."""
     round_to: int
+    """Multiple that keep counts are rounded down to."""
 
 
 def keep_counts(
@@ -97,8 +102,7 @@ def keep_counts(
             [(key, value)] = given.items()
             raise DgmrError(
                 f"{key} = {value} keeps {count} neurons of site {site.name}, which has {site.hidden}. Give an amount "
-                "that "
-                f"makes it keep 1 to {site.hidden}."
+                f"that makes it keep 1 to {site.hidden}."
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
@@ -158,7 +162,7 @@ def fitted_widths(
     """
     limits = check_budget(sites, budget, costs, round_to)
     counts = minimum_widths(sites, round_to)
-    left = {key: limit - costs[key].without(_removed(sites, counts)) for key, limit in limits.items()}
+    remaining = {key: limit - costs[key].without(_removed(sites, counts)) for key, limit in limits.items()}
     edges = []  # (site, neurons, gain) of the hulls, in ascending width per site
     for site in sites:
         corners = [*range(counts[site.name], site.hidden, round_to), site.hidden]
@@ -166,7 +170,7 @@ def fitted_widths(
         edges += [(site, high - low, loss[site.name][low] - loss[site.name][high]) for low, high in pairwise(hull)]
     if not edges:
         return counts
-    scale = {key: max(1.0, float(left[key])) for key in limits}
+    scale = {key: max(1.0, float(remaining[key])) for key in limits}
     prices = [[costs[key].neuron[site.name] * neurons / scale[key] for site, neurons, _ in edges] for key in limits]
     gains = np.array([gain for _, _, gain in edges])
     solution = scipy.optimize.linprog(
@@ -179,11 +183,11 @@ def fitted_widths(
         site, neurons, gain = edges[index]
         if gain <= 0 or site.name in stopped:
             continue
-        fits = min(left[key] // costs[key].neuron[site.name] for key in limits)
-        more = neurons if fits >= neurons else int(fits) // round_to * round_to
-        counts[site.name] += more
-        left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
-        if more < neurons:
+        fits = min(remaining[key] // costs[key].neuron[site.name] for key in limits)
+        added = neurons if fits >= neurons else int(fits) // round_to * round_to
+        counts[site.name] += added
+        remaining = {key: amount - added * costs[key].neuron[site.name] for key, amount in remaining.items()}
+        if added < neurons:
             stopped.add(site.name)
     return counts
 
@@ -250,8 +254,7 @@ def _check_reachable(
         if lowest > limit:
             raise DgmrError(
                 f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs "
-                f"{lowest:,}. "
-                "Give a larger budget."
+                f"{lowest:,}. Give a larger budget."
             )
 
 

@@ -73,8 +73,7 @@ def widths_for_latency(
     if constant > share:
         raise DgmrError(
             f"budget latency = {share} cannot be met: with the fewest neurons the tower still takes {constant:.2f} of "
-            "its "
-            "time. Give a larger budget."
+            "its time. Give a larger budget."
         )
     total = 10**12  # large, because costs are integers
     removable = sum(flops.neuron[site.name] * (site.hidden - minimum[site.name]) for site in sites)
