@@ -230,17 +230,17 @@ def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share)
     sites = find_sites(tower)
     rankings = rank(tower, "output", [pictures(40)])
     loss = {name: (ranking.sensitivity * ranking.error).numpy() for name, ranking in rankings.sites.items()}
-    weight = {site.name: 3 if index == 1 else 1 for index, site in enumerate(sites)}
-    whole = sum(192 * weight[site.name] for site in sites)
-    asked = []
+    slowness = {site.name: 3 if index == 1 else 1 for index, site in enumerate(sites)}
+    total = sum(192 * slowness[site.name] for site in sites)
+    calls = []
 
     def clock(counts):
-        asked.append(dict(counts))
+        calls.append(dict(counts))
         return (
             0.2
             + 0.8
-            * sum(weight[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items())
-            / whole
+            * sum(slowness[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items())
+            / total
         )
 
     def fit(cost):
@@ -248,7 +248,7 @@ def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share)
 
     counts = widths_for_latency(share, fit, tower, sites, 32, round_to=4, time_of=clock)
     assert 0.9 * share < clock(counts) <= share
-    assert len(asked) <= 8 and all(count % 4 == 0 for count in counts.values())
+    assert len(calls) <= 8 and all(count % 4 == 0 for count in counts.values())
     with pytest.raises(
         DgmrError, match=r"budget latency = 0.1 cannot be met: with the fewest neurons the tower still takes 0.2"
     ):
@@ -261,15 +261,16 @@ def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share)
 def test_the_clock_runs_a_tower_of_these_widths_and_leaves_the_original_alone(monkeypatch):
     tower = redraw(timm_tower()).train()
     before = copy.deepcopy(tower.state_dict())
-    seen = []
+    towers = []
     monkeypatch.setattr(
-        "dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), seen.append(narrow))
+        "dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), towers.append(narrow))
     )
     counts = {site.name: 16 * (index + 1) for index, site in enumerate(find_sites(tower))}
     assert 0 < relative_time(tower, counts, 32) < 10
-    assert {site.name: site.hidden for site in find_sites(seen[0])} == counts
+    assert {site.name: site.hidden for site in find_sites(towers[0])} == counts
     assert (
-        not any(parameter.is_meta for parameter in seen[0].parameters()) and torch.isfinite(seen[0](pictures(2))).all()
+        not any(parameter.is_meta for parameter in towers[0].parameters())
+        and torch.isfinite(towers[0](pictures(2))).all()
     )
     assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
     with torch.device("meta"):

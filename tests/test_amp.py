@@ -124,7 +124,7 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
     keep = {name: len(scores[name]) for name in names}
     forwards = 0
 
-    def judged(widths):
+    def evaluate(widths):
         nonlocal forwards
         plan = MLPPruner(tower, GivenScores(tower, scores, "amp"), keep=widths).plan()
         pruned = prune(tower, plan=plan).model
@@ -134,16 +134,16 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
                 np.mean([float(entropy()(torch.cat([pruned(batch) for batch in group]), 0)) for group in groups])
             ), plan
 
-    before, plan = judged(keep)
+    before, plan = evaluate(keep)
     for name in reversed(names):
         low, high = 0, keep[name]
         accepted = before
         for _ in range(trials):
             middle = (low + high) // 2
-            found, tried = judged({**keep, name: middle})
-            change = found - before
+            value, trial_plan = evaluate({**keep, name: middle})
+            change = value - before
             if (abs(change) if two_sided else change) <= threshold:
-                high, accepted, plan = middle, found, tried
+                high, accepted, plan = middle, value, trial_plan
             else:
                 low = middle
         keep[name], before = high, accepted
@@ -161,27 +161,27 @@ def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
         6,
         two_sided,
     )
-    found = search(tower, images.split(8), threshold=threshold, two_sided=two_sided, candidates=24)
-    assert {name: site.kept for name, site in found.plan.sites.items()} == {
+    result = search(tower, images.split(8), threshold=threshold, two_sided=two_sided, candidates=24)
+    assert {name: site.kept for name, site in result.plan.sites.items()} == {
         name: site.kept for name, site in expected.sites.items()
     }
-    widths = {len(site.kept) for site in found.plan.sites.values()}
+    widths = {len(site.kept) for site in result.plan.sites.values()}
     assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials pass and some do not
-    assert 0 < found.image_blocks < forwards * 3  # blocks before the searched one run once
+    assert 0 < result.image_blocks < forwards * 3  # blocks before the searched one run once
 
 
 def test_the_plan_gives_the_searchs_own_model():
     tower, groups = redraw(timm_tower()), [[pictures(24)]]
-    encoder = adapt(copy.deepcopy(tower))
-    state = search_widths(encoder, gate_scores(adapt(tower), groups), groups, threshold=1e-4)
-    found = search(tower, groups[0], threshold=1e-4, candidates=24)
-    again = prune(tower, plan=found.plan).model
-    assert state.kept == {name: site.kept for name, site in found.plan.sites.items()}
+    adapter = adapt(copy.deepcopy(tower))
+    state = search_widths(adapter, gate_scores(adapt(tower), groups), groups, threshold=1e-4)
+    result = search(tower, groups[0], threshold=1e-4, candidates=24)
+    again = prune(tower, plan=result.plan).model
+    assert state.kept == {name: site.kept for name, site in result.plan.sites.items()}
     assert all(
-        torch.equal(a, b) for a, b in zip(encoder.tower.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(adapter.tower.state_dict().values(), again.state_dict().values(), strict=True)
     )
     with torch.no_grad():
-        assert found.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
+        assert result.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
 
 
 def test_a_search_that_was_interrupted_goes_on(tmp_path):
@@ -219,11 +219,11 @@ def test_the_search_takes_another_objective():
         pictures(24),
         torch.randn(24, 10, generator=torch.Generator().manual_seed(1)),
     )
-    found = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
+    result = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
     with torch.no_grad():
-        value = contrastive([texts])(prune(tower, plan=found.plan).model(images), 0)
-    assert found.entropy == pytest.approx(float(value), abs=1e-4)
-    assert found.plan != search(tower, [images], threshold=1e-4, candidates=24).plan
+        value = contrastive([texts])(prune(tower, plan=result.plan).model(images), 0)
+    assert result.entropy == pytest.approx(float(value), abs=1e-4)
+    assert result.plan != search(tower, [images], threshold=1e-4, candidates=24).plan
 
 
 def test_what_is_missing_or_broken_is_said():
@@ -255,8 +255,8 @@ def test_the_command_and_a_recipe_search(tmp_path):
     assert figures["entropy"] > 0 and figures["image_forwards"] > 60
     images = tmp_path / "run" / "scenes" / "all" / "images"
     numbers = ("--count", "60", "--candidates", "20", "--temperature", "0.05", "--two-sided", "--threshold", "0.05")
-    told = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
-    assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
+    result = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
+    assert result.returncode == 0 and "forward passes of an image" in result.stdout, result.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()
     refused = call_command("amp", "--images", images, "--count", "60", "-o", tmp_path / "other.json")
     assert (
@@ -279,11 +279,11 @@ with weight_gradients(adapt(tower), groups):
     gradient = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
 with weight_gradients(adapt(tower), groups[:1]):  # one group for two processes
     lonely = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
-found = search(tower, [images], threshold=1e-4, candidates=20)
+result = search(tower, [images], threshold=1e-4, candidates=20)
 if torch.distributed.get_rank() == 0:
-    kept = {name: site.kept for name, site in found.plan.sites.items()}
+    kept = {name: site.kept for name, site in result.plan.sites.items()}
     first = {name: s[:5].tolist() for name, s in scores.items()}
-    blocks = found.image_blocks
+    blocks = result.image_blocks
     print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": blocks}))
 torch.distributed.destroy_process_group()
 """

@@ -78,29 +78,29 @@ def test_dead_and_duplicate_neurons_come_last():
 
 def test_the_first_picks_are_the_same_when_only_they_are_asked_for():
     hidden, weight = problem(1)
-    whole, part = ranked(hidden, weight), ranked(hidden, weight, picks=3)
-    assert part.order[:3].tolist() == whole.order[:3].tolist() and sorted(part.order.tolist()) == list(range(8))
-    assert torch.equal(part.error[:4], whole.error[:4]) and part.error[4] == part.error[3] > whole.error[4]
+    full, part = ranked(hidden, weight), ranked(hidden, weight, picks=3)
+    assert part.order[:3].tolist() == full.order[:3].tolist() and sorted(part.order.tolist()) == list(range(8))
+    assert torch.equal(part.error[:4], full.error[:4]) and part.error[4] == part.error[3] > full.error[4]
 
 
 def test_the_gram_is_that_of_the_towers_own_activations(tower):
     """The reference for the first block uses its hidden activations on all tokens, weighted and centered."""
-    encoder = adapt(tower)
+    adapter = adapt(tower)
     images = pictures(12)
-    rankings = rank_tower(encoder, images.split(5))
-    assert list(rankings) == [f"{block.name}.mlp" for block in encoder.blocks()]
-    block = encoder.blocks()[0]
-    seen = {}
+    rankings = rank_tower(adapter, images.split(5))
+    assert list(rankings) == [f"{block.name}.mlp" for block in adapter.blocks()]
+    block = adapter.blocks()[0]
+    recorded = {}
     [site] = find_sites(block.module)
     consumer = block.module.get_submodule(site.consumer)
-    consumer.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+    consumer.register_forward_pre_hook(lambda m, a: recorded.update(h=a[0]))
     with torch.no_grad():
-        block(encoder.stem(images))
-    hidden = seen["h"].flatten(0, 1).double().numpy()
+        block(adapter.stem(images))
+    hidden = recorded["h"].flatten(0, 1).double().numpy()
     weights = np.tile(np.array([0.5] + [0.5 / 16] * 16), 12)
     weights /= weights.sum()
-    centred = hidden - weights @ hidden
-    gram = torch.from_numpy(centred.T @ (centred * weights[:, None]))
+    centered = hidden - weights @ hidden
+    gram = torch.from_numpy(centered.T @ (centered * weights[:, None]))
     expected = rank_neurons(gram, consumer.weight.detach().double())
     got = rankings[f"{block.name}.mlp"]
     assert got.order[:30].tolist() == expected.order[:30].tolist()
@@ -153,9 +153,9 @@ def test_it_works_in_a_stock_pruner():
 
 def test_more_picks_than_a_panel_change_nothing(monkeypatch):
     hidden, weight = problem(3, neurons=40, tokens=200)
-    whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
+    full = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
     monkeypatch.setattr("dgmr_tp.pruning.output_selection.PIVOT_BLOCK", 7)
-    for by, expected in whole.items():
+    for by, expected in full.items():
         got = ranked(hidden, weight, by=by)
         assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)
 
@@ -176,12 +176,14 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
         kept = ranking.order[: min(site.hidden, int((ranking.error > 0).sum())) // 8].sort().values
         changed = model.copy()
         layer = changed.tower.get_submodule(site.consumer)
-        seen = []
-        handle = layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach().double()))
+        recorded = []
+        handle = layer.register_forward_pre_hook(
+            lambda m, a, recorded=recorded: recorded.append(a[0].detach().double())
+        )
         with torch.no_grad():
             last_state(changed.adapter, images)
         handle.remove()
-        tokens = seen[0].shape[1]
+        tokens = recorded[0].shape[1]
         place = [block.name for block in model.adapter.blocks()].index(site.name.rpartition(".mlp")[0] or site.name)
         with torch.no_grad():
             state = model.adapter.stem(images)
@@ -192,11 +194,11 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
                 weight = token_weights(model.adapter, state, last=False)
         root = weight.sqrt().repeat(len(images))[:, None]
         assert len(weight) == tokens
-        hidden = seen[0].flatten(0, 1)
+        hidden = recorded[0].flatten(0, 1)
         mean = (root**2 * hidden).sum(0) / (root**2).sum() if layer.bias is not None else 0 * hidden[0]
-        centred = (root * (hidden - mean)).numpy()
-        target = centred @ layer.weight.detach().double().numpy().T
-        fit = torch.from_numpy(np.linalg.lstsq(centred[:, kept], target, rcond=None)[0].T)
+        centered = (root * (hidden - mean)).numpy()
+        target = centered @ layer.weight.detach().double().numpy().T
+        fit = torch.from_numpy(np.linalg.lstsq(centered[:, kept], target, rcond=None)[0].T)
         with torch.no_grad():
             if layer.bias is not None:
                 layer.bias += (layer.weight.double() @ mean - fit @ mean[kept]).float()
@@ -302,13 +304,13 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank/all: done") == 1
     images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
-    told = call_command("rank", "--images", images, "--count", "60", "-o", ranked)
-    assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
-    written = tmp_path / "plan.json"
+    result = call_command("rank", "--images", images, "--count", "60", "-o", ranked)
+    assert result.returncode == 0 and "transformer.resblocks.5.mlp" in result.stdout, result.stderr
+    plan_path = tmp_path / "plan.json"
     for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):
-        told = call_command("plan", "--rankings", ranked, "--budget", limits, "-o", written)
-        assert told.returncode == 0, told.stderr
-        assert written.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
+        result = call_command("plan", "--rankings", ranked, "--budget", limits, "-o", plan_path)
+        assert result.returncode == 0, result.stderr
+        assert plan_path.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
     both = call_command("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5,flops=0.52")
     assert both.returncode == 0 and "params=0.6" in both.stdout and "params=0.5,flops=0.52" in both.stdout, both.stderr
     for command, says in (
@@ -316,11 +318,11 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
         (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
         (("plan", "--rankings", ranked, "--images", images), "leave out --images"),
         (
-            ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", written),
+            ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", plan_path),
             "one plan can be written",
         ),
         (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
-        (("prune", "--rankings", ranked, "--plan", written, "-o", tmp_path / "out"), "either --plan or --rankings"),
+        (("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"), "either --plan or --rankings"),
         (("rank", "--images", images, "-o", ranked), "exists already"),
     ):
         with pytest.raises(DgmrError, match=says):

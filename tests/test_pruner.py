@@ -109,10 +109,10 @@ def test_meta_model_of_full_size():
 
 
 def test_walk_computes_what_the_model_computes(tower):
-    encoder, images = adapt(tower), pictures(2)
+    adapter, images = adapt(tower), pictures(2)
     with torch.no_grad():
-        assert torch.allclose(encoder.embed(last_state(encoder, images)), tower(images), atol=1e-6)
-        class_token, patches = encoder.features(last_state(encoder, images))
+        assert torch.allclose(adapter.embed(last_state(adapter, images)), tower(images), atol=1e-6)
+        class_token, patches = adapter.features(last_state(adapter, images))
     assert class_token.shape == (2, 48) and patches.shape == (2, 16, 48)
 
 

@@ -75,8 +75,8 @@ def test_without_damping_the_solution_nearest_to_the_kept_columns_is_taken():
     h[:, 7] = 0  # dead
     got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), torch.from_numpy(bias), 0.0)
     root = np.sqrt(w)[:, None]
-    centred, target = (root * (a - np.average(a, axis=0, weights=w)) for a in (h, y))
-    best = np.linalg.lstsq(centred, target - centred @ weight.T, rcond=1e-10)[0].T + weight
+    centered, target = (root * (a - np.average(a, axis=0, weights=w)) for a in (h, y))
+    best = np.linalg.lstsq(centered, target - centered @ weight.T, rcond=1e-10)[0].T + weight
     assert np.allclose(got, best, rtol=1e-5, atol=1e-7)
     assert np.allclose(got[:, 7], weight[:, 7])
     prediction = h @ got.numpy().T + got_bias.numpy()
@@ -108,19 +108,19 @@ def test_error_of_moments_is_the_error_of_the_rows():
 
 
 def test_token_weights(tower):
-    encoder = adapt(tower)
-    state = encoder.stem(pictures(2)).detach()
-    middle = token_weights(encoder, state, last=False)
+    adapter = adapt(tower)
+    state = adapter.stem(pictures(2)).detach()
+    middle = token_weights(adapter, state, last=False)
     assert torch.allclose(middle, torch.tensor([0.5] + [0.5 / 16] * 16, dtype=torch.float64))
-    last = token_weights(encoder, state, last=True)
+    last = token_weights(adapter, state, last=True)
     assert torch.equal(last, torch.tensor([1.0] + [0.0] * 16, dtype=torch.float64))
 
 
 def test_token_weights_of_a_tower_that_averages_its_patches():
-    encoder = adapt(redraw(timm_tower(class_token=False, global_pool="avg")))
-    state = encoder.stem(pictures(2)).detach()
+    adapter = adapt(redraw(timm_tower(class_token=False, global_pool="avg")))
+    state = adapter.stem(pictures(2)).detach()
     for last in (False, True):
-        assert torch.allclose(token_weights(encoder, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
+        assert torch.allclose(token_weights(adapter, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
 
 
 def pruned_pair(tower, keep):
@@ -132,7 +132,7 @@ def pruned_pair(tower, keep):
 
 def drift(dense, pruned, images):
     with torch.no_grad():
-        a, b = (encoder.embed(last_state(encoder, images)) for encoder in (dense, pruned))
+        a, b = (adapter.embed(last_state(adapter, images)) for adapter in (dense, pruned))
     return float((a - b).norm() / a.norm())
 
 
@@ -162,18 +162,18 @@ def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, de
     cut = pruned_pair(tower, keep=48)[1]
     block, last = cut.blocks()[depth], linears(cut.blocks()[depth])[-1]
     with torch.no_grad():
-        state, goal = dense.stem(images), dense.stem(images)
+        state, dense_state = dense.stem(images), dense.stem(images)
         for before, dense_before in zip(
             pruned.blocks()[:depth], dense.blocks()[:depth], strict=True
         ):  # recovered already
-            state, goal = before(state), dense_before(goal)
+            state, dense_state = before(state), dense_before(dense_state)
         weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
-        seen = {}
-        last.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+        recorded = {}
+        last.register_forward_pre_hook(lambda m, a: recorded.update(h=a[0]))
         last.weight.zero_(), last.bias.zero_()
-        missing = (dense.blocks()[depth](goal) - block(state)) / scale_of(block)
+        missing = (dense.blocks()[depth](dense_state) - block(state)) / scale_of(block)
     fitted = [i for i in range(40) if i % 10 != 9]
-    h, y = (tensor[fitted].flatten(0, 1).double().numpy() for tensor in (seen["h"], missing))
+    h, y = (tensor[fitted].flatten(0, 1).double().numpy() for tensor in (recorded["h"], missing))
     w = np.tile(np.array([0.5] + [0.5 / 16] * 16), 36)
     expected, expected_bias = reference(h, y, w, weight, bias, 1e-2)
     got = linears(pruned.blocks()[depth])[-1]
@@ -221,15 +221,15 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
 @pytest.mark.parametrize(("images", "few"), [(40, True), (250, False)])
 def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
     """The MLP has 192 neurons, and the head reads one token per image."""
-    tower, seen, judged = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
-    fitted = prune(tower, [seen], criterion="l2", keep=100).model
+    tower, calibration, new_images = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
+    fitted = prune(tower, [calibration], criterion="l2", keep=100).model
     monkeypatch.setattr("dgmr_tp.pruning.recovery.fewer_tokens_than_neurons", lambda *_: False)
-    by_class_token = prune(tower, [seen], criterion="l2", keep=100).model
+    by_class_token = prune(tower, [calibration], criterion="l2", keep=100).model
 
     def error(model):
         with torch.no_grad():
-            wanted, found = (adapt(each).features(last_state(adapt(each), judged))[1] for each in (tower, model))
-        return float((found - wanted).square().mean())
+            expected, got = (adapt(each).features(last_state(adapt(each), new_images))[1] for each in (tower, model))
+        return float((got - expected).square().mean())
 
     assert (error(fitted) < 0.5 * error(by_class_token)) == few
     assert torch.equal(fitted.blocks[-1].mlp.fc2.weight, by_class_token.blocks[-1].mlp.fc2.weight) != few
