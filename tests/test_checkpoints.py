@@ -259,15 +259,15 @@ def test_a_pickle_is_never_executed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: {}, "is no checkpoint"),
-        (lambda state: {"step": 3}, "is no checkpoint"),
+        (lambda state: {}, "is not a checkpoint"),
+        (lambda state: {"step": 3}, "is not a checkpoint"),
         (
             lambda state: {name: t for name, t in state.items() if name != "visual.ln_post.bias"},
             r"has no tensor 'visual\.ln_post\.bias'",
         ),
         (
             lambda state: {**state, "visual.conv1.weight": torch.zeros(2)},
-            r"'visual\.conv1\.weight' is \(2,\), the model says \(48, 3, 8, 8\)",
+            r"'visual\.conv1\.weight' with shape \(2,\), and the model has \(48, 3, 8, 8\)",
         ),
         (lambda state: {**state, "visual.surplus": torch.zeros(2)}, r"holds a tensor 'visual\.surplus'"),
     ],
@@ -357,6 +357,6 @@ def test_a_cut_that_transformers_cannot_reopen_is_refused(tmp_path):
     model = open_model(str(tmp_path / "clip"))
     pruner = MLPPruner(model.module, keep=20)
     pruner.apply(pruner.plan())
-    with pytest.raises(DgmrError, match=r"text_model.* lies outside the vision tower"):
+    with pytest.raises(DgmrError, match=r"text_model.* is outside the vision tower"):
         model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
