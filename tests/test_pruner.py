@@ -131,7 +131,7 @@ def test_keep_counts_by_pattern():
 
 
 def test_patterns_that_match_nothing_are_refused():
-    with pytest.raises(DgmrError, match=r"no site matches 'layers\.\*'; sites: blocks\.0\.mlp"):
+    with pytest.raises(DgmrError, match=r"no site matches 'layers\.\*'\. The sites are blocks\.0\.mlp"):
         make_plan(timm_tower(), keep={"blocks.0.*": 3, "layers.*": 5})
 
 
