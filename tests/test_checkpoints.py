@@ -18,7 +18,7 @@ from torch import nn
 from dgmr_tp import DgmrError, MLPPruner, open_model
 from dgmr_tp.encoders.checkpoint import load_by_shape, read_tensors
 from dgmr_tp.encoders.open_clip_models import _load_release
-from dgmr_tp.encoders.timm_models import in_timms_names
+from dgmr_tp.encoders.timm_models import to_timm_keys
 from dgmr_tp.pruning import find_sites
 
 IMAGES = pictures(3)
@@ -134,7 +134,7 @@ def test_dinov2s_own_release_opens_as_timm(tmp_path, width):
     tensors = read_tensors(tmp_path / "dinov2_vitg14_pretrain.pth")
     assert "blocks.0.mlp.w12.weight" in tensors
     fresh = timm.create_model("vit_giant_patch14_dinov2", **arguments)
-    load_by_shape(fresh, in_timms_names(tensors, fresh, "file"), "file")
+    load_by_shape(fresh, to_timm_keys(tensors, fresh, "file"), "file")
     same_and_not_by_chance(fresh, released)
 
 
@@ -176,7 +176,7 @@ def test_eva_clip_8b_opens_as_timms_eva(layout):
     own = {f"visual.{name}": tensor for name, tensor in state.items() if name != "head.bias"}
     released = in_transformers_names(state) if layout == "hub" else {**own, "text.positional_embedding": torch.zeros(3)}
     fresh = eva_8b()
-    load_by_shape(fresh, in_timms_names(released, fresh, "release"), "release")
+    load_by_shape(fresh, to_timm_keys(released, fresh, "release"), "release")
     same_and_not_by_chance(fresh, tower)
 
 

@@ -136,7 +136,10 @@ def prune_to_promise(
     tower, sites = model.tower, block_sites(model) or []
     cost = parameter_cost(tower, sites)
     fewest = cost.without(
-        {site.name: site.hidden - count for site, count in zip(sites, minimum_widths(sites, round_to).values(), strict=True)}
+        {
+            site.name: site.hidden - count
+            for site, count in zip(sites, minimum_widths(sites, round_to).values(), strict=True)
+        }
     )
     low, high, count = fewest, cost.total, fewest  # the fewest may do
     best, trials = None, []
