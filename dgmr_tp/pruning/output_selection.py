@@ -65,7 +65,7 @@ class Ranking:
     order: Tensor
     """int64 ``[hidden]``, first pick first."""
     error: Tensor
-    """float64 ``[hidden + 1]``: relative squared error of the MLP's output fitted from the first ``k`` picks, 1 at 0."""
+    """float64 ``[hidden + 1]``: relative squared error of the MLP's output from the first ``k`` picks, 1 at 0."""
     sensitivity: float = 1.0
     """Relative squared error of the tower's embedding per unit of this MLP's error.
 
