@@ -28,7 +28,7 @@ from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.latency import latencies
 from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning.cost import flops
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 PROVIDERS = {"cuda": ("CUDAExecutionProvider", "TensorrtExecutionProvider"), "cpu": ("CPUExecutionProvider",)}
 
@@ -109,7 +109,7 @@ def main() -> None:
         "onnxruntime": onnxruntime.__version__,
         "left_out": sorted(set(PROVIDERS[args.device]) - set(providers)),
     }
-    write_whole(args.out, json.dumps({**result, "rows": rows}, indent=1) + "\n")
+    atomic_write(args.out, json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

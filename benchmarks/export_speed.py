@@ -25,7 +25,7 @@ from dgmr_tp.export import onnx_file
 from dgmr_tp.export.latency import latencies
 from dgmr_tp.export.towers import vision_export_tower
 from dgmr_tp.pruning.cost import flops
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 HIDDEN_WIDTHS = {"ViT-B-16": (768, 770, 761, 1536), "ViT-L-14": (1024, 1026, 1017)}
 BATCH_SIZE, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}
@@ -73,7 +73,7 @@ def main() -> None:
                 "machine": platform.processor() or platform.machine(),
                 "onnxruntime": onnxruntime.__version__,
             }
-            write_whole(args.out, json.dumps(results, indent=1) + "\n")
+            atomic_write(args.out, json.dumps(results, indent=1) + "\n")
     print("| shape | hidden width | FLOPs ratio | faster | share of the ideal |\n|---|---|---|---|---|")
     for name, rows in results["shapes"].items():
         for width, row in rows.items():

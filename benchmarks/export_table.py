@@ -29,7 +29,7 @@ from dgmr_tp import load_pruned, prune
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.towers import export_towers
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 TRANSFORMERS_CLIPS = ("transformers CLIPModel", "transformers SiglipModel")
 TEXT_FAMILIES = [name for name in FAMILIES if name.startswith("open_clip") or name in TRANSFORMERS_CLIPS]
@@ -77,7 +77,7 @@ def main() -> None:
         if key not in results["cells"]:
             results["cells"][key] = measure(family, tower, file_format)
             results |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-            write_whole(args.out, json.dumps(results, indent=1) + "\n")
+            atomic_write(args.out, json.dumps(results, indent=1) + "\n")
             print(key, results["cells"][key], flush=True)
     reasons: dict[str, list[str]] = {}
     for names in (FAMILIES, [f"{family}, text" for family in TEXT_FAMILIES]):

@@ -1,9 +1,10 @@
-"""Which rows should DGMR look at in a gated MLP: the gate's, the value's, or both?
+"""Compare the rows that DGMR can use in a gated MLP: the gate's, the value's, or both.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/gate_rule.py --out benchmarks/results/gate_rule.json
 
-Trains a small SwiGLU ViT on CIFAR-10's photographs (timm, width 192, 6 blocks, 512 neurons, 8×8 patches), prunes it by each
-rule, recovers it on 1,024 training images, and measures top-1 on 4,000 test images and the MLPs' mean held-out error.
+Trains a small SwiGLU ViT on CIFAR-10 (timm, width 192, 6 blocks, 512 neurons, 8×8 patches), prunes it with each rule,
+recovers it on 1,024 training images, and measures the top-1 accuracy on 4,000 test images and the mean held-out error
+of the MLPs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ARCHITECTURE = {
 
 
 class Rule(tp.importance.Importance):
-    """DGMR over rows made of a neuron's gate row and value row."""
+    """DGMR on rows that ``rows`` makes from the gate rows and the value rows."""
 
     def __init__(self, rows) -> None:
         self.rows = rows
@@ -68,15 +69,15 @@ def main() -> None:
     images, labels = load_split(Path(os.environ["CIFAR10_DIR"]), "train")
     model = timm.create_model("vit_tiny_patch16_224", **ARCHITECTURE)
     train(model, images, labels, args.epochs)
-    test, answers = (part[:4000] for part in load_split(Path(os.environ["CIFAR10_DIR"]), "test"))
+    test, labels_test = (part[:4000] for part in load_split(Path(os.environ["CIFAR10_DIR"]), "test"))
 
     def accuracy(tower: torch.nn.Module) -> float:
         with torch.no_grad():
-            right = sum(
+            correct = sum(
                 int((tower(normalise(x)).argmax(1) == y).sum())
-                for x, y in zip(test.split(500), answers.split(500), strict=True)
+                for x, y in zip(test.split(500), labels_test.split(500), strict=True)
             )
-        return 100 * right / len(test)
+        return 100 * correct / len(test)
 
     calibration = [normalise(batch) for batch in images[:1024].split(128)]
     rows = []
@@ -85,13 +86,9 @@ def main() -> None:
             cut = prune(model, criterion=rule, keep=keep).model
             recovered, _, table = prune(model, calibration, criterion=rule, keep=keep)
             error = sum(row.recovered_error for row in table) / len(table)
-            rows.append(
-                {"keep": keep, "rule": name, "pruned": accuracy(cut), "recovered": accuracy(recovered), "error": error}
-            )
-            print(
-                f"{keep:>4} of 512  {name:<48} {rows[-1]['pruned']:5.1f} → {rows[-1]['recovered']:5.1f}  error {error:.4f}",
-                flush=True,
-            )
+            before, after = accuracy(cut), accuracy(recovered)
+            rows.append({"keep": keep, "rule": name, "pruned": before, "recovered": after, "error": error})
+            print(f"{keep:>4} of 512  {name:<48} {before:5.1f} → {after:5.1f}  error {error:.4f}", flush=True)
     result = {
         "dense": accuracy(model),
         "epochs": args.epochs,

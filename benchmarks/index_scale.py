@@ -19,7 +19,7 @@ import faiss
 import torch
 
 from dgmr_tp.evaluation.index_compatibility import compare_embeddings
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
 
@@ -53,7 +53,7 @@ def main() -> None:
         "torch": torch.__version__,
         "faiss": faiss.__version__,
     }
-    write_whole(args.out, json.dumps(result, indent=1) + "\n")
+    atomic_write(args.out, json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

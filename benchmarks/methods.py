@@ -51,7 +51,7 @@ from dgmr_tp.encoders import adapt, open_model, wrap_tower
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.output_selection import NUM_SENSITIVITY_IMAGES
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 from dgmr_tp.utils.knn import nearest_classes
 
 UNIFORM = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
@@ -320,7 +320,7 @@ class Store:
             "machine": platform.machine(),
             "images": IMAGES,
         }
-        write_whole(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
+        atomic_write(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
         row = self.cells[key]
         shown = f"{row['pruned']['head']:5.1f} → {row['recovered']['head']:5.1f}" if "pruned" in row else ""
         print(f"{key:<60} {shown}", flush=True)

@@ -1,4 +1,4 @@
-"""Print docs/models.md: the systems of both papers, counted on the meta device, beside the published figures.
+"""Print docs/models.md: the systems of both papers, counted on the meta device, and the published figures.
 
 python benchmarks/models_table.py > docs/models.md
 """
@@ -13,7 +13,7 @@ from dgmr_tp import open_model
 from dgmr_tp.pruning.allocation import keep_counts
 from dgmr_tp.pruning.cost import flop_cost, parameter_cost
 
-# Published: parameters in millions before and at ratio 1 (DGMR figure 1b and text, AMP tables 1, 2, 4), tera-FLOPs (AMP).
+# Published parameters of the dense model and at ratio 1 (DGMR figure 1b and text; AMP tables 1, 2, 4), and FLOPs (AMP).
 SYSTEMS = {
     "OpenCLIP ViT-g/14": ("open_clip:ViT-g-14", "1.01 B → 0.48 B", "0.52 T"),
     "OpenCLIP ViT-bigG/14": ("open_clip:ViT-bigG-14", "1.84 B → 0.80 B", "0.95 T"),
@@ -37,23 +37,24 @@ INTERNVIT = {
 }
 HEADER = """# Systems of the papers
 
-Printed by `python benchmarks/models_table.py > docs/models.md`: every tower built at full size on the meta device, its MLPs found by
-structure, parameters and FLOPs counted (a multiply-add is two, attention products included, one image of 224 px). *r* is the hidden
-width as a multiple of the token width.
+This page is printed by `python benchmarks/models_table.py > docs/models.md`. Every tower is built at full size on the
+meta device. FLOPs are those of one image of 224 px. A multiply-add counts as two, and attention products are included.
+*r* is the hidden width as a multiple of the token width.
 
 | system | blocks × width, hidden | M parameters | r = 1 | r = 2 | GFLOPs | r = 1 | r = 2 | published |
 |---|---|---|---|---|---|---|---|---|"""
 FOOTER = """
-- *Published*: DGMR (arXiv 2506.08591, figure 1b) for the parameters, AMP (arXiv 2603.08100, tables 1, 2, 4) for the FLOPs of the
-  original. The papers' CLIP rows leave the attention products out; their DINOv2 row counts a multiply-add once.
-- "More than 57 % of the parameters and FLOPs of all models" does not hold at r = 1: ViT-g loses 52.7 %, bigG 56.5 %, InternViT-6B
-  50.0 %, DINOv2-g 41.5 %. "71.5 %" for EVA-CLIP-E does.
-- DINOv2-g is counted with the positions of its 518 px release; at 224 px it has 1.7 M fewer.
-- Swin-B: the papers' code has a path for it, but neither settings nor figures."""
+- *Published*: parameters from DGMR (arXiv 2506.08591, figure 1b), FLOPs of the dense models from AMP (arXiv 2603.08100,
+  tables 1, 2, 4). The papers' CLIP rows do not include the attention products. Their DINOv2 row counts a multiply-add
+  once.
+- The claim "more than 57 % of the parameters and FLOPs of all models" does not hold at r = 1. ViT-g loses 52.7 %, bigG
+  56.5 %, InternViT-6B 50.0 % and DINOv2-g 41.5 %. The claim of 71.5 % for EVA-CLIP-E holds.
+- DINOv2-g is counted with the positions of its 518 px release. At 224 px it has 1.7 M fewer parameters.
+- Swin-B: the papers' code supports it, but the papers give no settings and no figures."""
 
 
 def write_internvit(directory: Path) -> None:
-    """InternViT-6B's folder without its weights."""
+    """Write InternViT-6B's folder without its weights."""
     (directory / "config.json").write_text(json.dumps(INTERNVIT))
     processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
     (directory / "preprocessor_config.json").write_text(json.dumps(processor))

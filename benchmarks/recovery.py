@@ -1,10 +1,12 @@
-"""What recovery depends on: its images, how many, the ridge, the prior, the tokens' weights, block after block or all at once.
+"""Measure how recovery depends on the images, their number, the ridge, the token weights and the order of blocks.
 
-    CIFAR10_DIR=.../cifar10 python benchmarks/recovery.py --encoder VIT.safetensors --out benchmarks/results/recovery.json
+    export CIFAR10_DIR=.../cifar10
+    python benchmarks/recovery.py --encoder VIT.safetensors --out benchmarks/results/recovery.json
 
-The CIFAR-10 encoder of ``methods.py``, its neurons chosen by ``output`` on 1,024 training images, an eighth and a sixteenth of them
-kept in every block. One thing is varied at a time. Measured on 2,000 test images: accuracy of the original head, cosine to the dense
-embedding, and the mean cosine of the patch tokens before the final norm.
+The encoder is the CIFAR-10 encoder of ``methods.py``. The criterion ``output`` on 1,024 training images keeps an eighth
+or a sixteenth of the neurons in every block. One setting is varied at a time. On 2,000 test images, the benchmark
+measures the accuracy of the dense model's head, the cosine to the dense embedding, and the mean cosine of the patch
+tokens before the final norm.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders import adapt, wrap_tower
 from dgmr_tp.pruning import Plan, TowerAdapter, last_state, recover, recovery
-from dgmr_tp.pruning.calibration import recorded_inputs
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.pruning.calibration import record_inputs
+from dgmr_tp.utils.files import atomic_write
 
 
 def uniform(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
-    """All tokens alike, also where the head reads only one."""
+    """Give all tokens the same weight, also in the last block, where the head reads one."""
     return torch.full((state.shape[1],), 1 / state.shape[1], dtype=torch.float64)
 
 
 def class_token(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
-    """The class token has nine tenths."""
+    """Give the class token nine tenths of the weight."""
     rest = torch.full((state.shape[1],), 0.1 / (state.shape[1] - 1), dtype=torch.float64)
     rest[0] = 0.9
     return rest
@@ -48,22 +50,22 @@ def class_token(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
 def from_zero(
     moments, weight: Tensor, bias: Tensor | None, damping: float, refit=recovery.refit
 ) -> tuple[Tensor, Tensor | None]:
-    """The ridge pulls towards zero instead of towards the kept columns."""
+    """Use a ridge towards zero instead of towards the kept columns."""
     return refit(moments, torch.zeros_like(weight), bias, damping)
 
 
 def at_once(tower: nn.Module, plan: Plan, images: list[Tensor]) -> nn.Module:
-    """Every MLP refitted on what the *dense* tower's blocks feed it."""
-    whole = prune(tower, plan=plan).model
+    """Refit every MLP on the inputs that the *dense* tower's blocks give it."""
+    recovered = prune(tower, plan=plan).model
     for name, site in plan.sites.items():
-        alone = prune(tower, plan=Plan("", "", {name: site})).model
-        recover(adapt(tower), adapt(alone), images)
-        whole.get_submodule(name).load_state_dict(alone.get_submodule(name).state_dict())
-    return whole
+        single = prune(tower, plan=Plan("", "", {name: site})).model
+        recover(adapt(tower), adapt(single), images)
+        recovered.get_submodule(name).load_state_dict(single.get_submodule(name).state_dict())
+    return recovered
 
 
 def to_the_dense_mlp(block, consumer: nn.Linear, state: Tensor) -> None:
-    """No way from the MLP's answer to the residual stream is known: the dense MLP's answers are the target."""
+    """Return no gain, so that the dense MLP's output is the only target."""
 
 
 def first_layer(
@@ -72,25 +74,25 @@ def first_layer(
     dense_mlp,
     consumer: nn.Linear,
     states,
-    goals,
+    dense_states,
     gain,
     weight: Tensor,
     plain=recovery._site_moments,
 ):
-    """After a first refit, the hidden neurons' bias and a scale per input (the norm's affine) are fitted by L-BFGS, then refitted.
+    """Refit, fit the first Linear's bias and a scale per input (the norm's affine) with L-BFGS, and return new moments.
 
     For an encoder without LayerScale.
     """
     recovery._refit_layer(
-        "", consumer, gain, *plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight), 1e-3
+        "", consumer, gain, *plain(block, mlp, dense_mlp, consumer, states, dense_states, gain, weight), 1e-3
     )
-    inputs, answers = [], []
-    for state, goal in zip(states, goals, strict=True):
-        with recorded_inputs(mlp) as seen:
+    inputs, targets = [], []
+    for state, dense_state in zip(states, dense_states, strict=True):
+        with record_inputs(mlp) as mlp_inputs:
             after = block(state)
-        inputs.append(seen[mlp])
-        answers.append(mlp(seen[mlp]) + goal - after)
-    inputs, answers = torch.cat(inputs)[:256], torch.cat(answers)[:256]
+        inputs.append(mlp_inputs[mlp])
+        targets.append(mlp(mlp_inputs[mlp]) + dense_state - after)
+    inputs, targets = torch.cat(inputs)[:256], torch.cat(targets)[:256]
     rows = weight.to(inputs)[None, :, None]
     with torch.enable_grad():
         scale = torch.ones(inputs.shape[-1], requires_grad=True)
@@ -100,15 +102,15 @@ def first_layer(
         def error() -> Tensor:
             optimizer.zero_grad()
             hidden = mlp.act(F.linear(inputs * scale, mlp.fc1.weight.detach(), bias))
-            found = F.linear(hidden, consumer.weight.detach(), consumer.bias.detach())
-            loss = (rows * (found - answers).square()).sum() / answers.square().mean()
+            output = F.linear(hidden, consumer.weight.detach(), consumer.bias.detach())
+            loss = (rows * (output - targets).square()).sum() / targets.square().mean()
             loss.backward()
             return loss
 
         optimizer.step(error)
     mlp.fc1.bias.copy_(bias)
     mlp.fc1.weight.mul_(scale.detach())
-    return plain(block, mlp, dense_mlp, consumer, states, goals, gain, weight)
+    return plain(block, mlp, dense_mlp, consumer, states, dense_states, gain, weight)
 
 
 def main() -> None:
@@ -116,23 +118,23 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    subject = on_cifar(cifar(args.adapter))
+    subject = on_cifar(cifar(args.encoder))
     tower, calibration = subject.tower, subject.calibration(0)
     pool = subject.train[2000:]
     scenes = torch.stack([torch.from_numpy(Scene.draw(7, i).image()).permute(2, 0, 1) for i in range(1024)])
     noise = torch.rand(1024, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 255
     blurred = resize(resize(noise, [8, 8], antialias=True), [32, 32])
 
-    def seen(images: Tensor) -> list[Tensor]:
+    def batches(images: Tensor) -> list[Tensor]:
         return list(images.split(128))
 
     def plain(**options) -> Callable[[Plan], nn.Module]:
         images = options.pop("images", calibration)
         return lambda plan: prune(tower, images, plan=plan, **options).model
 
-    def patched(name: str, instead: Callable) -> Callable[[Plan], nn.Module]:
+    def patched(name: str, replacement: Callable) -> Callable[[Plan], nn.Module]:
         def run(plan: Plan) -> nn.Module:
-            with mock.patch.object(recovery, name, instead):
+            with mock.patch.object(recovery, name, replacement):
                 return plain()(plan)
 
         return run
@@ -140,18 +142,18 @@ def main() -> None:
     variants: dict[str, Callable[[Plan], nn.Module]] = {
         "no recovery": lambda plan: prune(tower, plan=plan).model,
         "as it is: 1,024 images, ridge 1e-3, towards the kept columns, class token half": plain(),
-        **{f"{count} images": plain(images=seen(pool[:count])) for count in (64, 256, 4096)},
+        **{f"{count} images": plain(images=batches(pool[:count])) for count in (64, 256, 4096)},
         **{f"ridge {damping:g}": plain(damping=damping) for damping in (1e-5, 1e-4, 1e-2, 1e-1)},
         "ridge towards zero": patched("refit", from_zero),
         "tokens alike": patched("token_weights", uniform),
         "class token nine tenths": patched("token_weights", class_token),
         "all blocks at once": lambda plan: at_once(tower, plan, calibration),
-        "towards the residual stream alone": patched("SHARES", (1.0,)),
+        "towards the residual stream alone": patched("INTERPOLATION_WEIGHTS", (1.0,)),
         "towards the dense MLP's answers alone": patched("_gain", to_the_dense_mlp),
         "first Linear's bias and the norm's scale too": patched("_site_moments", first_layer),
-        "generated scenes": plain(images=seen(normalise(resize(scenes, [32, 32], antialias=True)))),
-        "coloured noise": plain(images=seen(normalise(blurred))),
-        "white noise": plain(images=seen(normalise(noise))),
+        "generated scenes": plain(images=batches(normalise(resize(scenes, [32, 32], antialias=True)))),
+        "coloured noise": plain(images=batches(normalise(blurred))),
+        "white noise": plain(images=batches(normalise(noise))),
     }
 
     @torch.no_grad()
@@ -166,12 +168,12 @@ def main() -> None:
     rows = []
     for share in (8, 16):
         plan = make_plan(wrap_tower(tower), "output", CalibrationImages(calibration), keep=768 // share)
-        for name, make in variants.items():
-            found, patches = features(make(plan))
+        for name, recovered in variants.items():
+            embedding, patches = features(recovered(plan))
             with torch.no_grad():
-                right = (subject.head(found).argmax(1) == subject.answers).float().mean()
+                right = (subject.head(embedding).argmax(1) == subject.answers).float().mean()
             cosines = (
-                float(F.cosine_similarity(found, dense).mean()),
+                float(F.cosine_similarity(embedding, dense).mean()),
                 float(F.cosine_similarity(patches, dense_patches, dim=-1).mean()),
             )
             rows.append(
@@ -186,7 +188,7 @@ def main() -> None:
             print(f"| 1/{share} | {name} | {rows[-1]['head']:.1f} | {cosines[0]:.4f} | {cosines[1]:.4f} |", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     setting = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine()}
-    write_whole(args.out, json.dumps({**setting, "rows": rows}, indent=1) + "\n")
+    atomic_write(args.out, json.dumps({**setting, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

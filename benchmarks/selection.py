@@ -1,9 +1,9 @@
-"""DGMR's selection at one MLP of EVA02-CLIP-E: the paper's loop, LAPACK's pivoted QR, and a plain one, side by side in one run.
+"""Time DGMR's selection at the size of one MLP of EVA02-CLIP-E: the paper's loop, LAPACK's pivoted QR, and plain QR.
 
     python benchmarks/selection.py --out benchmarks/results/selection.json
 
-15360 rows of 1792 columns with a decaying spectrum, 1792 of them picked, float64 everywhere. The loop is the paper's: take the row
-with the largest residual norm, subtract from all rows their part along it, again.
+The matrix has 15360 rows and 1792 columns with a decaying spectrum, in float64, and 1792 rows are picked. The paper's
+loop takes the row with the largest residual norm and projects all rows onto its orthogonal complement.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def paper_loop(weight: np.ndarray) -> np.ndarray:
 
 
 def plain_qr(weight: np.ndarray) -> None:
-    lapack.dgeqrf(weight.copy().T, lwork=64 * ROWS, overwrite_a=True)  # blocks, as ours
+    lapack.dgeqrf(weight.copy().T, lwork=64 * ROWS, overwrite_a=True)  # the same blocking as select_diverse_rows
 
 
 def main() -> None:
@@ -53,25 +53,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     weight = matrix()
-    ways: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
+    methods: dict[str, Callable[[np.ndarray], np.ndarray | None]] = {
         "ours: LAPACK geqp3": lambda w: select_diverse_rows(w, COLUMNS).order[:COLUMNS],
         "plain QR, no pivoting (selects nothing)": plain_qr,
         "the paper's loop": paper_loop,
     }
     seconds, picks = {}, {}
-    for name, way in ways.items():
+    for name, select in methods.items():
         started = time.perf_counter()
-        picks[name] = way(weight)
+        picks[name] = select(weight)
         seconds[name] = time.perf_counter() - started
         print(f"{name:<42} {seconds[name]:8.1f} s", flush=True)
     reference = set(picks["the paper's loop"].tolist())  # type: ignore[union-attr]
-    same = {name: len(reference & set(chosen.tolist())) for name, chosen in picks.items() if chosen is not None}
+    common = {name: len(reference & set(chosen.tolist())) for name, chosen in picks.items() if chosen is not None}
     result = {
         "rows": ROWS,
         "columns": COLUMNS,
         "seconds": seconds,
         "times_faster_than_the_loop": {name: seconds["the paper's loop"] / value for name, value in seconds.items()},
-        "picks_in_common_with_the_loop": same,
+        "picks_in_common_with_the_loop": common,
         "threads": torch.get_num_threads(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"torch": torch.__version__, "numpy": np.__version__},

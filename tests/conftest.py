@@ -1,4 +1,4 @@
-"""Shared by all tests: small encoders whose every parameter is drawn anew, pictures for them, and one small run."""
+"""Fixtures of all tests: small encoders with random parameters, images for them, and one small run."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from dgmr_tp.pipeline.recipe import parse_recipe
 
 
 def pytest_runtest_setup() -> None:
-    """The same random numbers in every run."""
+    """Seed torch before every test."""
     torch.manual_seed(0)
 
 
 def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter a random value that matters: fresh LayerScales, norms and biases hide the MLPs from any test."""
+    """Give every parameter a random value.
+
+    With fresh LayerScales, norms and biases, an MLP hardly changes the output, and no test would notice it.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -67,7 +70,7 @@ TOWERS = {"open_clip": open_clip_tower, "timm": timm_tower}
 
 @pytest.fixture(params=TOWERS)
 def tower(request: pytest.FixtureRequest) -> nn.Module:
-    """A small ViT in eval mode whose MLPs are known to matter: zeroing one moves the output by more than 1 %."""
+    """A small ViT in eval mode. Zeroing the first MLP changes its output by more than 1 %."""
     module = redraw(TOWERS[request.param]())
     images = pictures(4)
     with torch.no_grad():
@@ -78,7 +81,7 @@ def tower(request: pytest.FixtureRequest) -> nn.Module:
         last.weight.zero_()
         moved = (module(images) - before).norm() / before.norm()
         last.weight.copy_(weight)
-    assert moved > 0.01, f"zeroing an MLP moves the output by {moved:.2%} only: this model proves nothing"
+    assert moved > 0.01, f"zeroing an MLP changes the output by {moved:.2%} only, which no test would notice"
     return module
 
 
@@ -121,12 +124,12 @@ def command(*arguments: object) -> list[str]:
 
 
 def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """``dgmr-tp ARGUMENTS`` in a process of its own, as a user starts it."""
+    """Run ``dgmr-tp ARGUMENTS`` in its own process."""
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
 
 
 def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which spares the ten seconds that a new one takes to import everything."""
+    """Run ``dgmr-tp ARGUMENTS`` in this process. A new process takes ten seconds for its imports."""
     out, err = io.StringIO(), io.StringIO()
     arguments = ("dgmr-tp", *map(str, arguments))
     level = logging.getLogger().level
@@ -143,7 +146,7 @@ def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
-    """A run directory in which only ``stages`` of ``run`` are done."""
+    """Copy a run directory with the finished ``stages`` of ``run`` only."""
     directory.mkdir()
     shutil.copy(run / "recipe.json", directory)
     for stage in stages:
@@ -153,7 +156,7 @@ def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATIO
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The small recipe, run once through the command line with nothing but the virtual environment on PATH: no compiler."""
+    """The small recipe, run once from the command line without a compiler on PATH."""
     root = tmp_path_factory.mktemp("small")
     path = write_recipe(root / "small.yaml")
     assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None

@@ -1,4 +1,4 @@
-"""Small random encoders of every family that is pruned, as directories that the family's own library wrote."""
+"""Small random encoders of every supported family, as directories written by the family's own library."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def in_open_clip(vision: dict, trunk: dict | None = None, **config: object) -> C
     def write(directory: Path) -> None:
         directory.mkdir()
         model_cfg = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": TEXT, **config}
-        if trunk is not None:  # a small trunk has no name in timm; open_clip takes a local directory for one
+        if trunk is not None:  # timm has no name for a small trunk, and open_clip accepts a local directory instead
             in_timm(vision["timm_model_name"], **trunk)(directory / "trunk")
             (directory / "trunk" / "model.safetensors").unlink()
             model_cfg["vision_cfg"] = {**vision, "timm_model_name": f"local-dir:{directory / 'trunk'}"}
@@ -98,7 +98,7 @@ def in_transformers(model: str, config: str, **options: object) -> Callable[[Pat
 
 
 def with_words(write: Callable[[Path], None], length: int = 16) -> Callable[[Path], None]:
-    """The family's directory with a tokenizer of the words of the generated scenes."""
+    """Add a tokenizer with the words of the generated scenes to a family's directory."""
 
     def write_both(directory: Path) -> None:
         write(directory)
@@ -146,7 +146,7 @@ INTERN = {
     "use_mean_pooling": False,
 }
 FAMILIES: dict[str, Callable[[Path], None]] = {
-    # One of each form of MLP first: plain, fused gate, split gate, split gate with a norm inside, hierarchical.
+    # The first five cover each form of MLP: plain, fused gate, split gate, split gate with a norm, hierarchical.
     "open_clip": in_open_clip(OPEN_CLIP),
     "timm DINOv2-g": in_timm("vit_giant_patch14_dinov2", **VIT),
     "transformers DINOv2 SwiGLU": in_transformers(
@@ -158,7 +158,6 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
         {"timm_model_name": "eva02_large_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True
     ),
     "timm Swin": in_timm("swin_tiny_patch4_window7_224", **SWIN),
-    # The others.
     "open_clip EVA02-E+": in_open_clip(
         {"timm_model_name": "eva02_enormous_patch14_clip_224", **EVA}, trunk=VIT, custom_text=True
     ),
@@ -197,7 +196,7 @@ FORMS = list(FAMILIES)[:5]
 
 
 def plain_output(tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The embedding by the tower's own forward, however its library wraps it."""
+    """Return the embedding by the tower's own forward, without its library's output class."""
     with torch.no_grad():
         out = tower(images)
     if isinstance(out, tuple):  # CoCa
@@ -208,7 +207,7 @@ def plain_output(tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def plain_embedding(model: OpenedModel, images: torch.Tensor) -> torch.Tensor:
-    """What the model's library serves for an image."""
+    """Return the embedding by the model's own library, projection included."""
     if hasattr(model.module, "get_image_features"):
         with torch.no_grad():
             return model.module.get_image_features(images).pooler_output
@@ -216,7 +215,7 @@ def plain_embedding(model: OpenedModel, images: torch.Tensor) -> torch.Tensor:
 
 
 def bf16_shards(directory: Path) -> None:
-    """A timm directory in bf16 whose weights are two shards with an index, as large releases are."""
+    """Write a timm directory in bf16 with two shards and an index, like large releases."""
     FAMILIES["timm EVA-g"](directory)
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(directory / "model.safetensors").items()}
     (directory / "model.safetensors").unlink()
@@ -224,7 +223,7 @@ def bf16_shards(directory: Path) -> None:
 
 
 def write_shards(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Two shards and their index, ``model.safetensors.index.json``."""
+    """Write two shards and their index, ``model.safetensors.index.json``."""
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:9], "model-00002-of-00002.safetensors": names[9:]}
     for shard, part in parts.items():

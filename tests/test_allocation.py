@@ -1,4 +1,4 @@
-"""Keep counts: exact integers, multiples, and budgets that are met and used."""
+"""Keep counts: exact integers, multiples, and budgets that are met and not wasted."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.pruning import ImageEncoder, MLPPruner, Site, find_sites
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts
 from dgmr_tp.pruning.cost import Cost, flop_cost, flops, parameter_cost, parameters
-from dgmr_tp.pruning.latency import relative_time, widths_within
+from dgmr_tp.pruning.latency import relative_time, widths_for_latency
 from dgmr_tp.pruning.pruner import resize
 
 
@@ -81,7 +81,7 @@ def model(request, tmp_path_factory):
 
 
 def measured_flops(opened):
-    """Count a real forward pass. The counter does not know every fused attention kernel, so attention runs unfused."""
+    """Count a real forward pass. Attention runs unfused, because the counter does not know every fused kernel."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ImageEncoder(opened.adapter)(pictures(1).requires_grad_(True))
     return counter.get_total_flops()
@@ -118,10 +118,10 @@ def test_a_budget_may_be_a_number():
     ("amount", "says"),
     [
         ({"budget": {"params": 0.001}}, r"budget params = 0\.001 cannot be met.*still costs"),
-        ({"budget": {"watts": 0.5}}, r"unknown budget 'watts'; known here: params"),
-        ({"budget": {"flops": 0.5}}, r"unknown budget 'flops'"),  # a bare module has no image size
+        ({"budget": {"watts": 0.5}}, r"unknown budget 'watts'\. Use one of params"),
+        ({"budget": {"flops": 0.5}}, r"unknown budget 'flops'"),  # a bare tower has no image size
         ({"budget": {"params": -1}}, r"budget params = -1"),
-        ({"keep": 100, "round_to": 64}, r"keep = 100 .* no multiple of round_to = 64"),
+        ({"keep": 100, "round_to": 64}, r"keep = 100 .* not a multiple of round_to = 64"),
         ({"mlp_ratio": 1, "round_to": 0}, r"round_to = 0"),
         ({"mlp_ratio": 1, "budget": {"params": 0.5}}, r"exactly one"),
     ],
@@ -132,7 +132,7 @@ def test_impossible_amounts_are_refused(amount, says):
 
 
 def test_costs_are_counted_without_memory_or_a_change():
-    """A model on the meta device is counted as one with weights is; mode and weights stay."""
+    """A tower on the meta device has the same count as one with weights. Mode and weights do not change."""
     tower = redraw(timm_tower()).train()
     before = [parameter.clone() for parameter in tower.parameters()]
     with torch.device("meta"):
@@ -144,7 +144,10 @@ def test_costs_are_counted_without_memory_or_a_change():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 3), st.floats(0.2, 0.9), st.booleans())
 def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits):
-    """Against every combination of widths, on convex curves: the optimum where neurons cost the same, else within a neuron per limit."""
+    """Compared with all combinations of widths, on convex curves.
+
+    The result is the optimum if all neurons have the same cost, and else within one neuron per limit of it.
+    """
     rng = np.random.default_rng(seed)
     sites = [site(str(i), int(rng.integers(4, 10))) for i in range(count)]
     loss = {
@@ -163,9 +166,7 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
 
     def fits(kept):
         cut = {s.name: s.hidden - k for s, k in zip(sites, kept, strict=True)}
-        return all(
-            costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items()
-        )  # exactly
+        return all(costs[key].without(cut) <= Fraction(str(part)) * costs[key].total for key, part in budget.items())
 
     def lost(kept):
         return sum(loss[s.name][k] for s, k in zip(sites, kept, strict=True))
@@ -181,7 +182,7 @@ def test_fitted_widths_lose_least_of_all_that_fit(seed, count, share, two_limits
     one_neuron = max(max(loss[s.name][:-1] - loss[s.name][1:]) for s in sites)
     assert lost(kept) <= best + (0 if same else len(budget) * one_neuron) + 1e-9
     lost_by = {s.name: [loss[s.name][k - 1] - loss[s.name][k] for k in range(1, s.hidden + 1)] for s in sites}
-    assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # convex, as the first line says
+    assert all(np.diff(gains).max() <= 1e-9 for gains in lost_by.values())  # the curves are convex
 
 
 @settings(max_examples=100, deadline=None)
@@ -224,54 +225,55 @@ def test_fitted_widths_respect_multiples_the_floor_and_curves_with_bumps():
 
 @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
 def test_a_budget_of_latency_is_met_by_the_clock_even_where_flops_mislead(share):
-    """A clock that has a fixed part, likes multiples of 8, and finds one MLP three times as slow as its FLOPs say."""
+    """The simulated time has a constant, is lower at multiples of 8, and is three times the FLOPs for one MLP."""
     tower = redraw(timm_tower())
     sites = find_sites(tower)
     rankings = rank(tower, "output", [pictures(40)])
     loss = {name: (ranking.sensitivity * ranking.error).numpy() for name, ranking in rankings.sites.items()}
-    weight = {site.name: 3 if index == 1 else 1 for index, site in enumerate(sites)}
-    whole = sum(192 * weight[site.name] for site in sites)
-    asked = []
+    slowness = {site.name: 3 if index == 1 else 1 for index, site in enumerate(sites)}
+    total = sum(192 * slowness[site.name] for site in sites)
+    calls = []
 
     def clock(counts):
-        asked.append(dict(counts))
+        calls.append(dict(counts))
         return (
             0.2
             + 0.8
-            * sum(weight[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items())
-            / whole
+            * sum(slowness[name] * (count if count % 8 == 0 else count * 1.1) for name, count in counts.items())
+            / total
         )
 
     def fit(cost):
         return fitted_widths(sites, loss, budget={"latency": share}, costs={"latency": cost}, round_to=4)
 
-    counts = widths_within(share, fit, tower, sites, 32, round_to=4, time_of=clock)
+    counts = widths_for_latency(share, fit, tower, sites, 32, round_to=4, time_of=clock)
     assert 0.9 * share < clock(counts) <= share
-    assert len(asked) <= 8 and all(count % 4 == 0 for count in counts.values())
+    assert len(calls) <= 8 and all(count % 4 == 0 for count in counts.values())
     with pytest.raises(
         DgmrError, match=r"budget latency = 0.1 cannot be met: with the fewest neurons the tower still takes 0.2"
     ):
-        widths_within(0.1, fit, tower, sites, 32, time_of=clock)
+        widths_for_latency(0.1, fit, tower, sites, 32, time_of=clock)
     for wrong in (0, 1, 3.5):
         with pytest.raises(DgmrError, match="share of the dense tower's time"):
-            widths_within(wrong, fit, tower, sites, 32)
+            widths_for_latency(wrong, fit, tower, sites, 32)
 
 
 def test_the_clock_runs_a_tower_of_these_widths_and_leaves_the_original_alone(monkeypatch):
     tower = redraw(timm_tower()).train()
     before = copy.deepcopy(tower.state_dict())
-    seen = []
+    towers = []
     monkeypatch.setattr(
-        "dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), seen.append(narrow))
+        "dgmr_tp.pruning.latency.resize", lambda narrow, counts: (resize(narrow, counts), towers.append(narrow))
     )
     counts = {site.name: 16 * (index + 1) for index, site in enumerate(find_sites(tower))}
     assert 0 < relative_time(tower, counts, 32) < 10
-    assert {site.name: site.hidden for site in find_sites(seen[0])} == counts
+    assert {site.name: site.hidden for site in find_sites(towers[0])} == counts
     assert (
-        not any(parameter.is_meta for parameter in seen[0].parameters()) and torch.isfinite(seen[0](pictures(2))).all()
+        not any(parameter.is_meta for parameter in towers[0].parameters())
+        and torch.isfinite(towers[0](pictures(2))).all()
     )
     assert tower.training and all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
     with torch.device("meta"):
         shadow = timm_tower()
     with pytest.raises(DgmrError, match="opened without weights"):
-        widths_within(0.5, lambda cost: counts, shadow, find_sites(shadow), 32)
+        widths_for_latency(0.5, lambda cost: counts, shadow, find_sites(shadow), 32)

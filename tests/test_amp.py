@@ -1,4 +1,4 @@
-"""AMP: its entropy, its importance against plain autograd, its search against one that runs the whole tower in every trial."""
+"""AMP: the entropy, the importance against autograd, and the search against one that runs the whole tower per trial."""
 
 import copy
 import json
@@ -45,7 +45,7 @@ def test_the_variant_with_text_is_clips_loss():
 
 
 def by_autograd(model, images, objective):
-    """|Σ_tokens h ∂E/∂h| from kept activations and one backward pass through the whole group."""
+    """Return |Σ_tokens h ∂E/∂h| from stored activations and one backward pass over the whole group."""
     sites = block_sites(model)
     kept = {}
     handles = []
@@ -77,7 +77,7 @@ def test_importance_is_plain_autograds(family, tmp_path):
     for name, scores in expected.items():
         assert torch.allclose(got[name], scores, rtol=1e-3, atol=1e-4 * float(scores.max())), name
         assert scores.std() > 0.1 * scores.mean()
-    two = gate_scores(model.adapter, [[images[:12]], [images[12:]]], objective)  # other candidates, another entropy
+    two = gate_scores(model.adapter, [[images[:12]], [images[12:]]], objective)  # the entropy depends on the groups
     assert not any(torch.allclose(two[name], got[name], rtol=1e-2) for name in got)
     assert all(parameter.grad is None for parameter in model.module.parameters())
 
@@ -119,12 +119,12 @@ def test_small_gradients_do_not_vanish_in_half_precision():
 
 
 def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
-    """Algorithm 1 with nothing kept between trials: every trial prunes the original anew and runs all of it."""
+    """Run Algorithm 1 without reuse: each trial prunes a copy of the dense tower and runs all of it."""
     names = list(scores)
     keep = {name: len(scores[name]) for name in names}
     forwards = 0
 
-    def judged(widths):
+    def evaluate(widths):
         nonlocal forwards
         plan = MLPPruner(tower, GivenScores(tower, scores, "amp"), keep=widths).plan()
         pruned = prune(tower, plan=plan).model
@@ -134,16 +134,16 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
                 np.mean([float(entropy()(torch.cat([pruned(batch) for batch in group]), 0)) for group in groups])
             ), plan
 
-    before, plan = judged(keep)
+    before, plan = evaluate(keep)
     for name in reversed(names):
         low, high = 0, keep[name]
         accepted = before
         for _ in range(trials):
             middle = (low + high) // 2
-            found, tried = judged({**keep, name: middle})
-            change = found - before
+            value, trial_plan = evaluate({**keep, name: middle})
+            change = value - before
             if (abs(change) if two_sided else change) <= threshold:
-                high, accepted, plan = middle, found, tried
+                high, accepted, plan = middle, value, trial_plan
             else:
                 low = middle
         keep[name], before = high, accepted
@@ -161,27 +161,27 @@ def test_the_search_finds_what_brute_force_finds(threshold, two_sided):
         6,
         two_sided,
     )
-    found = search(tower, images.split(8), threshold=threshold, two_sided=two_sided, candidates=24)
-    assert {name: site.kept for name, site in found.plan.sites.items()} == {
+    result = search(tower, images.split(8), threshold=threshold, two_sided=two_sided, candidates=24)
+    assert {name: site.kept for name, site in result.plan.sites.items()} == {
         name: site.kept for name, site in expected.sites.items()
     }
-    widths = {len(site.kept) for site in found.plan.sites.values()}
-    assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials passed, some did not
-    assert 0 < found.image_blocks < forwards * 3  # blocks in front of the trial are run once
+    widths = {len(site.kept) for site in result.plan.sites.values()}
+    assert widths == {192} if threshold < 0 else len(widths) == 3  # some trials pass and some do not
+    assert 0 < result.image_blocks < forwards * 3  # blocks before the searched one run once
 
 
 def test_the_plan_gives_the_searchs_own_model():
     tower, groups = redraw(timm_tower()), [[pictures(24)]]
-    encoder = adapt(copy.deepcopy(tower))
-    state = search_widths(encoder, gate_scores(adapt(tower), groups), groups, threshold=1e-4)
-    found = search(tower, groups[0], threshold=1e-4, candidates=24)
-    again = prune(tower, plan=found.plan).model
-    assert state.kept == {name: site.kept for name, site in found.plan.sites.items()}
+    adapter = adapt(copy.deepcopy(tower))
+    state = search_widths(adapter, gate_scores(adapt(tower), groups), groups, threshold=1e-4)
+    result = search(tower, groups[0], threshold=1e-4, candidates=24)
+    again = prune(tower, plan=result.plan).model
+    assert state.kept == {name: site.kept for name, site in result.plan.sites.items()}
     assert all(
-        torch.equal(a, b) for a, b in zip(encoder.tower.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(adapter.tower.state_dict().values(), again.state_dict().values(), strict=True)
     )
     with torch.no_grad():
-        assert found.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
+        assert result.entropy == pytest.approx(float(entropy()(again(pictures(24)), 0)), abs=1e-5)
 
 
 def test_a_search_that_was_interrupted_goes_on(tmp_path):
@@ -202,7 +202,9 @@ def test_a_search_that_was_interrupted_goes_on(tmp_path):
     with listen_to_progress(lambda title, done, total: seen.append(done)):
         resumed = search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
     assert seen == [3] and resumed == whole
-    other = search(tower, [images], threshold=-1, candidates=24, journal=journal)  # another question: from the start
+    other = search(
+        tower, [images], threshold=-1, candidates=24, journal=journal
+    )  # another threshold starts a new search
     assert other.plan != whole.plan
     with pytest.raises(Enough), listen_to_progress(stop):
         search(tower, [images], threshold=1e-4, candidates=24, journal=journal)
@@ -217,11 +219,11 @@ def test_the_search_takes_another_objective():
         pictures(24),
         torch.randn(24, 10, generator=torch.Generator().manual_seed(1)),
     )
-    found = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
+    result = search(tower, [images], threshold=1e-4, candidates=24, objective=contrastive([texts]))
     with torch.no_grad():
-        value = contrastive([texts])(prune(tower, plan=found.plan).model(images), 0)
-    assert found.entropy == pytest.approx(float(value), abs=1e-4)
-    assert found.plan != search(tower, [images], threshold=1e-4, candidates=24).plan
+        value = contrastive([texts])(prune(tower, plan=result.plan).model(images), 0)
+    assert result.entropy == pytest.approx(float(value), abs=1e-4)
+    assert result.plan != search(tower, [images], threshold=1e-4, candidates=24).plan
 
 
 def test_what_is_missing_or_broken_is_said():
@@ -263,8 +265,8 @@ def test_the_command_and_a_recipe_search(tmp_path):
         "--threshold",
         "0.05",
     )
-    told = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
-    assert told.returncode == 0 and "forward passes of an image" in told.stdout, told.stderr
+    result = call_command("amp", "--images", images, *numbers, "-o", tmp_path / "plan.json")
+    assert result.returncode == 0 and "forward passes of an image" in result.stdout, result.stderr
     assert (tmp_path / "plan.json").read_text() == (folder / "model" / "plan.json").read_text()
     refused = call_command("amp", "--images", images, "--calibration-images", "60", "-o", tmp_path / "other.json")
     assert (
@@ -287,11 +289,12 @@ with weight_gradients(adapt(tower), groups):
     gradient = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
 with weight_gradients(adapt(tower), groups[:1]):  # one group for two processes
     lonely = float(tower.blocks[1].mlp.fc1.weight.grad.abs().sum())
-found = search(tower, [images], threshold=1e-4, candidates=20)
+result = search(tower, [images], threshold=1e-4, candidates=20)
 if torch.distributed.get_rank() == 0:
-    kept = {name: site.kept for name, site in found.plan.sites.items()}
+    kept = {name: site.kept for name, site in result.plan.sites.items()}
     first = {name: s[:5].tolist() for name, s in scores.items()}
-    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": found.image_blocks}))
+    blocks = result.image_blocks
+    print(json.dumps({"kept": kept, "scores": first, "gradient": gradient, "lonely": lonely, "blocks": blocks}))
 torch.distributed.destroy_process_group()
 """
 

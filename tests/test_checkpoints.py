@@ -18,7 +18,7 @@ from torch import nn
 from dgmr_tp import DgmrError, MLPPruner, open_model
 from dgmr_tp.encoders.checkpoint import load_by_shape, read_tensors
 from dgmr_tp.encoders.open_clip_models import _load_release
-from dgmr_tp.encoders.timm_models import in_timms_names
+from dgmr_tp.encoders.timm_models import to_timm_keys
 from dgmr_tp.pruning import find_sites
 
 IMAGES = pictures(3)
@@ -134,7 +134,7 @@ def test_dinov2s_own_release_opens_as_timm(tmp_path, width):
     tensors = read_tensors(tmp_path / "dinov2_vitg14_pretrain.pth")
     assert "blocks.0.mlp.w12.weight" in tensors
     fresh = timm.create_model("vit_giant_patch14_dinov2", **arguments)
-    load_by_shape(fresh, in_timms_names(tensors, fresh, "file"), "file")
+    load_by_shape(fresh, to_timm_keys(tensors, fresh, "file"), "file")
     same_and_not_by_chance(fresh, released)
 
 
@@ -176,7 +176,7 @@ def test_eva_clip_8b_opens_as_timms_eva(layout):
     own = {f"visual.{name}": tensor for name, tensor in state.items() if name != "head.bias"}
     released = in_transformers_names(state) if layout == "hub" else {**own, "text.positional_embedding": torch.zeros(3)}
     fresh = eva_8b()
-    load_by_shape(fresh, in_timms_names(released, fresh, "release"), "release")
+    load_by_shape(fresh, to_timm_keys(released, fresh, "release"), "release")
     same_and_not_by_chance(fresh, tower)
 
 
@@ -259,15 +259,15 @@ def test_a_pickle_is_never_executed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda state: {}, "is no checkpoint"),
-        (lambda state: {"step": 3}, "is no checkpoint"),
+        (lambda state: {}, "is not a checkpoint"),
+        (lambda state: {"step": 3}, "is not a checkpoint"),
         (
             lambda state: {name: t for name, t in state.items() if name != "visual.ln_post.bias"},
             r"has no tensor 'visual\.ln_post\.bias'",
         ),
         (
             lambda state: {**state, "visual.conv1.weight": torch.zeros(2)},
-            r"'visual\.conv1\.weight' is \(2,\), the model says \(48, 3, 8, 8\)",
+            r"'visual\.conv1\.weight' with shape \(2,\), and the model has \(48, 3, 8, 8\)",
         ),
         (lambda state: {**state, "visual.surplus": torch.zeros(2)}, r"holds a tensor 'visual\.surplus'"),
     ],
@@ -357,6 +357,6 @@ def test_a_cut_that_transformers_cannot_reopen_is_refused(tmp_path):
     model = open_model(str(tmp_path / "clip"))
     pruner = MLPPruner(model.module, keep=20)
     pruner.apply(pruner.plan())
-    with pytest.raises(DgmrError, match=r"text_model.* lies outside the vision tower"):
+    with pytest.raises(DgmrError, match=r"text_model.* is outside the vision tower"):
         model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -215,4 +215,4 @@ def test_plan_for_another_model(tmp_path):
 def test_a_missing_extra_names_the_pip_command(missing, code, extra, tmp_path):
     program = f"import sys; sys.modules[{missing!r}] = None\nimport dgmr_tp\n{code}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert f"DgmrError: {missing} is not installed; run: pip install 'dgmr-tp[{extra}]'" in done.stderr
+    assert f"DgmrError: {missing} is not installed. Run: pip install 'dgmr-tp[{extra}]'" in done.stderr

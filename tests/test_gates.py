@@ -1,4 +1,4 @@
-"""Gated MLPs in every spelling: one neuron is its gate row and its value row, and both go together."""
+"""Gated MLPs in every notation: a neuron is a gate row and a value row, which are pruned together."""
 
 import copy
 
@@ -18,7 +18,7 @@ WIDTH, HIDDEN, KEEP = 16, 24, 13
 
 
 class W12(nn.Module):
-    """DINOv2's own SwiGLU."""
+    """SwiGLU of DINOv2's repository."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class W12(nn.Module):
 
 
 class Functional(W12):
-    """As xformers does: the operator takes the weights, the Linears are never called."""
+    """SwiGLU like xformers': the operator reads the weights, and the Linears are not called."""
 
     def forward(self, x):
         gate, value = F.linear(x, self.w12.weight, self.w12.bias).chunk(2, dim=-1)
@@ -63,7 +63,7 @@ class Interleaved(FGlu):
 
 
 class LlamaNamed(nn.Module):
-    """``w2`` is the last layer, not ``w3``."""
+    """SwiGLU whose last layer is ``w2`` instead of ``w3``."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ def model(request):
 
 
 def rows_of(model, site):
-    """Gate and value row of each neuron side by side, by hand."""
+    """Return the concatenated gate and value row of each neuron."""
     weights = [model.get_submodule(path).weight.detach() for path in site.producers]
     return torch.cat(weights if len(weights) == 2 else weights[0].chunk(2), dim=1)
 

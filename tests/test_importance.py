@@ -30,7 +30,7 @@ def stock_pruner(model, ratio, **options):
 
 
 def kept_rows(model, pruned):
-    """Which rows of each original fc1 are left, found by their values."""
+    """Return the indices of the rows of each dense fc1 that ``pruned`` kept, identified by their values."""
     kept = []
     for before, after in zip(model.blocks, pruned.blocks, strict=True):
         rows = {tuple(row.tolist()): i for i, row in enumerate(before.mlp.fc1.weight)}

@@ -1,4 +1,4 @@
-"""Opening, saving and reopening encoders, by this package and by the libraries they come from."""
+"""Encoders are opened, saved and reopened by this package and by their own libraries."""
 
 import json
 import shutil
@@ -12,9 +12,12 @@ import torch
 from compress import make_plan
 from conftest import pictures, redraw
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
-from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.encoders import OpenedModel, wrap_tower
+from dgmr_tp.pruning import find_sites, recover
+from dgmr_tp.pruning.plan import weight_sha256
 
 OPEN_CLIP_CONFIG = {
     "embed_dim": 24,
@@ -84,7 +87,9 @@ PLAIN = {
 
 
 def test_the_plain_library_opens_a_uniform_width_without_this_package(directory, tmp_path):
-    model, plan, _ = prune(open_model(str(directory)), keep=240)  # int(88 · 240 / 88) is 239: the ratio has to be found
+    model, plan, _ = prune(
+        open_model(str(directory)), keep=240
+    )  # int(88 · (240 / 88)) is 239, so that a larger ratio is needed
     model.save(tmp_path / "pruned", plan)
     torch.save((pictures(3), embed(model)), tmp_path / "expected.pt")
     program = f"""
@@ -253,7 +258,7 @@ def hugging_face_tokenizer(directory):
 
 
 def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
-    """As in SigLIP: open_clip looks for it in the directory, whatever name the config gives."""
+    """As for SigLIP, open_clip looks for the tokenizer in the directory, whatever name the config gives."""
     config = json.loads((open_clip_directory / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "somewhere/on-the-hub"
     (open_clip_directory / "open_clip_config.json").write_text(json.dumps(config))
@@ -261,7 +266,7 @@ def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
         open_model(str(open_clip_directory))
     hugging_face_tokenizer(open_clip_directory)
     original = open_model(str(open_clip_directory))
-    original.source = None  # opened by its name, there is no directory to copy from
+    original.source = None  # a model opened by name has no directory to copy from
     model, plan, _ = prune(original, keep=29)
     model.save(tmp_path / "pruned", plan)
     again = load_pruned(tmp_path / "pruned")
@@ -270,7 +275,7 @@ def test_a_hugging_face_tokenizer_comes_along(open_clip_directory, tmp_path):
 
 
 def test_classes_of_its_own_survive(tmp_path):
-    """A fine-tuned checkpoint with other classes than the architecture's 1,000."""
+    """A fine-tuned checkpoint has another number of classes than the architecture's 1,000."""
     module = redraw(timm.create_model("vit_tiny_patch16_224", num_classes=7))
     torch.save(module.state_dict(), tmp_path / "mine.pth")
     opened = open_model("timm:vit_tiny_patch16_224", str(tmp_path / "mine.pth"))
@@ -299,7 +304,11 @@ def test_an_image_size_of_its_own_survives(tmp_path, name):
 
 def test_shapes_alone_need_no_network(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    program = "import dgmr_tp; print(len(dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none').adapter.blocks()))"
+    program = (
+        "import dgmr_tp\n"
+        "model = dgmr_tp.open_model('open_clip:ViT-B-16-SigLIP', 'webli', weights='none')\n"
+        "print(len(model.adapter.blocks()))"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "12", done.stderr[-2000:]
 
@@ -311,3 +320,39 @@ def test_unknown_tags_are_refused_without_a_download(source, tag):
     assert open_model(source, tag, weights="none").tower is not None
     with pytest.raises(DgmrError, match=f"has no weights 'nonsense'. Its tags are: .*{tag}"):
         open_model(source, "nonsense", weights="none")
+
+
+def test_an_opened_model_finds_its_sites_once(timm_directory, monkeypatch):
+    models = []
+
+    def count(model):
+        models.append(model)
+        return find_sites(model)
+
+    monkeypatch.setattr("dgmr_tp.pruning.adapter.find_sites", count)
+    opened = open_model(str(timm_directory))
+    assert opened.has_adapter and opened.sites is opened.sites == opened.adapter.sites
+    assert opened.weight_hashes is opened.weight_hashes
+    assert opened.weight_hashes == {site.name: weight_sha256(opened.tower, site) for site in opened.sites}
+    plan = MLPPruner(opened.tower, sites=opened.sites, weight_hashes=opened.weight_hashes, keep=20).plan()
+    pruned = opened.copy()
+    MLPPruner(pruned.tower, sites=opened.sites, weight_hashes=opened.weight_hashes).apply(plan)
+    recover(opened.adapter, pruned.adapter, [pictures(20)])
+    assert models == [opened.tower]
+    assert [site.hidden for site in pruned.sites] == [20] * 3  # a copy has no caches of the original
+    assert pruned.weight_hashes != opened.weight_hashes
+    assert models == [opened.tower, pruned.tower]
+
+
+def test_a_bare_tower_is_an_opened_model_without_preprocessing(tmp_path):
+    tower = redraw(timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2))
+    opened = wrap_tower(tower)
+    assert opened.tower is tower and opened.name == "VisionTransformer" and opened.image_size is None
+    assert opened.has_adapter and len(opened.sites) == 2 and opened.copy().tower is not tower
+    with pytest.raises(DgmrError, match=r"needs the encoder's preprocessing.*open_model, or pass preprocessed batches"):
+        opened.preprocess(None)
+    with pytest.raises(DgmrError, match=r"a bare tower belongs to no library.*\. Save its state_dict"):
+        opened.save(tmp_path / "saved")
+    assert not list(tmp_path.iterdir())
+    unknown = wrap_tower(nn.Sequential(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))))
+    assert not unknown.has_adapter and [site.hidden for site in unknown.sites] == [32]

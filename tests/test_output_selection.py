@@ -1,4 +1,4 @@
-"""Selection that sees the data: against least squares solved anew for every candidate, LAPACK, and the tower's own activations."""
+"""Selection on calibration images, against least squares per candidate, LAPACK, and the tower's own activations."""
 
 import copy
 
@@ -32,7 +32,7 @@ def problem(seed, neurons=8, tokens=60, width=4):
 
 
 def best_fit_error(hidden, weight, kept):
-    """What is left of the output after the best least-squares fit from some of the neurons."""
+    """Return the squared error of the output after the best least-squares fit from the neurons ``kept``."""
     output = hidden @ weight.T
     if not kept:
         return float((output**2).sum())
@@ -79,29 +79,29 @@ def test_dead_and_duplicate_neurons_come_last():
 
 def test_the_first_picks_are_the_same_when_only_they_are_asked_for():
     hidden, weight = problem(1)
-    whole, part = ranked(hidden, weight), ranked(hidden, weight, picks=3)
-    assert part.order[:3].tolist() == whole.order[:3].tolist() and sorted(part.order.tolist()) == list(range(8))
-    assert torch.equal(part.error[:4], whole.error[:4]) and part.error[4] == part.error[3] > whole.error[4]
+    full, part = ranked(hidden, weight), ranked(hidden, weight, picks=3)
+    assert part.order[:3].tolist() == full.order[:3].tolist() and sorted(part.order.tolist()) == list(range(8))
+    assert torch.equal(part.error[:4], full.error[:4]) and part.error[4] == part.error[3] > full.error[4]
 
 
 def test_the_gram_is_that_of_the_towers_own_activations(tower):
-    """The first block by hand: its hidden activations on all tokens, weighted and centred, and the order they give."""
-    encoder = adapt(tower)
+    """The reference for the first block uses its hidden activations on all tokens, weighted and centered."""
+    adapter = adapt(tower)
     images = pictures(12)
-    rankings = rank_tower(encoder, images.split(5))
-    assert list(rankings) == [f"{block.name}.mlp" for block in encoder.blocks()]
-    block = encoder.blocks()[0]
-    seen = {}
+    rankings = rank_tower(adapter, images.split(5))
+    assert list(rankings) == [f"{block.name}.mlp" for block in adapter.blocks()]
+    block = adapter.blocks()[0]
+    recorded = {}
     [site] = find_sites(block.module)
     consumer = block.module.get_submodule(site.consumer)
-    consumer.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+    consumer.register_forward_pre_hook(lambda m, a: recorded.update(h=a[0]))
     with torch.no_grad():
-        block(encoder.stem(images))
-    hidden = seen["h"].flatten(0, 1).double().numpy()
+        block(adapter.stem(images))
+    hidden = recorded["h"].flatten(0, 1).double().numpy()
     weights = np.tile(np.array([0.5] + [0.5 / 16] * 16), 12)
     weights /= weights.sum()
-    centred = hidden - weights @ hidden
-    gram = torch.from_numpy(centred.T @ (centred * weights[:, None]))
+    centered = hidden - weights @ hidden
+    gram = torch.from_numpy(centered.T @ (centered * weights[:, None]))
     expected = rank_neurons(gram, consumer.weight.detach().double())
     got = rankings[f"{block.name}.mlp"]
     assert got.order[:30].tolist() == expected.order[:30].tolist()
@@ -154,20 +154,20 @@ def test_it_works_in_a_stock_pruner():
 
 def test_more_picks_than_a_panel_change_nothing(monkeypatch):
     hidden, weight = problem(3, neurons=40, tokens=200)
-    whole = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
+    full = {by: ranked(hidden, weight, by=by) for by in ("output", "activation")}
     monkeypatch.setattr("dgmr_tp.pruning.output_selection.PIVOT_BLOCK", 7)
-    for by, expected in whole.items():
+    for by, expected in full.items():
         got = ranked(hidden, weight, by=by)
         assert got.order.tolist() == expected.order.tolist() and torch.allclose(got.error, expected.error, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FORMS)
 def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_path):
-    """Every MLP cut alone to an eighth and refitted by numpy; what the tower then answers, in units of the curve's error."""
+    """The reference prunes each MLP alone to an eighth, refits it with numpy, and runs the tower."""
     FAMILIES[family](tmp_path / "model")
     model = open_model(str(tmp_path / "model"))
     model.module.eval()
-    images = pictures(64)  # all of them are probed
+    images = pictures(64)  # fewer than NUM_SENSITIVITY_IMAGES
     batches = images.split(30)
     rankings = rank_tower(model.adapter, batches)
     with torch.no_grad():
@@ -177,12 +177,14 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
         kept = ranking.order[: min(site.hidden, int((ranking.error > 0).sum())) // 8].sort().values
         changed = model.copy()
         layer = changed.tower.get_submodule(site.consumer)
-        seen = []
-        handle = layer.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach().double()))
+        recorded = []
+        handle = layer.register_forward_pre_hook(
+            lambda m, a, recorded=recorded: recorded.append(a[0].detach().double())
+        )
         with torch.no_grad():
             last_state(changed.adapter, images)
         handle.remove()
-        tokens = seen[0].shape[1]
+        tokens = recorded[0].shape[1]
         place = [block.name for block in model.adapter.blocks()].index(site.name.rpartition(".mlp")[0] or site.name)
         with torch.no_grad():
             state = model.adapter.stem(images)
@@ -193,11 +195,11 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
                 weight = token_weights(model.adapter, state, last=False)
         root = weight.sqrt().repeat(len(images))[:, None]
         assert len(weight) == tokens
-        hidden = seen[0].flatten(0, 1)
+        hidden = recorded[0].flatten(0, 1)
         mean = (root**2 * hidden).sum(0) / (root**2).sum() if layer.bias is not None else 0 * hidden[0]
-        centred = (root * (hidden - mean)).numpy()
-        target = centred @ layer.weight.detach().double().numpy().T
-        fit = torch.from_numpy(np.linalg.lstsq(centred[:, kept], target, rcond=None)[0].T)
+        centered = (root * (hidden - mean)).numpy()
+        target = centered @ layer.weight.detach().double().numpy().T
+        fit = torch.from_numpy(np.linalg.lstsq(centered[:, kept], target, rcond=None)[0].T)
         with torch.no_grad():
             if layer.bias is not None:
                 layer.bias += (layer.weight.double() @ mean - fit @ mean[kept]).float()
@@ -235,7 +237,7 @@ def test_rankings_on_disk_give_the_plans_of_a_fresh_search_at_any_size(tmp_path)
 
 
 def test_fitted_widths_recover_better_than_equal_ones(tmp_path):
-    """The same number of parameters, on a tower whose MLPs matter unequally: one writes with a tenth of the force."""
+    """Compared at the same number of parameters, on a tower whose MLPs have outputs of different scale."""
     tower = redraw(timm_tower())
     with torch.no_grad():
         for index, block in enumerate(tower.blocks):
@@ -253,7 +255,10 @@ def test_fitted_widths_recover_better_than_equal_ones(tmp_path):
 
 
 def test_few_images_do_not_make_the_last_block_worthless():
-    """Its head reads one token an image, from which as many neurons rebuild the output whole: no reason to cut it to the floor."""
+    """The head reads one token per image.
+
+    With few images, as few neurons reproduce these tokens exactly, which must not prune the block to its minimum.
+    """
     tower = redraw(timm_tower())
     for images in (24, 26, 60):
         widths = [
@@ -287,7 +292,7 @@ def test_the_original_stays_as_it_is(tower):
 
 @pytest.mark.slow
 def test_a_recipe_and_the_command_line_take_it(tmp_path):
-    """Two sizes from one ranking in a run; the commands give the same plans from their own file."""
+    """A run makes two sizes from one ranking, and the commands make the same plans from their own file."""
     budgets = [{"params": 0.6}, {"params": 0.5, "flops": 0.52}]
     recipe = write_recipe(
         tmp_path / "small.yaml",
@@ -300,13 +305,13 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rank/all: done") == 1
     images, ranked = tmp_path / "run" / "scenes" / "all" / "images", tmp_path / "ranked.safetensors"
-    told = call_command("rank", "--images", images, "--calibration-images", "60", "-o", ranked)
-    assert told.returncode == 0 and "transformer.resblocks.5.mlp" in told.stdout, told.stderr
-    written = tmp_path / "plan.json"
+    result = call_command("rank", "--images", images, "--calibration-images", "60", "-o", ranked)
+    assert result.returncode == 0 and "transformer.resblocks.5.mlp" in result.stdout, result.stderr
+    plan_path = tmp_path / "plan.json"
     for name, limits in (("params-0.6", "params=0.6"), ("params-0.5-flops-0.52", "params=0.5,flops=0.52")):
-        told = call_command("plan", "--rankings", ranked, "--budget", limits, "-o", written)
-        assert told.returncode == 0, told.stderr
-        assert written.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
+        result = call_command("plan", "--rankings", ranked, "--budget", limits, "-o", plan_path)
+        assert result.returncode == 0, result.stderr
+        assert plan_path.read_text() == (tmp_path / "run" / "prune" / name / "model" / "plan.json").read_text()
     both = call_command("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5,flops=0.52")
     assert both.returncode == 0 and "params=0.6" in both.stdout and "params=0.5,flops=0.52" in both.stdout, both.stderr
     for command, says in (
@@ -314,11 +319,11 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
         (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
         (("plan", "--rankings", ranked, "--images", images), "leave out --images"),
         (
-            ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", written),
+            ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", plan_path),
             "one plan can be written",
         ),
         (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
-        (("prune", "--rankings", ranked, "--plan", written, "-o", tmp_path / "out"), "either --plan or --rankings"),
+        (("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"), "either --plan or --rankings"),
         (("rank", "--images", images, "-o", ranked), "exists already"),
     ):
         with pytest.raises(DgmrError, match=says):
@@ -329,3 +334,11 @@ def test_the_default_looks_at_images_where_there_are_some():
     tower, images = redraw(timm_tower()), pictures(30).split(10)
     assert prune(tower, images, keep=16).plan == make_plan(tower, "output", images, keep=16)
     assert prune(tower, keep=16).plan == make_plan(tower, "dgmr", keep=16)
+
+
+def test_an_unknown_selection_rule_is_refused(tower):
+    hidden, weight = problem(0)
+    with pytest.raises(DgmrError, match=r"unknown selection rule 'typo'\. Use one of output, activation"):
+        ranked(hidden, weight, by="typo")
+    with pytest.raises(DgmrError, match="unknown selection rule 'typo'"):
+        rank_tower(adapt(tower), [pictures(12)], by="typo")

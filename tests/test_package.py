@@ -1,4 +1,4 @@
-"""The package as pip installs it, and what importing it costs."""
+"""The package as pip installs it, and the modules that its import loads."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The MLP pruner on open_clip's and timm's ViT: the cut is exact, and nothing else moves."""
+"""The MLP pruner on open_clip's and timm's ViT: pruning is exact, and nothing else changes."""
 
 import copy
 import json
@@ -15,11 +15,13 @@ from dgmr_tp import DGMRImportance, MLPPruner, prune
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Plan, find_sites, last_state
+from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.selection import select_diverse_rows
+from dgmr_tp.pruning.sites import sites_inside
 
 
 def masked(model, plan):
-    """The reference: the original with the columns of dropped neurons zeroed in each second Linear."""
+    """Return the reference: the dense model with zero columns for pruned neurons in each second Linear."""
     model = copy.deepcopy(model)
     for site in find_sites(model):
         drop = sorted(set(range(site.hidden)) - set(plan.sites[site.name].kept))
@@ -107,10 +109,10 @@ def test_meta_model_of_full_size():
 
 
 def test_walk_computes_what_the_model_computes(tower):
-    encoder, images = adapt(tower), pictures(2)
+    adapter, images = adapt(tower), pictures(2)
     with torch.no_grad():
-        assert torch.allclose(encoder.embed(last_state(encoder, images)), tower(images), atol=1e-6)
-        class_token, patches = encoder.features(last_state(encoder, images))
+        assert torch.allclose(adapter.embed(last_state(adapter, images)), tower(images), atol=1e-6)
+        class_token, patches = adapter.features(last_state(adapter, images))
     assert class_token.shape == (2, 48) and patches.shape == (2, 16, 48)
 
 
@@ -129,7 +131,7 @@ def test_keep_counts_by_pattern():
 
 
 def test_patterns_that_match_nothing_are_refused():
-    with pytest.raises(DgmrError, match=r"no site matches 'layers\.\*'; sites: blocks\.0\.mlp"):
+    with pytest.raises(DgmrError, match=r"no site matches 'layers\.\*'\. The sites are blocks\.0\.mlp"):
         make_plan(timm_tower(), keep={"blocks.0.*": 3, "layers.*": 5})
 
 
@@ -143,7 +145,7 @@ def test_batches_that_are_none_are_refused():
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_looking_for_sites_leaves_no_hook_behind(inference):
-    """Attention with Linears of its own fails in torch-pruning, which leaves its hooks on them."""
+    """Attention with separate Linears fails in torch-pruning, which does not remove its hooks from them."""
     tower = redraw(
         timm.models.Eva(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, qkv_fused=False, num_classes=10)
     )
@@ -219,3 +221,32 @@ def test_an_importance_that_gives_nonsense_is_refused(tower):
 
     with pytest.raises(DgmrError, match="Wrong"):
         MLPPruner(tower, Wrong(), mlp_ratio=1).plan()
+
+
+def test_weight_hashes_of_the_caller_are_used_and_checked(tower, monkeypatch):
+    sites = find_sites(tower)
+    hashes = {site.name: weight_sha256(tower, site) for site in sites}
+    plan = MLPPruner(tower, mlp_ratio=1).plan()
+    calls = []
+    monkeypatch.setattr("dgmr_tp.pruning.plan.weight_sha256", lambda *_: calls.append(1))
+    monkeypatch.setattr("dgmr_tp.pruning.pruner.weight_sha256", lambda *_: calls.append(1))
+    pruner = MLPPruner(copy.deepcopy(tower), sites=sites, weight_hashes=hashes, mlp_ratio=1)
+    assert pruner.plan() == plan
+    pruner.apply(plan)
+    assert not calls
+    other = {**hashes, sites[1].name: "0"}
+    with pytest.raises(DgmrError, match="another checkpoint"):
+        MLPPruner(copy.deepcopy(tower), sites=sites, weight_hashes=other).apply(plan)
+    monkeypatch.undo()
+    with pytest.raises(DgmrError, match="another checkpoint"):
+        pruner.apply(plan)  # the hashes of pruned sites are no longer valid
+
+
+def test_sites_inside_a_module_have_relative_paths(tower):
+    sites = find_sites(tower)
+    name = sites[1].name
+    [inside] = sites_inside(sites, name)
+    assert inside.name == "" and inside == find_sites(tower.get_submodule(name))[0]
+    block = name.removesuffix(".mlp")
+    assert sites_inside(sites, block) == find_sites(tower.get_submodule(block))
+    assert sites_inside(sites, "") == sites

@@ -137,9 +137,7 @@ def test_classes_come_from_folders_and_from_shards(tmp_path, images):
 
 def test_a_ranking_that_may_know_the_judges_is_refused(model, images):
     rankings = rank(model, "output", list(held_out(images, model, 80)[0].split(64)))
-    with pytest.raises(
-        DgmrError, match="holds 240 readable images, fewer than 200 for calibration and 80 held out"
-    ):
+    with pytest.raises(DgmrError, match="holds 240 readable images, fewer than 200 for calibration and 80 held out"):
         prune_to_target(model, images, min_cosine=0.9, num_calibration_images=200, held_out=80, rankings=rankings)
 
 

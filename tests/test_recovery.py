@@ -1,4 +1,4 @@
-"""Closed-form recovery against scipy on the stacked activations, and what a user relies on around it."""
+"""Closed-form recovery against least squares on the stacked activations, and its guarantees."""
 
 import copy
 
@@ -21,7 +21,7 @@ from dgmr_tp.pruning.recovery import Moments, _gain, _refit_layer, refit
 
 
 def reference(h, y, w, weight, bias, damping):
-    """The same objective as one dense least-squares problem over all rows, solved by numpy."""
+    """Solve the same objective with numpy, as one least-squares problem over all rows."""
     w = w / w.sum()
     rows, targets = h * np.sqrt(w)[:, None], y * np.sqrt(w)[:, None]
     if bias is not None:
@@ -75,8 +75,8 @@ def test_without_damping_the_solution_nearest_to_the_kept_columns_is_taken():
     h[:, 7] = 0  # dead
     got, got_bias = refit(moments_of(h, y, w), torch.from_numpy(weight), torch.from_numpy(bias), 0.0)
     root = np.sqrt(w)[:, None]
-    centred, target = (root * (a - np.average(a, axis=0, weights=w)) for a in (h, y))
-    best = np.linalg.lstsq(centred, target - centred @ weight.T, rcond=1e-10)[0].T + weight
+    centered, target = (root * (a - np.average(a, axis=0, weights=w)) for a in (h, y))
+    best = np.linalg.lstsq(centered, target - centered @ weight.T, rcond=1e-10)[0].T + weight
     assert np.allclose(got, best, rtol=1e-5, atol=1e-7)
     assert np.allclose(got[:, 7], weight[:, 7])
     prediction = h @ got.numpy().T + got_bias.numpy()
@@ -108,19 +108,19 @@ def test_error_of_moments_is_the_error_of_the_rows():
 
 
 def test_token_weights(tower):
-    encoder = adapt(tower)
-    state = encoder.stem(pictures(2)).detach()
-    middle = token_weights(encoder, state, last=False)
+    adapter = adapt(tower)
+    state = adapter.stem(pictures(2)).detach()
+    middle = token_weights(adapter, state, last=False)
     assert torch.allclose(middle, torch.tensor([0.5] + [0.5 / 16] * 16, dtype=torch.float64))
-    last = token_weights(encoder, state, last=True)
+    last = token_weights(adapter, state, last=True)
     assert torch.equal(last, torch.tensor([1.0] + [0.0] * 16, dtype=torch.float64))
 
 
 def test_token_weights_of_a_tower_that_averages_its_patches():
-    encoder = adapt(redraw(timm_tower(class_token=False, global_pool="avg")))
-    state = encoder.stem(pictures(2)).detach()
+    adapter = adapt(redraw(timm_tower(class_token=False, global_pool="avg")))
+    state = adapter.stem(pictures(2)).detach()
     for last in (False, True):
-        assert torch.allclose(token_weights(encoder, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
+        assert torch.allclose(token_weights(adapter, state, last=last), torch.full((16,), 1 / 16, dtype=torch.float64))
 
 
 def pruned_pair(tower, keep):
@@ -132,7 +132,7 @@ def pruned_pair(tower, keep):
 
 def drift(dense, pruned, images):
     with torch.no_grad():
-        a, b = (encoder.embed(last_state(encoder, images)) for encoder in (dense, pruned))
+        a, b = (adapter.embed(last_state(adapter, images)) for adapter in (dense, pruned))
     return float((a - b).norm() / a.norm())
 
 
@@ -155,25 +155,25 @@ def scale_of(block):
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, depth):
-    """By hand: what the MLP has to answer for the block to end where the dense one ends, weighted, and one dense solve."""
+    """The reference computes the residual stream target of the block and solves one weighted least-squares problem."""
     dense, pruned = pruned_pair(tower, keep=48)
     images = pictures(40)
     recover(dense, pruned, [images], damping=1e-2)
     cut = pruned_pair(tower, keep=48)[1]
     block, last = cut.blocks()[depth], linears(cut.blocks()[depth])[-1]
     with torch.no_grad():
-        state, goal = dense.stem(images), dense.stem(images)
+        state, dense_state = dense.stem(images), dense.stem(images)
         for before, dense_before in zip(
             pruned.blocks()[:depth], dense.blocks()[:depth], strict=True
         ):  # recovered already
-            state, goal = before(state), dense_before(goal)
+            state, dense_state = before(state), dense_before(dense_state)
         weight, bias = last.weight.detach().double().numpy(), last.bias.detach().double().numpy()
-        seen = {}
-        last.register_forward_pre_hook(lambda m, a: seen.update(h=a[0]))
+        recorded = {}
+        last.register_forward_pre_hook(lambda m, a: recorded.update(h=a[0]))
         last.weight.zero_(), last.bias.zero_()
-        missing = (dense.blocks()[depth](goal) - block(state)) / scale_of(block)
+        missing = (dense.blocks()[depth](dense_state) - block(state)) / scale_of(block)
     fitted = [i for i in range(40) if i % 10 != 9]
-    h, y = (tensor[fitted].flatten(0, 1).double().numpy() for tensor in (seen["h"], missing))
+    h, y = (tensor[fitted].flatten(0, 1).double().numpy() for tensor in (recorded["h"], missing))
     w = np.tile(np.array([0.5] + [0.5 / 16] * 16), 36)
     expected, expected_bias = reference(h, y, w, weight, bias, 1e-2)
     got = linears(pruned.blocks()[depth])[-1]
@@ -185,7 +185,7 @@ def test_recovered_layer_solves_the_least_squares_problem_of_its_block(tower, de
 
 
 def test_later_blocks_make_good_what_earlier_ones_lost(tower):
-    """Only the first block is pruned hard; a second one that lost a single neuron still repairs part of the stream."""
+    """A second block that lost one neuron corrects part of the error of a first block that lost almost all."""
     drifts = []
     for sites in (("0",), ("0", "1")):
         keep = {
@@ -202,7 +202,7 @@ def test_later_blocks_make_good_what_earlier_ones_lost(tower):
 
 @pytest.mark.parametrize("name", ["eva02_enormous_patch14_clip_224", "vit_giant_patch14_dinov2"])
 def test_behind_a_norm_the_dense_mlp_is_the_target(name):
-    """EVA-CLIP-E has a norm between MLP and stream, DINOv2-g a LayerScale."""
+    """EVA-CLIP-E has a norm between MLP and residual stream, DINOv2-g has a LayerScale."""
     tower = redraw(timm.create_model(name, **VIT))
     dense, pruned = pruned_pair(tower, keep=24)
     block, images = pruned.blocks()[1], pictures(20)
@@ -220,16 +220,16 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
 
 @pytest.mark.parametrize(("images", "few"), [(40, True), (250, False)])
 def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
-    """192 neurons; the head reads one token an image."""
-    tower, seen, judged = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
-    fitted = prune(tower, [seen], criterion="l2", keep=100).model
+    """The MLP has 192 neurons, and the head reads one token per image."""
+    tower, calibration, new_images = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
+    fitted = prune(tower, [calibration], criterion="l2", keep=100).model
     monkeypatch.setattr("dgmr_tp.pruning.recovery.fewer_tokens_than_neurons", lambda *_: False)
-    by_class_token = prune(tower, [seen], criterion="l2", keep=100).model
+    by_class_token = prune(tower, [calibration], criterion="l2", keep=100).model
 
     def error(model):
         with torch.no_grad():
-            wanted, found = (adapt(each).features(last_state(adapt(each), judged))[1] for each in (tower, model))
-        return float((found - wanted).square().mean())
+            expected, got = (adapt(each).features(last_state(adapt(each), new_images))[1] for each in (tower, model))
+        return float((got - expected).square().mean())
 
     assert (error(fitted) < 0.5 * error(by_class_token)) == few
     assert torch.equal(fitted.blocks[-1].mlp.fc2.weight, by_class_token.blocks[-1].mlp.fc2.weight) != few
@@ -245,7 +245,7 @@ def test_towers_whose_tokens_are_used_are_fitted_on_all_of_them():
 
 @pytest.mark.parametrize("honest", [True, False])
 def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest):
-    """Held-out answers that contradict the others: there the cut weights are right, and what the others teach is wrong."""
+    """If not honest, the held-out targets are those of the cut weights, and the other images have different ones."""
     h, y, w, weight, bias = problem(3)
     layer = nn.Linear(12, 5)
     with torch.no_grad():
@@ -278,7 +278,7 @@ def test_images_held_out_choose_between_two_targets(right):
 
 
 def test_half_precision_keeps_faint_channels_finite():
-    """A LayerScale all but zero, in a type that ends at 65504: what such a channel lacks cannot be asked of the Linear."""
+    """For a LayerScale near zero the refit would need weights above 65504, the maximum of float16."""
     tower = redraw(timm_tower())
     with torch.no_grad():
         for block in adapt(tower).blocks():
@@ -292,7 +292,7 @@ def test_half_precision_keeps_faint_channels_finite():
     h, y, w, *_ = problem(3)
     moments = moments_of(h, 1e9 * y, w)
     entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments, moments, damping=1e-3)
-    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights that the type cannot hold were written"
+    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights were written that the dtype cannot represent"
 
 
 def test_recovery_touches_nothing_but_the_last_linears(tower):

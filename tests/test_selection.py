@@ -1,4 +1,4 @@
-"""The greedy Gram-Schmidt against a transcription of the paper's procedure that deflates every row, step by step."""
+"""The greedy Gram-Schmidt against a direct implementation of the paper's procedure."""
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +12,10 @@ EPS = np.finfo(np.float64).eps
 
 
 def residuals_along(weight: np.ndarray, order: np.ndarray) -> list[tuple[float, np.ndarray]]:
-    """Replay ``order`` by the paper's procedure: per pick its residual norm and the norms of all rows still to choose."""
+    """Run the paper's procedure with the picks ``order``.
+
+    Returns the residual norm of each pick, and the residual norms of all rows at its step (-1 for earlier picks).
+    """
     spent = max(weight.shape) * EPS * np.linalg.norm(weight)
     left = np.ones(len(weight), dtype=bool)
     steps = []
@@ -29,9 +32,8 @@ def residuals_along(weight: np.ndarray, order: np.ndarray) -> list[tuple[float, 
         if norms[pick] > 0:
             direction = residual[pick] / np.linalg.norm(residual[pick])
             residual = residual - np.outer(residual @ direction, direction)
-            residual -= np.outer(
-                residual @ direction, direction
-            )  # twice is enough: the transcription itself must not drift
+            # Projected twice, so that rounding errors do not accumulate in this reference.
+            residual -= np.outer(residual @ direction, direction)
     return steps
 
 

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from dgmr_tp import DgmrError, load_pruned, open_model, prune
 from dgmr_tp.compression.streaming import JOURNAL, prune_streaming
-from dgmr_tp.utils.files import hold
+from dgmr_tp.utils.files import lock_directory
 from dgmr_tp.utils.progress import listen_to_progress
 
 SOURCES = [
@@ -142,7 +142,10 @@ def test_random_weights_stream_too(tmp_path):
 def test_two_at_once_are_refused(tmp_path):
     FAMILIES["open_clip"](tmp_path / "source")
     (tmp_path / ".out.partial").mkdir()
-    with hold(tmp_path / ".out.partial", "test"), pytest.raises(DgmrError, match="another dgmr-tp prune is working"):
+    with (
+        lock_directory(tmp_path / ".out.partial", "test"),
+        pytest.raises(DgmrError, match="another dgmr-tp prune is working"),
+    ):
         prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
 
 

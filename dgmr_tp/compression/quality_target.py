@@ -19,7 +19,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.pruning.allocation import given_amount, least
+from dgmr_tp.pruning.allocation import given_amount, minimum_widths
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.utils.knn import nearest_classes
 from dgmr_tp.utils.modules import evaluating
@@ -132,7 +132,7 @@ def prune_to_target(
         return Pruned(pruned, plan, table, calibration), trial
 
     cost = parameter_cost(model.tower, model.sites)
-    smallest_widths = least(model.sites, round_to)
+    smallest_widths = minimum_widths(model.sites, round_to)
     smallest = cost.without({site.name: site.hidden - smallest_widths[site.name] for site in model.sites})
     low, high, count = smallest, cost.total, smallest  # the smallest size may do
     best, trials = None, []

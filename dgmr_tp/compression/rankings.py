@@ -20,7 +20,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, Plan, Ranking, SitePlan, rank_tower
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts, with_default_amount
 from dgmr_tp.pruning.cost import Cost, costs
-from dgmr_tp.pruning.latency import widths_within
+from dgmr_tp.pruning.latency import widths_for_latency
 from dgmr_tp.utils.files import staging_path
 
 
@@ -79,7 +79,7 @@ class Rankings:
             return fit()
         if model.image_size is None:
             raise DgmrError("a budget of latency needs the image size. Open the tower with open_model.")
-        return widths_within(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
+        return widths_for_latency(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from dgmr_tp.compression.criteria import needs_images
 from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.encoders.model import staging_path
+from dgmr_tp.encoders.model import staging_directory
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
@@ -65,7 +65,7 @@ def prune_streaming(
         DgmrError: bad input; the message says what to do.
     """
     directory = Path(directory)
-    staging = staging_path(directory)
+    staging = staging_directory(directory)
     if needs_images(criterion):
         raise DgmrError(
             f"criterion {criterion} runs the tower on images, which streaming does not do. Use one that reads weights only."

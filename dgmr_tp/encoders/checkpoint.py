@@ -52,9 +52,8 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             raise DgmrError(
                 f"{path} holds Python objects, which are never executed. Save its state_dict alone."
             ) from error
-        raise DgmrError(
-            f"cannot read {path}: {first_line(error)}. The file is missing, truncated or damaged."
-        ) from error
+        reason = first_line(error).removesuffix(".")
+        raise DgmrError(f"cannot read {path}: {reason}. The file is missing, truncated or damaged.") from error
     while isinstance(content, Mapping) and (
         inner := next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
     ):

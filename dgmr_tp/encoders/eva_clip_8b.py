@@ -55,9 +55,7 @@ class EvaCLIP8B(eva.Eva):
 
 @register_model
 def eva_clip_8b_patch14_224(pretrained: bool = False, **kwargs: Any) -> eva.Eva:
-    """Build EVA-CLIP-8B's tower: 32 blocks of width 4096, hidden width 20480, RMS norms, no bias on query, key and
-    value.
-    """
+    """Build EVA-CLIP-8B's tower: 32 blocks of width 4096, hidden width 20480, RMS norms, no bias for q, k and v."""
     arguments: dict[str, Any] = {
         "img_size": 224,
         "patch_size": 14,

@@ -30,6 +30,7 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import Plan, Site, TowerAdapter, find_sites
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.sites import sites_inside
+from dgmr_tp.utils.files import staging_path
 from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
@@ -157,7 +158,7 @@ class OpenedModel:
         """
         directory = Path(directory)
         loader = _loader(self.library)
-        staging = staging_path(directory)
+        staging = staging_directory(directory)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         if hasattr(loader, "save_weights"):
@@ -172,7 +173,7 @@ class OpenedModel:
 
         The arguments are those of :meth:`save`. The staging directory contains the weights already.
         """
-        staging = staging_path(directory)
+        staging = staging_directory(directory)
         module_sites = find_sites(self.module)
         stock_code = _loader(self.library).save_config(self, staging, final, module_sites)
         if hasattr(self.tokenizer, "save_pretrained"):  # open_clip reads a Hugging Face tokenizer from the directory
@@ -193,15 +194,15 @@ class OpenedModel:
         os.rename(staging, directory)
 
 
-def staging_path(directory: Path) -> Path:
-    """Return the path where the model directory ``directory`` is written before it is renamed.
+def staging_directory(directory: Path) -> Path:
+    """Return the staging path of a new model directory.
 
     Raises:
         DgmrError: ``directory`` exists.
     """
     if directory.exists():
         raise DgmrError(f"{directory} exists already. Name a new directory.")
-    return directory.with_name(f".{directory.name}.partial")
+    return staging_path(directory)
 
 
 def _loader(library: str) -> Any:
@@ -331,8 +332,7 @@ def wrap_tower(tower: nn.Module) -> OpenedModel:
     def preprocess(image: Any) -> Tensor:
         raise DgmrError(
             "a folder of images needs the encoder's preprocessing, which a bare tower does not have. Open the encoder "
-            "with "
-            "open_model, or pass preprocessed batches."
+            "with open_model, or pass preprocessed batches."
         )
 
     return OpenedModel("", tower, "", type(tower).__name__, preprocess, {})

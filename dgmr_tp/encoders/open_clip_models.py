@@ -26,7 +26,7 @@ from dgmr_tp.encoders.widths import ratio_for
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import Site
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.files import write_whole
+from dgmr_tp.utils.files import atomic_write
 
 BUFFER_NAMES = (
     "input_resolution",
@@ -185,7 +185,7 @@ def relocate(directory: Path) -> bool:
     config = read_json(path)
     if not (directory / TRUNK_FOLDER).is_dir():
         return False
-    write_whole(path, json.dumps(_with_trunk(config, directory / TRUNK_FOLDER), indent=1) + "\n")
+    atomic_write(path, json.dumps(_with_trunk(config, directory / TRUNK_FOLDER), indent=1) + "\n")
     return True
 
 

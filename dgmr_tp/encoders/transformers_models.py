@@ -249,9 +249,8 @@ def _check_sites_outside_tower(model: OpenedModel, sites: Sequence[Site]) -> Non
     for site in sites:
         if not site.name.startswith(inside) and site.hidden != dense_hidden[site.name]:
             raise DgmrError(
-                f"{site.name} is outside the vision tower and was pruned to {site.hidden}. For models of "
-                "transformers, prune "
-                "the vision tower only."
+                f"{site.name} is outside the vision tower and was pruned to {site.hidden}. For models of transformers, "
+                "prune the vision tower only."
             )
 
 

@@ -1,5 +1,4 @@
-"""Hidden widths in the terms of a library's config: a ratio that the library's own arithmetic turns back into the
-width.
+"""Express hidden widths as the ratio in a library's config that the library's arithmetic maps to these widths.
 
 Works on sites and returns constructor arguments. Does not know any library.
 """

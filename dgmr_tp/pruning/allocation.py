@@ -1,4 +1,7 @@
-"""How many neurons each site keeps: integers that a reader can check, never a float ratio."""
+"""Allocation: the number of neurons that each site keeps.
+
+Works on sites, costs and error curves, and returns integers. Knows no modules and no weights.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,23 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import Cost
 from dgmr_tp.pruning.sites import Site
 
-FLOOR = 64
-"""No fitted width is below this part of the neurons."""
+MIN_WIDTH_DIVISOR = 64
+"""Minimum fitted width: a site keeps at least one neuron in this many. It is the smallest step of AMP's search."""
 
 
 class Amount(TypedDict, total=False):
-    """How many neurons stay, in one of four ways, and to what multiple that is rounded; see :func:`keep_counts`."""
+    """Number of neurons to keep, in one of four forms, and the multiple to round to. See :func:`keep_counts`."""
 
     mlp_ratio: float | None
+    """Hidden width as a multiple of the token width."""
     keep_ratio: float | None
+    """Hidden width as a fraction of the current one."""
     keep: int | Mapping[str, int] | None
+    """Hidden width, for all sites or by pattern."""
     budget: Mapping[str, float] | None
+    """Cost of the whole tower by key."""
     round_to: int
+    """Multiple that keep counts are rounded down to."""
 
 
 AMOUNTS = ("mlp_ratio", "keep_ratio", "keep", "budget")
@@ -65,76 +73,85 @@ def keep_counts(
     round_to: int = 1,
     costs: Mapping[str, Cost] | None = None,
 ) -> dict[str, int]:
-    """The hidden width of each site after pruning, by site name. Give exactly one of the first four.
+    """Return the hidden width of each site after pruning, by site name.
+
+    Give exactly one of ``mlp_ratio``, ``keep_ratio``, ``keep`` and ``budget``. Ratios are exact decimals, rounded down:
+    0.29 of 100 is 29.
 
     Args:
-        mlp_ratio: hidden width as a multiple of the token width (the papers' prune1 and prune2 are 1 and 2).
-        keep_ratio: hidden width as a fraction of what it is now.
-        keep: the hidden width itself, for all sites or by pattern (``{"blocks.0.*": 64, "*": 128}``, first match
-            counts; a site that no pattern matches keeps all).
-        budget: what the whole tower may cost, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both: up to 1 a share of what
-            it costs now, above 1 a number. Every site keeps the same share of its neurons, the largest one that fits.
-        round_to: keep counts are multiples of this: the largest not above the count, but not zero; a site that keeps
-            all, or has fewer, stays as it is. For ``keep`` only a check, since those counts are the user's.
-        costs: what ``params`` and ``flops`` mean, for ``budget``.
-
-    Ratios are taken as the decimals they are written as and rounded down: 0.29 of 100 is 29.
+        sites: the MLPs.
+        mlp_ratio: hidden width as a multiple of the token width. The papers' prune1 and prune2 are 1 and 2.
+        keep_ratio: hidden width as a fraction of the current one.
+        keep: hidden width, for all sites or by pattern, such as ``{"blocks.0.*": 64, "*": 128}``. The first matching
+            pattern counts. A site without a match keeps all neurons.
+        budget: cost of the whole tower, ``{"params": 0.5}``, ``{"flops": 0.4}`` or both. Up to 1 it is a share of the
+            current cost, above 1 an absolute number. All sites keep the same share of their neurons, the largest that
+            fits.
+        round_to: keep counts are rounded down to a multiple of this, but not to zero. A site that keeps all neurons, or
+            has fewer than ``round_to``, is not rounded. ``keep`` is only checked.
+        costs: cost of the tower and of each neuron by budget key, for ``budget``.
 
     Raises:
-        DgmrError: not exactly one was given, a site would keep none or more than it has, or the budget cannot be met.
+        DgmrError: not exactly one amount is given, a value is invalid, a site would keep no neuron or more than it has,
+            or the budget cannot be met.
     """
     ways = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget}
     if (way := given_amount(ways)) is None:
         raise DgmrError(f"nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
     if round_to < 1:
-        raise DgmrError(f"round_to = {round_to}; it must be 1 or more")
+        raise DgmrError(f"round_to = {round_to} is not valid. Give 1 or more.")
     for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):
         if ratio is not None and not isfinite(ratio):
-            raise DgmrError(f"{key} = {ratio} is no number")
+            raise DgmrError(f"{key} = {ratio} is not a finite number. Give a positive number.")
     if budget is not None:
-        return _within(budget, sites, round_to, costs or {})
+        return _uniform_counts(budget, sites, round_to, costs or {})
     counts = {}
     for pattern in keep if isinstance(keep, Mapping) else ():
         if not any(fnmatchcase(site.name, pattern) for site in sites):
-            raise DgmrError(f"keep: no site matches {pattern!r}; sites: {', '.join(site.name for site in sites)}")
+            raise DgmrError(
+                f"keep: no site matches {pattern!r}. The sites are {', '.join(site.name for site in sites)}."
+            )
     for site in sites:
         if mlp_ratio is not None:
-            count = _floor(mlp_ratio, site.width)
+            count = _product(mlp_ratio, site.width)
         elif keep_ratio is not None:
-            count = _floor(keep_ratio, site.hidden)
+            count = _product(keep_ratio, site.hidden)
         elif isinstance(keep, Mapping):
             count = next((n for pattern, n in keep.items() if fnmatchcase(site.name, pattern)), site.hidden)
         else:
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
             raise DgmrError(
-                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}; keep 1 to "
-                f"{site.hidden}"
+                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}. Give an amount "
+                f"that makes it keep 1 to {site.hidden}."
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:
-            raise DgmrError(f"keep = {count} for site {site.name} is no multiple of round_to = {round_to}")
+            raise DgmrError(
+                f"keep = {count} for site {site.name} is not a multiple of round_to = {round_to}. Change one of them."
+            )
     return counts
 
 
-def _within(
+def _uniform_counts(
     budget: Mapping[str, float], sites: Sequence[Site], round_to: int, costs: Mapping[str, Cost]
 ) -> dict[str, int]:
+    """Return the counts of the largest share of neurons, the same at every site, whose cost is within the budget."""
     limits = _limits(budget, costs)
     widest = max(site.hidden for site in sites)
 
-    def share(step: int) -> dict[str, int]:
+    def counts_at(step: int) -> dict[str, int]:
         return {site.name: _rounded(max(1, site.hidden * step // widest), round_to, site) for site in sites}
 
     def fits(step: int) -> bool:
-        return all(costs[key].without(_cut(sites, share(step))) <= limit for key, limit in limits.items())
+        return all(costs[key].without(_removed(sites, counts_at(step))) <= limit for key, limit in limits.items())
 
-    _refuse_unmet(share(0), sites, budget, limits, costs)
-    low, high = 0, widest  # fits(low); the largest step that fits is found by halving
+    _check_reachable(counts_at(0), sites, budget, limits, costs)
+    low, high = 0, widest  # bisection: fits(low) holds
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return share(low)
+    return counts_at(low)
 
 
 def fitted_widths(
@@ -145,52 +162,53 @@ def fitted_widths(
     costs: Mapping[str, Cost],
     round_to: int = 1,
 ) -> dict[str, int]:
-    """The widths that lose least in sum under a budget, each MLP with a width of its own.
+    """Return the widths with the smallest total loss under a budget, by site name. Widths differ between sites.
 
-    Every curve is replaced by its lower convex hull, on which the optimum is that of a linear programme; its basic
-    solution leaves at most one site per limit between two corners. What room is left goes to the neurons that still
-    fit.
+    Each loss curve is replaced by its lower convex hull. On the hulls the optimum is that of a linear program, whose
+    basic solution leaves at most one site per limit between two corners of its hull. The remaining budget goes to the
+    neurons that still fit.
+
+    Each site keeps at least one neuron in :data:`MIN_WIDTH_DIVISOR`, because a curve from few images does not justify
+    the removal of a whole MLP.
 
     Args:
         sites: the MLPs.
-        loss: by site name, float64 ``[hidden + 1]``: what is lost when the site keeps so many neurons.
-        budget, costs, round_to: as for :func:`keep_counts`.
-
-    No site falls below a 64th of its neurons, the smallest step of AMP's search: a curve from a few images is no reason
-    to lose a whole MLP.
+        loss: by site name, float64 ``[hidden + 1]``: loss by number of kept neurons.
+        budget: as for :func:`keep_counts`.
+        costs: as for :func:`keep_counts`.
+        round_to: as for :func:`keep_counts`.
 
     Raises:
-        DgmrError: the budget cannot be met.
+        DgmrError: a key of the budget is unknown, or the budget cannot be met.
     """
     limits = check_budget(sites, budget, costs, round_to)
-    counts = least(sites, round_to)
-    left = {key: limit - costs[key].without(_cut(sites, counts)) for key, limit in limits.items()}
-    steps = []  # (site, neurons, gain): the hulls' edges, each site's in the order in which they are taken
+    counts = minimum_widths(sites, round_to)
+    remaining = {key: limit - costs[key].without(_removed(sites, counts)) for key, limit in limits.items()}
+    edges = []  # (site, neurons, gain) of the hulls, in ascending width per site
     for site in sites:
         corners = [*range(counts[site.name], site.hidden, round_to), site.hidden]
         hull = _lower_hull(np.array(corners), np.minimum.accumulate(loss[site.name])[corners])
-        steps += [(site, high - low, loss[site.name][low] - loss[site.name][high]) for low, high in pairwise(hull)]
-    if not steps:
+        edges += [(site, high - low, loss[site.name][low] - loss[site.name][high]) for low, high in pairwise(hull)]
+    if not edges:
         return counts
-    room = {key: max(1.0, float(left[key])) for key in limits}
-    prices = [[costs[key].neuron[site.name] * neurons / room[key] for site, neurons, _ in steps] for key in limits]
-    gains = np.array([gain for _, _, gain in steps])
-    programme = scipy.optimize.linprog(
+    scale = {key: max(1.0, float(remaining[key])) for key in limits}
+    prices = [[costs[key].neuron[site.name] * neurons / scale[key] for site, neurons, _ in edges] for key in limits]
+    gains = np.array([gain for _, _, gain in edges])
+    solution = scipy.optimize.linprog(
         -gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1)
     )
     density = gains / np.sum(prices, axis=0)
-    stopped = set()  # sites with an edge that did not fit: what comes behind it cannot be taken
-    for place in np.lexsort(
-        (-density, -programme.x)
-    ):  # whole edges first, then the parts that still fit, the best first
-        site, neurons, gain = steps[place]
+    stopped = set()  # sites with an edge that did not fit, after which no edge can be added
+    # Complete edges of the solution come first, then the others by gain per cost.
+    for index in np.lexsort((-density, -solution.x)):
+        site, neurons, gain = edges[index]
         if gain <= 0 or site.name in stopped:
             continue
-        fits = min(left[key] // costs[key].neuron[site.name] for key in limits)
-        more = neurons if fits >= neurons else int(fits) // round_to * round_to
-        counts[site.name] += more
-        left = {key: amount - more * costs[key].neuron[site.name] for key, amount in left.items()}
-        if more < neurons:
+        fits = min(remaining[key] // costs[key].neuron[site.name] for key in limits)
+        added = neurons if fits >= neurons else int(fits) // round_to * round_to
+        counts[site.name] += added
+        remaining = {key: amount - added * costs[key].neuron[site.name] for key, amount in remaining.items()}
+        if added < neurons:
             stopped.add(site.name)
     return counts
 
@@ -198,23 +216,23 @@ def fitted_widths(
 def check_budget(
     sites: Sequence[Site], budget: Mapping[str, float], costs: Mapping[str, Cost], round_to: int = 1
 ) -> dict[str, Fraction]:
-    """The limits that a budget means, in the costs' units.
+    """Return the limits of a budget in the units of ``costs``.
 
     Raises:
-        DgmrError: a key is unknown, or :func:`fitted_widths` cannot meet it.
+        DgmrError: a key of the budget is unknown, or :func:`fitted_widths` cannot meet it.
     """
     limits = _limits(budget, costs)
-    _refuse_unmet(least(sites, round_to), sites, budget, limits, costs)
+    _check_reachable(minimum_widths(sites, round_to), sites, budget, limits, costs)
     return limits
 
 
-def least(sites: Sequence[Site], round_to: int = 1) -> dict[str, int]:
-    """The fewest neurons that :func:`fitted_widths` leaves each site."""
-    return {site.name: _rounded(-(-site.hidden // FLOOR), round_to, site) for site in sites}
+def minimum_widths(sites: Sequence[Site], round_to: int = 1) -> dict[str, int]:
+    """Return the minimum width of each site in :func:`fitted_widths`, by site name."""
+    return {site.name: _rounded(-(-site.hidden // MIN_WIDTH_DIVISOR), round_to, site) for site in sites}
 
 
 def _lower_hull(x: np.ndarray, y: np.ndarray) -> list[int]:
-    """The ``x`` of the corners of the lower convex hull of points in ascending order (Andrew's monotone chain)."""
+    """Return the ``x`` of the corners of the lower convex hull. ``x`` is ascending (Andrew's monotone chain)."""
     corners: list[int] = []
     for k in range(len(x)):
         while len(corners) > 1:
@@ -230,30 +248,34 @@ def _limits(budget: Mapping[str, float], costs: Mapping[str, Cost]) -> dict[str,
     limits = {}
     for key, value in budget.items():
         if key not in costs:
-            hint = "; latency goes with a criterion that looks at images, or with rankings" if key == "latency" else ""
-            raise DgmrError(f"unknown budget {key!r}; known here: {', '.join(costs) or 'none'}{hint}")
+            hint = " For latency, give rankings or a criterion that needs images." if key == "latency" else ""
+            raise DgmrError(f"unknown budget {key!r}. Use one of {', '.join(costs) or 'none'}.{hint}")
         if not isfinite(value) or value <= 0:
-            raise DgmrError(f"budget {key} = {value}; give a share of the tower up to 1, or a number above 1")
+            raise DgmrError(
+                f"budget {key} = {value} is not positive. Give a share of the tower up to 1, or a number above 1."
+            )
         limits[key] = Fraction(str(value)) * (costs[key].total if value <= 1 else 1)
     return limits
 
 
-def _cut(sites: Sequence[Site], counts: Mapping[str, int]) -> dict[str, int]:
+def _removed(sites: Sequence[Site], counts: Mapping[str, int]) -> dict[str, int]:
+    """Return the number of removed neurons by site name."""
     return {site.name: site.hidden - counts[site.name] for site in sites}
 
 
-def _refuse_unmet(
-    fewest: Mapping[str, int],
+def _check_reachable(
+    minimum: Mapping[str, int],
     sites: Sequence[Site],
     budget: Mapping[str, float],
     limits: Mapping[str, Fraction],
     costs: Mapping[str, Cost],
 ) -> None:
     for key, limit in limits.items():
-        least = costs[key].without(_cut(sites, fewest))
-        if least > limit:
+        lowest = costs[key].without(_removed(sites, minimum))
+        if lowest > limit:
             raise DgmrError(
-                f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs {least:,}"
+                f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs "
+                f"{lowest:,}. Give a larger budget."
             )
 
 
@@ -261,5 +283,6 @@ def _rounded(count: int, round_to: int, site: Site) -> int:
     return count if count == site.hidden else min(site.hidden, max(round_to, count // round_to * round_to))
 
 
-def _floor(ratio: float, of: int) -> int:
-    return int(Fraction(str(ratio)) * of)
+def _product(ratio: float, width: int) -> int:
+    """Return ``ratio · width`` rounded down, with ``ratio`` as the decimal that is written."""
+    return int(Fraction(str(ratio)) * width)

@@ -51,8 +51,7 @@ NON_FINITE_ERROR = (
 Group = Sequence[Tensor]
 """Preprocessed images of one similarity matrix, as batches that fit into memory."""
 Objective = Callable[[Tensor, int], Tensor]
-"""Maps the embeddings ``[images, embedding]`` of a group and the index of the group to a scalar that pruning should not
-raise."""
+"""Maps a group's embeddings ``[images, embedding]`` and the group's index to a scalar that pruning should not raise."""
 
 
 def entropy(temperature: float = TEMPERATURE) -> Objective:
@@ -123,8 +122,7 @@ def gate_scores(
 def weight_gradients(
     adapter: TowerAdapter, groups: Sequence[Group], objective: Objective | None = None
 ) -> Iterator[None]:
-    """Set ``.grad`` of the MLPs' parameters to the gradient of the objective, which torch-pruning's Taylor criterion
-    reads.
+    """Set ``.grad`` of the MLPs' parameters to the gradient of the objective, for torch-pruning's Taylor criterion.
 
     The context restores gradients and ``requires_grad`` at the end. The arguments are those of :func:`gate_scores`.
     """

@@ -52,8 +52,7 @@ SELECTION_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "output": _output_gain,
     "activation": _activation_gain,
 }
-"""Selection rules by name. A rule maps ``‖W R_:j‖²`` and ``R_jj``, both ``[hidden]``, to the gain of picking neuron
-``j``.
+"""Selection rules by name. A rule maps ``‖W R_:j‖²`` and ``R_jj``, both ``[hidden]``, to the gain of each neuron ``j``.
 
 ``output`` minimizes the error of the MLP's output, ``activation`` that of the hidden activations.
 """
@@ -66,11 +65,12 @@ class Ranking:
     order: Tensor
     """int64 ``[hidden]``, first pick first."""
     error: Tensor
-    """float64 ``[hidden + 1]``: the relative squared error of the MLP's output, best fitted from the first ``k``
-    neurons. It is 1 at ``k = 0``."""
+    """float64 ``[hidden + 1]``: relative squared error of the MLP's output from the first ``k`` picks, 1 at 0."""
     sensitivity: float = 1.0
-    """Relative squared error of the tower's embedding per unit of this MLP's error. ``sensitivity · error`` is the loss
-    that :func:`~dgmr_tp.pruning.allocation.fitted_widths` minimizes."""
+    """Relative squared error of the tower's embedding per unit of this MLP's error.
+
+    ``sensitivity · error`` is the loss that :func:`~dgmr_tp.pruning.allocation.fitted_widths` minimizes.
+    """
 
     @property
     def scores(self) -> Tensor:

@@ -63,8 +63,8 @@ class Plan:
             version = data.pop("format")
             if version != PLAN_FORMAT:
                 raise DgmrError(
-                    f"this plan has format {version!r}, and this version reads format {PLAN_FORMAT}. "
-                    "Make the plan again with dgmr-tp plan."
+                    f"this plan has format {version!r}, and this version reads format {PLAN_FORMAT}. Make the plan "
+                    "again with dgmr-tp plan."
                 )
             sites = {
                 name: SitePlan(**{**site, "kept": tuple(site["kept"])}) for name, site in data.pop("sites").items()
@@ -117,26 +117,22 @@ class Plan:
                     f"{site.hidden} × {site.width}. Make a new plan for this encoder."
                 )
             if any(type(index) is not int for index in kept):
-                raise DgmrError(
-                    f"the plan's kept indices of site {name} are not all whole numbers. Correct them there."
-                )
+                raise DgmrError(f"the plan's kept indices of site {name} are not all whole numbers. Correct the plan.")
             if not kept or list(kept) != sorted(set(kept)):
                 raise DgmrError(
                     f"the plan's kept indices of site {name} are not ascending, contain a duplicate, or there are "
-                    "none. "
-                    "Correct them there."
+                    "none. Correct the plan."
                 )
             if kept[0] < 0 or kept[-1] >= site.hidden:
                 raise DgmrError(
                     f"the plan keeps neuron {kept[0] if kept[0] < 0 else kept[-1]} of site {name}. Its neurons are 0 "
-                    "to "
-                    f"{site.hidden - 1}."
+                    f"to {site.hidden - 1}."
                 )
             weight_hash = hashes[name] if name in hashes else weight_sha256(model, site)
             if planned.sha256 != weight_hash:
                 raise DgmrError(
-                    f"the plan was made for another checkpoint: the weights of {site.producers[0]} differ. "
-                    "Make a new plan for this one."
+                    f"the plan was made for another checkpoint: the weights of {site.producers[0]} differ. Make a new "
+                    "plan for this one."
                 )
 
     def cost(self, costs: Mapping[str, Cost]) -> dict[str, int]:

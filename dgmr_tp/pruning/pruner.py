@@ -132,8 +132,7 @@ class MLPPruner:
         if scores.shape != (rows,) or not finite:
             raise DgmrError(
                 f"{type(self.importance).__name__} returned scores of shape {tuple(scores.shape)}, finite: {finite}, "
-                "for "
-                f"site {site.name}. {rows} finite scores are needed."
+                f"for site {site.name}. {rows} finite scores are needed."
             )
         return scores.view(-1, site.hidden).mean(0)  # torch-pruning averages coupled channels too
 
@@ -182,15 +181,15 @@ class MLPPruner:
                 continue
             if not torch.equal(parameter, _kept_part(before[name], parameter.shape, site.hidden, kept)):
                 raise DgmrError(
-                    f"torch-pruning kept other neurons in {name} of site {site.name} than planned. "
-                    "This MLP cannot be pruned."
+                    f"torch-pruning kept other neurons in {name} of site {site.name} than planned. This MLP cannot be "
+                    "pruned."
                 )
         if expected is not None and not expected.is_meta:
             output = _output(self.model, site, {})
             if (output - expected).abs().max() > OUTPUT_TOLERANCE * expected.abs().max():
                 raise DgmrError(
-                    f"the pruned MLP {site.name} does not compute what the kept neurons compute. "
-                    "This MLP cannot be pruned."
+                    f"the pruned MLP {site.name} does not compute what the kept neurons compute. This MLP cannot be "
+                    "pruned."
                 )
 
 

@@ -1,5 +1,4 @@
-"""Recovery in closed form: refit the last Linear of each pruned MLP so that the block reproduces the dense residual
-stream.
+"""Recovery in closed form: refit the last Linear of each pruned MLP so that its block matches the dense tower's.
 
 Works on a dense and a pruned :class:`TowerAdapter` and on calibration images. Needs no labels and no training.
 

@@ -1,13 +1,15 @@
 """DGMR's selection: a greedy Gram-Schmidt over the rows of a matrix (arXiv 2506.08591, section 3.2).
 
-Works on a plain matrix, one row a neuron; knows nothing of modules or pruners.
+Works on a plain matrix with one row per neuron and returns an order of the rows. Knows no modules and no pruners.
 
-A round starts from the rows not chosen yet and repeats: take the row with the largest residual norm, project every row
-onto the orthogonal complement of that residual. That is QR with column pivoting of the transposed matrix, so LAPACK's
-``geqp3`` does it. A round ends after as many picks as the matrix has columns and the next begins on the rows left.
+A round starts with all rows that are not picked yet. Each step picks the row with the largest residual norm and
+projects every row onto the orthogonal complement of its residual. This is QR with column pivoting of the transposed
+matrix, and LAPACK's ``geqp3`` computes it. A round ends after as many picks as the matrix has columns. The next round
+starts with the remaining rows.
 
-One stated deviation from the paper: a round also ends when the largest residual is spent, below
-``max(rows, columns) · eps · ‖W‖`` (Frobenius). The paper goes on and orders what is left by rounding noise.
+There is one deviation from the paper. A round also ends when the largest residual is at most
+``max(rows, columns) · eps · ‖W‖`` (Frobenius norm). The paper continues and orders the remaining rows by rounding
+errors.
 """
 
 from __future__ import annotations
@@ -17,65 +19,69 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import lapack
 
-BLOCK = 64
-"""Columns that LAPACK may take at a time."""
+PIVOT_BLOCK = 64
+"""Number of columns that LAPACK factorizes at a time."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """All rows of a matrix in the order in which the greedy procedure takes them."""
+    """All rows of a matrix in the order of the greedy procedure."""
 
     order: np.ndarray
     """int64 ``[rows]``: row indices, first pick first."""
     residual: np.ndarray
-    """float64 ``[rows]``: each pick's residual norm at its step; it rises where a new round begins."""
+    """float64 ``[rows]``: residual norm of each pick at its step. It rises at the start of a round."""
 
 
 def select_diverse_rows(weight: np.ndarray, picks: int | None = None) -> Selection:
-    """Order all rows of ``weight`` ``[rows, columns]`` by greedy Gram-Schmidt, in float64.
+    """Order all rows of a matrix by greedy Gram-Schmidt, in float64.
 
-    The order is nested: the first ``k`` entries are the procedure's choice of ``k`` rows. Rows that are zero, or as
-    small as the rank tolerance, come last, larger first.
+    The order is nested: its first ``k`` entries are the procedure's choice of ``k`` rows. Rows with a norm of at most
+    the rank tolerance come last, larger first.
 
     Args:
-        weight: one row a neuron.
-        picks: how many rows matter. No round begins after so many picks; the rows left follow by their norms, larger
-            first.
+        weight: ``[rows, columns]``, one row per neuron.
+        picks: number of rows that need an order. No round starts after this number of picks, and the remaining rows
+            follow by norm, larger first. Default: all.
+
+    Returns:
+        The order of all rows and their residual norms.
 
     Raises:
-        ValueError: ``weight`` is not a matrix or holds NaN or infinite values.
+        ValueError: ``weight`` is not a matrix, or contains NaN or infinite values.
     """
     weight = np.asarray(weight, dtype=np.float64)
     if weight.ndim != 2:
-        raise ValueError(f"select_diverse_rows needs a matrix [rows, columns], got shape {weight.shape}")
+        raise ValueError(f"select_diverse_rows got an array of shape {weight.shape}. Give a matrix [rows, columns].")
     if not np.isfinite(weight).all():
-        raise ValueError("select_diverse_rows: the weight holds NaN or infinite values; the checkpoint is damaged")
-    spent = max(weight.shape) * np.finfo(np.float64).eps * np.linalg.norm(weight)
-    left = np.arange(len(weight))
+        raise ValueError("select_diverse_rows: the weight holds NaN or infinite values. The checkpoint is damaged.")
+    tolerance = max(weight.shape) * np.finfo(np.float64).eps * np.linalg.norm(weight)
+    remaining = np.arange(len(weight))
     order, residual = [], []
-    while len(left):
-        wanted = picks is None or len(weight) - len(left) < picks
-        pivots, norms = _pivoted_qr(weight[left]) if wanted else (left, np.zeros(0))
-        count = int(np.count_nonzero(norms > spent))
-        if count == 0:  # nothing but rows below the tolerance, or rows that nobody asked for
-            norms = np.linalg.norm(weight[left], axis=1)
+    while len(remaining):
+        needs_round = picks is None or len(weight) - len(remaining) < picks
+        pivots, norms = _pivoted_qr(weight[remaining]) if needs_round else (remaining, np.zeros(0))
+        count = int(np.count_nonzero(norms > tolerance))
+        if count == 0:  # the remaining rows are below the tolerance, or need no order
+            norms = np.linalg.norm(weight[remaining], axis=1)
             pivots = np.argsort(-norms, kind="stable")
-            norms, count = norms[pivots], len(left)
-        order.append(left[pivots[:count]])
+            norms, count = norms[pivots], len(remaining)
+        order.append(remaining[pivots[:count]])
         residual.append(norms[:count])
-        left = np.setdiff1d(left, order[-1])
-    return Selection(np.concatenate(order), np.concatenate(residual)) if order else Selection(left, np.empty(0))
+        remaining = np.setdiff1d(remaining, order[-1])
+    return Selection(np.concatenate(order), np.concatenate(residual)) if order else Selection(remaining, np.empty(0))
 
 
 def _pivoted_qr(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pivots of ``rowsᵀ P = Q R`` and ``|diag R|``, which is each pivot's residual norm; ``min(rows.shape)`` of them.
+    """Return the pivots of ``rowsᵀ P = Q R``, and ``|diag R|``, the residual norm of each pivot.
 
-    ``rows`` is overwritten: its transpose has the column order that LAPACK works on in place.
+    There are ``min(rows.shape)`` of them. ``rows`` is overwritten: its transpose has the memory order that LAPACK needs
+    to work in place.
     """
-    # SciPy's own choice of work space lets LAPACK take column by column, without the blocks that make it fast.
+    # With SciPy's default work space, LAPACK factorizes column by column instead of in fast blocks.
     count = len(rows)
-    r, pivots, _, _, info = lapack.dgeqp3(rows.T, lwork=2 * count + (count + 1) * BLOCK, overwrite_a=True)
+    r, pivots, _, _, info = lapack.dgeqp3(rows.T, lwork=2 * count + (count + 1) * PIVOT_BLOCK, overwrite_a=True)
     if info != 0:
-        raise ValueError(f"LAPACK dgeqp3 refused argument {-info} for a matrix of shape {rows.shape}")
+        raise ValueError(f"LAPACK dgeqp3 rejected its argument {-info} for a matrix of shape {rows.shape}.")
     norms = np.abs(np.diagonal(r))
     return pivots[: len(norms)] - 1, norms

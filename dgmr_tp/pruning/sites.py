@@ -88,8 +88,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         raise DgmrError(
             f"no MLP found in {type(model).__name__}: no module takes a matrix of tokens through one Linear layer to "
             "hidden neurons and through another back to the same width. Pass the vision tower itself. Where attention "
-            "and "
-            "MLP share one projection (parallel blocks), the MLP cannot be cut alone."
+            "and MLP share one projection (parallel blocks), the MLP cannot be cut alone."
         )
     return sites
 
@@ -116,8 +115,7 @@ def _site_at(name: str, module: nn.Module) -> Site | None:
         if fused and not _pairs_halves(module, producer, hidden):
             raise DgmrError(
                 f"the MLP {name or type(module).__name__} makes gate and value in one Linear, and torch-pruning does "
-                "not "
-                "see which rows belong together. Split the two halves in its forward with chunk(2, dim=-1)."
+                "not see which rows belong together. Split the two halves in its forward with chunk(2, dim=-1)."
             )
         other_layers = [
             layer

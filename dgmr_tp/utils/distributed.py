@@ -1,4 +1,7 @@
-"""Collectives over the processes of a launch. Each works in a single process too, where it returns its input."""
+"""Collectives over the processes of a launch.
+
+Without a process group, each works in a single process and returns its input.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ T = TypeVar("T")
 
 
 def join_processes() -> None:
-    """Initialize the process group of a ``torchrun`` launch, NCCL on GPUs and gloo elsewhere. A no-op without a launch."""
+    """Initialize the process group of a ``torchrun`` launch: NCCL on GPUs, gloo elsewhere. No-op without a launch."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     if torch.cuda.is_available():

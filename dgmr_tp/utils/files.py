@@ -81,16 +81,3 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-# SHIM
-class _Hold:
-    def __init__(self, directory, activity):
-        self.c = lock_directory(directory, activity)
-        self.c.__enter__()
-
-    def close(self):
-        self.c.__exit__(None, None, None)
-
-
-write_whole, files_below, Held, hold = atomic_write, list_files, DirectoryLocked, _Hold

@@ -1,4 +1,4 @@
-"""Optional dependencies: a missing one is one sentence with the command that installs it."""
+"""Import optional dependencies. A missing one is an error with the command that installs it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from dgmr_tp.errors import DgmrError
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import ``module``, which the extra ``dgmr-tp[extra]`` installs.
+    """Import a module of an optional dependency.
+
+    Args:
+        module: dotted name of the module.
+        extra: the extra of dgmr-tp that installs it, such as ``encoders``.
 
     Raises:
-        DgmrError: it is not installed.
+        DgmrError: it is not installed; names the extra.
     """
     try:
         return importlib.import_module(module)
@@ -22,14 +26,17 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def require_installed(module: str, extra: str) -> None:
-    """The same without importing it, for a module that only another process needs."""
+    """Check that ``module`` is installed without importing it.
+
+    The arguments and errors are those of :func:`require`.
+    """
     try:
-        found = importlib.util.find_spec(module)
-    except ValueError:  # what find_spec says of a module that was blocked
-        found = None
-    if found is None:
+        spec = importlib.util.find_spec(module)
+    except ValueError:  # sys.modules[module] is None
+        spec = None
+    if spec is None:
         raise _missing(module, extra)
 
 
 def _missing(module: str, extra: str) -> DgmrError:
-    return DgmrError(f"{module.split('.')[0]} is not installed; run: pip install 'dgmr-tp[{extra}]'")
+    return DgmrError(f"{module.split('.')[0]} is not installed. Run: pip install 'dgmr-tp[{extra}]'")

@@ -1,4 +1,4 @@
-"""Modules in eval mode for a while, and copies on the meta device."""
+"""Copies of modules on the meta device, and a context for eval mode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def meta_copy(module: M, *, buffers: bool = True) -> M:
-    """A copy of ``module`` whose parameters, and buffers if wanted, have shapes and types but no values. Nothing is allocated."""
+    """Return a copy of ``module`` on the meta device: shapes and dtypes without values, and without memory.
+
+    Args:
+        module: the module to copy. It is unchanged.
+        buffers: put the buffers on the meta device too. If False, they are copied with their values.
+    """
     tensors: list[Tensor] = [*module.parameters(), *(module.buffers() if buffers else ())]
     memo: dict[int, object] = {}
     for tensor in tensors:
@@ -25,7 +30,7 @@ def meta_copy(module: M, *, buffers: bool = True) -> M:
 
 @contextmanager
 def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Eval mode while the context lasts; every submodule's own mode comes back."""
+    """Put modules into eval mode inside the context. The mode of every submodule is restored at the end."""
     before = [(child, child.training) for module in modules for child in module.modules()]
     try:
         for module in modules:

@@ -1,7 +1,7 @@
 """Progress of long loops: a bar on a terminal, plain lines elsewhere, nothing when the package is used as a library.
 
-Loops call :func:`report_progress`. The command line listens with :func:`show_progress`; any other caller can listen with
-:func:`listen_to_progress`.
+Loops call :func:`report_progress`. The command line listens with :func:`show_progress`; any other caller can listen
+with :func:`listen_to_progress`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def report_progress(title: str, done: int, total: int) -> None:
 
 @contextmanager
 def listen_to_progress(listener: Listener) -> Iterator[None]:
-    """Call ``listener`` at every :func:`report_progress` inside the context, after the listeners already there."""
+    """Call ``listener`` at every :func:`report_progress` inside the context, after the listeners of outer contexts."""
     token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
@@ -47,12 +47,12 @@ def show_progress() -> Iterator[None]:
     meters: dict[str, Meter] = {}
 
     def show(title: str, done: int, total: int) -> None:
-        for other in meters.keys() - {title}:  # a loop that ended early
+        for other in meters.keys() - {title}:  # its loop ended before its last step
             meters.pop(other).__exit__(None, None, None)
         if title not in meters:
             meters[title] = Meter(title, total).__enter__()
         meters[title].step(done)
-        if done == total:  # the same title may be reported again
+        if done == total:  # a later loop may have the same title
             meters.pop(title).__exit__(None, None, None)
 
     if os.environ.get("RANK", "0") != "0":
@@ -67,9 +67,15 @@ def show_progress() -> Iterator[None]:
 
 
 class Meter:
-    """Show the progress of one loop: ``with Meter("distil", 300) as meter: ... meter.step(n, "loss 0.1")``.
+    """Shows the progress of one loop: ``with Meter("distil", 300) as meter: ... meter.step(n, "loss 0.1")``.
 
-    On a terminal: a bar with the time left. Elsewhere: a line every :data:`LINE_INTERVAL_S` seconds and one at the end.
+    On a terminal it is a bar with the time left. Elsewhere it is a line every :data:`LINE_INTERVAL_S` seconds and at
+    the end.
+
+    Args:
+        title: name of the loop.
+        total: number of steps.
+        done: steps finished before this run, for a loop that resumes.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0) -> None:
