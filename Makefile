@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 .PHONY: quickstart test test-all check
 
 quickstart: $(INSTALLED)
-	$(BIN)/dgmr-tp run recipes/quickstart.yaml
+	$(BIN)/dgmr-tp run quickstart
 
 test: $(INSTALLED) check
 	$(BIN)/pytest -m "not slow"
