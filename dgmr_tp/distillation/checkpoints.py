@@ -19,7 +19,7 @@ from torch import OutOfMemoryError, Tensor, distributed
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_dict, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import sha256, atomic_write
+from dgmr_tp.utils.files import atomic_write, sha256
 
 MANIFEST = "manifest.json"
 """Written last, after every process has written its files: the :class:`Checkpoint` with the SHA-256 of each file."""

@@ -18,7 +18,7 @@ from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import sha256, atomic_write
+from dgmr_tp.utils.files import atomic_write, sha256
 from dgmr_tp.utils.knn import predict_classes
 
 NUM_NEIGHBORS = 20
