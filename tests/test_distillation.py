@@ -375,7 +375,7 @@ def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
     tuned = {"captions": "scenes:pairs", "steps": 2, "batch_size": 8, "base_lr": 1e-3}
     run = Run(recipe(scenes={"images": 200, "classes": 60, "captions": 40, "pairs": 20}, tune_text=tuned), tmp_path)
     with pytest.raises(
-        DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads; .* --until distill"
+        DgmrError, match=r"distill/mlp_ratio-1 is not finished, which tune_text/mlp_ratio-1 reads. .* --until distill"
     ):
         run.train_worker("tune_text", "mlp_ratio-1")
 
@@ -645,7 +645,7 @@ def test_an_image_that_stands_in_for_a_broken_one_has_no_number(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"keep_features": True}, "serves several sizes, or fixed_crops: true"),
+        ({"keep_features": True}, "serves several sizes, or fixed_crops: true; this recipe has neither"),
         ({"keep_features": True, "fixed_crops": True, "shard_teacher": True}, "does not work with shard_teacher"),
     ],
 )

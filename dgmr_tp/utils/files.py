@@ -74,8 +74,8 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
         raise DgmrError(
-            f"the file system of {directory} has no locks ({error.strerror}). Mount it with locks (Lustre: flock), or name "
-            "another directory."
+            f"the file system of {directory} has no locks ({error.strerror}). Mount it with locks (Lustre: flock), or "
+            "name another directory."
         ) from error
     try:
         yield
