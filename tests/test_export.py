@@ -166,7 +166,7 @@ def test_a_text_tower(tmp_path):
         "the text tower's file has no vision tower"
     )
     assert hasattr(demo.module, "visual")
-    vit = replace(demo, module=timm_tower(), tower="", tokenizer=None)
+    vit = replace(demo, module=timm_tower(), tower_path="", tokenizer=None)
     with pytest.raises(DgmrError, match="no text tower"):
         export_towers(vit, pictures(2), text=True)
 
