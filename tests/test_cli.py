@@ -200,14 +200,16 @@ def test_plan_for_another_model(tmp_path):
         ("deepspeed", "import dgmr_tp.distillation.processes as l; l.launch([], 1, 1, None)", "distill"),
         (
             "onnxscript",
-            "import torch; from dgmr_tp.export.bundle import export_bundle; from dgmr_tp.export.towers import export_towers\n"
+            "import torch; from dgmr_tp.export.bundle import export_bundle\n"
+            "from dgmr_tp.export.towers import export_towers\n"
             "parts = export_towers(dgmr_tp.open_model('demo'), torch.rand(2, 3, 64, 64))\n"
             "export_bundle(parts, __import__('pathlib').Path('x'), model='demo', preprocess={})",
             "export",
         ),
         (
             "clip_benchmark",
-            "from dgmr_tp.evaluation.zero_shot import evaluate\nevaluate(None, None, None, dataset='', root='', output=None, name='')",
+            "from dgmr_tp.evaluation.zero_shot import evaluate\n"
+            "evaluate(None, None, None, dataset='', root='', output=None, name='')",
             "eval",
         ),
     ],

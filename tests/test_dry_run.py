@@ -1,4 +1,4 @@
-"""The recipes of the papers' systems, gone through at full size on the meta device: every figure is the one in docs/models.md."""
+"""Dry runs of the papers' systems at full size on the meta device. Every figure equals the one in docs/models.md."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,8 @@ from dgmr_tp.pipeline.dry_run import dry_run
 from dgmr_tp.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-# Recipe, row of docs/models.md, blocks, hidden before and after, the paper's 4 digits, M parameters that a smaller image saves.
+# Recipe, row of docs/models.md, blocks, hidden before and after, the paper's four digits, M parameters that a smaller
+# image saves.
 SYSTEMS = [
     ("ViT-g-14", "OpenCLIP ViT-g/14", 40, 6144, 1408, (1012.6, 479.0), 0),
     ("ViT-bigG-14", "OpenCLIP ViT-bigG/14", 48, 8192, 1664, (1844.9, 801.8), 0),

@@ -226,7 +226,7 @@ def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
 
 
 def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victim=lambda process: process) -> int:
-    """Start a command, and kill it (or ``victim(it)``), nothing else, ``wait`` seconds after ``reached()`` holds. Gives its code."""
+    """Start a command, kill it (or ``victim(it)``) ``wait`` seconds after ``reached()`` holds, and return its code."""
     with log.open("w") as stream:
         process = psutil.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
         deadline = time.monotonic() + 300

@@ -178,7 +178,8 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 EPOCH = 1_281_167
 """Images of ImageNet-1K, on which all of the papers' encoders were distilled."""
 TABLES = {
-    # DGMR's released configurations: base and least learning rate, batch, epochs, warm-up, decay, average, smallest crop, ratio
+    # DGMR's released configurations: base and final learning rate, batch, epochs, warm-up, decay, average,
+    # smallest crop, ratio
     "ViT-g-14": (1e-4, 1e-6, 8 * 40, 10, 1, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus": (6e-5, 1e-6, 8 * 40, 10, 2, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus-r2": (6e-5, 1e-6, 8 * 16, 20, 2, (0.04, 0.2), None, 0.2, 2),

@@ -40,8 +40,8 @@ def main() -> None:
         if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported for every command
             raise
         _exit(
-            f"out of memory on the GPU: {first_line(error).rstrip('.')}. Take fewer images (--calibration-images, recover.images), a "
-            "smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
+            f"out of memory on the GPU: {first_line(error).rstrip('.')}. Take fewer images (--calibration-images, "
+            "recover.images), a smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
             2,
         )
 

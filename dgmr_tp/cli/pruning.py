@@ -241,7 +241,8 @@ def prune(
         raise DgmrError("a plan or rankings were made by a criterion already. Leave out --criterion.")
     if has_target and (plan_file or recover is None or given_amount(amount)):
         raise DgmrError(
-            "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or plan."
+            "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or "
+            "plan."
         )
     refuse_existing(out_dir)
     opened = _open(model, pretrained)
@@ -354,7 +355,8 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
         _print_skipped(pruned.images.broken, pruned.images.other_files)
     before, after = parameters(dense.tower), parameters(pruned.model.tower)
     out.print(
-        f"{dense.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in {directory}"
+        f"{dense.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in "
+        f"{directory}"
     )
 
 
@@ -376,8 +378,8 @@ def _print_plan(model: OpenedModel, plan: Plan) -> None:
     out.print(table)
     out.print(
         f"tower: {size.total / 1e6:.2f} M → {after['params'] / 1e6:.2f} M parameters "
-        f"({after['params'] / size.total - 1:+.1%}), {work.total / 1e9:.2f} → {after['flops'] / 1e9:.2f} GFLOPs per image "
-        f"({after['flops'] / work.total - 1:+.1%})"
+        f"({after['params'] / size.total - 1:+.1%}), {work.total / 1e9:.2f} → {after['flops'] / 1e9:.2f} GFLOPs "
+        f"per image ({after['flops'] / work.total - 1:+.1%})"
     )
 
 

@@ -80,7 +80,8 @@ def search(
     objective = objective or entropy(config.temperature)
     if len(images) < config.candidates:
         raise DgmrError(
-            f"amp compares groups of {config.candidates} images, got {len(images)}. Give more images or fewer candidates."
+            f"amp compares groups of {config.candidates} images, got {len(images)}. Give more images or fewer "
+            "candidates."
         )
     groups = images.groups(model, config.candidates)
     adapter, sites = model.adapter, {site.name: site for site in model.sites}

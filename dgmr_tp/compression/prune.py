@@ -75,7 +75,7 @@ def prune(
 
     Args:
         model: a name or directory that :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
-        images: unlabeled images for recovery and for criteria that need them: a folder, a tar, a folder of tars or a URL
+        images: unlabeled images for recovery and for criteria that need them: a folder, a tar, a folder of tars, a URL
             of shards, or preprocessed batches ``[batch, 3, height, width]``. They run on the model's device.
             None: no recovery.
         pretrained: weights, for a model given by its library's name.

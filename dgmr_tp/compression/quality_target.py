@@ -84,8 +84,9 @@ def prune_to_target(
         model: the dense model; unchanged.
         images: a folder, a tar or shards of images like those that are served.
         min_cosine: minimum mean cosine between the embeddings of the pruned and the dense model.
-        max_drop: maximum drop of the accuracy of a k-NN classifier, as a fraction of all images (k = 20, the calibration
-            images are the neighbors). It needs classes: subfolders, or ``.cls`` in tars. Give one of the two.
+        max_drop: maximum drop of the accuracy of a k-NN classifier, as a fraction of all images. k is 20, and the
+            calibration images are the neighbors. It needs classes: subfolders, or ``.cls`` in tars. Give one of the
+            two.
         criterion, num_calibration_images, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
         held_out: number of held-out images.
         rankings: rankings made before; ``criterion`` is then theirs. If they were made on other images, or on
@@ -102,7 +103,8 @@ def prune_to_target(
     _check_images(images, len(pixels), num_calibration_images, held_out, rankings)
     if max_drop is not None and None in labels:
         raise DgmrError(
-            f"max_drop compares accuracies, but not every image in {images} has a class. Give subfolders, or use min_cosine."
+            f"max_drop compares accuracies, but not every image in {images} has a class. Give subfolders, or use "
+            "min_cosine."
         )
     calibration = CalibrationImages(list(pixels[:-held_out].split(64)))
     held_out_batches = CalibrationImages(list(pixels[-held_out:].split(64)))
@@ -179,8 +181,9 @@ def _check_images(
         )
     if rankings and count < num_calibration_images + held_out:
         raise DgmrError(
-            f"{source} holds {count} readable images, fewer than {num_calibration_images} for calibration and {held_out} "
-            "held out, so the ranking may have seen the held-out images. Add images, or take fewer of the two."
+            f"{source} holds {count} readable images, fewer than {num_calibration_images} for calibration and "
+            f"{held_out} held out, so the ranking may have seen the held-out images. Add images, or take fewer of "
+            "the two."
         )
 
 

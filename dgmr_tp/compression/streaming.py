@@ -68,7 +68,8 @@ def prune_streaming(
     staging = staging_directory(directory)
     if needs_images(criterion):
         raise DgmrError(
-            f"criterion {criterion} runs the tower on images, which streaming does not do. Use one that reads weights only."
+            f"criterion {criterion} runs the tower on images, which streaming does not do. Use one that reads "
+            "weights only."
         )
     opened = open_model(source, pretrained, weights="disk")
     rule = criterion if isinstance(criterion, str) else type(criterion).__name__

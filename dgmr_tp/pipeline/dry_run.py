@@ -66,8 +66,8 @@ class DryRun:
             )
             for group in size.groups or []:
                 lines.append(
-                    f"  trained: {group['tensors']} tensors, {group['parameters'] / 1e6:.1f} M parameters, weight decay "
-                    f"{group['weight_decay']}"
+                    f"  trained: {group['tensors']} tensors, {group['parameters'] / 1e6:.1f} M parameters, "
+                    f"weight decay {group['weight_decay']}"
                 )
         if self.deepspeed:
             lines.append(f"deepspeed: {self.deepspeed}")

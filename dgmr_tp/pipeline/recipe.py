@@ -61,7 +61,8 @@ class Recipe(Config):
     """A run. Every key except ``name``, ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
 
     name: str
-    """Name of the run in the report. The run directory is ``runs/NAME`` by default. A file without it is called as the file."""
+    """Name of the run in the report. The run directory is ``runs/NAME`` by default. A recipe file may leave it out; the
+    file's name is then used."""
     seed: int = Field(0, ge=0)
     """Seed of all random choices."""
     model: ModelSection

@@ -109,8 +109,8 @@ class RunDirectory:
             raise DgmrError(f"{manifest} is damaged. Run again with --redo {step.stage}.") from error
         if changed := _differences(stored, self._made_from(step)):
             raise DgmrError(
-                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it and "
-                f"what comes after it (--redo {step.stage}), or name a new directory (-o)."
+                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it "
+                f"and what comes after it (--redo {step.stage}), or name a new directory (-o)."
             )
 
     def prepare(self, step: Step) -> Path:

@@ -122,8 +122,8 @@ def keep_counts(
             count = cast(int, keep)
         if not 1 <= count <= site.hidden:
             raise DgmrError(
-                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}. Give an amount "
-                f"that makes it keep 1 to {site.hidden}."
+                f"{way} = {ways[way]} keeps {count} neurons of site {site.name}, which has {site.hidden}. Give an "
+                f"amount that makes it keep 1 to {site.hidden}."
             )
         counts[site.name] = _rounded(count, round_to, site)
         if keep is not None and counts[site.name] != count:

@@ -16,7 +16,7 @@ class Config(BaseModel):
 
 
 class NameIn:
-    """Annotation of a string that must be a key of ``registry`` at validation time: ``Annotated[str, NameIn(CRITERIA)]``.
+    """Annotation of a string that must be a key of ``registry``, such as ``Annotated[str, NameIn(CRITERIA)]``.
 
     The registry is read at validation, so that entries added later are valid too. The docs generator lists
     :attr:`registry`.
@@ -40,7 +40,7 @@ class DataPath:
 
 
 def data_paths(config: BaseModel, prefix: str = "") -> dict[str, str]:
-    """Return the values of all keys of ``config`` annotated with :class:`DataPath`, by dotted key, nested sections too."""
+    """Return the values of all keys annotated with :class:`DataPath`, by dotted key, nested sections included."""
     paths: dict[str, str] = {}
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"

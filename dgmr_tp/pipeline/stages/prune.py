@@ -43,8 +43,8 @@ class PruneSection(Config):
     """Which neurons stay. Give one of the amounts, alone or as a list; every size goes through the whole recipe."""
 
     criterion: Annotated[str, NameIn(CRITERIA)] = "dgmr"
-    """Criterion of selection. ``output``, ``activation``, ``taylor`` and ``amp`` look at ``recover.images`` of the images.
-    ``output`` and ``activation`` also fit the widths to a budget."""
+    """Criterion of selection. ``output``, ``activation``, ``taylor`` and ``amp`` run ``recover.images`` of the images
+    through the tower. ``output`` and ``activation`` also fit the widths to a budget."""
     mlp_ratio: float | list[float] | None = None
     """Hidden width as a multiple of the token width, in every block."""
     keep_ratio: float | list[float] | None = None
@@ -176,8 +176,8 @@ def _check_target_images(context: RunContext) -> None:
     images, needed = Images.find(source), recipe.num_calibration_images + recipe.prune.held_out
     if len(images) < needed:
         raise DgmrError(
-            f"images: {recipe.images} holds {len(images)}, but recover.images and prune.held_out together are {needed}. "
-            "Add images, or lower one of the two."
+            f"images: {recipe.images} holds {len(images)}, but recover.images and prune.held_out together are "
+            f"{needed}. Add images, or lower one of the two."
         )
     if recipe.prune.max_drop is not None and any(record.label is None for record in images.records):
         raise DgmrError(

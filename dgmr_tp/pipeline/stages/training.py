@@ -105,6 +105,6 @@ def _check_hosts(key: str, hostfile: str) -> None:
         raise DgmrError(f"{key}: {hostfile}: {error}. It takes lines such as node1 slots=8.") from error
     if len(machines) > 1 and not shutil.which("pdsh"):
         raise DgmrError(
-            f"{key}: {hostfile}: the deepspeed launcher reaches other machines by pdsh, which is not installed. Install "
-            "it, or start the processes yourself (docs/distillation.md)."
+            f"{key}: {hostfile}: the deepspeed launcher reaches other machines by pdsh, which is not installed. "
+            "Install it, or start the processes yourself (docs/distillation.md)."
         )

@@ -39,8 +39,8 @@ class TuneTextStage(TrainingStage):
             CaptionedImages.find(captions, section.images)
         if not has_text_tower(context.shapes):
             raise DgmrError(
-                f"tune_text: {context.recipe.model.source} has no text tower that can be tuned. Use a CLIP of open_clip, "
-                "or leave the section out."
+                f"tune_text: {context.recipe.model.source} has no text tower that can be tuned. Use a CLIP of "
+                "open_clip, or leave the section out."
             )
 
     def describe(self, context: RunContext) -> dict[str, Any]:
