@@ -19,20 +19,22 @@ from dgmr_tp.utils.config import DataPath, NameIn
 
 HEAD = f"""# Every key of a recipe
 
-A recipe is a YAML file. `model`, `images` and `prune` are required. Every other section may be left out, and its stage with it.
+A recipe is a YAML file. `model`, `images` and `prune` are required. Every other section may be left out, and its stage
+with it.
 
 - `model: NAME` is short for `model: {{source: NAME}}`.
-- `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by key, and `null` restores a
-  key's default. `name` is not inherited.
+- `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by key,
+  and `null` restores a key's default. `name` is not inherited.
 - `dgmr-tp run RECIPE --set key=value` sets a dotted key, such as `distill.steps=100`, after `base`.
 - `${{NAME}}` in a value is replaced by the environment variable. Paths are relative to the working directory.
 - `scenes:NAME` is a data set that the section `scenes` generates.
 
-An unknown key is an error that names the nearest valid one. `dgmr-tp run RECIPE --dry-run` checks a recipe without weights or data, and
-shows it resolved.
+An unknown key is an error that names the nearest valid one. `dgmr-tp run RECIPE --dry-run` checks a recipe without
+weights or data, and shows it resolved.
 
-The stages, which are the names for `--until` and `--redo`, run in this order: {", ".join(STAGE_NAMES)}. Only the evaluation of the
-dense model runs earlier, right after `scenes`. Each stage has its own folder in the run directory.
+The stages run in this order, and these are the names for `--until` and `--redo`: {", ".join(STAGE_NAMES)}.
+Only the evaluation of the dense model runs earlier, right after `scenes`. Each stage has its own folder in the run
+directory.
 """
 
 
