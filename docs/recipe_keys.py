@@ -23,8 +23,8 @@ A recipe is a YAML file. `model`, `images` and `prune` are required. Every other
 with it.
 
 - `model: NAME` is short for `model: {{source: NAME}}`.
-- `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by key,
-  and `null` restores a key's default. `name` is not inherited.
+- `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by
+  key, and `null` restores a key's default. `name` is not inherited.
 - `dgmr-tp run RECIPE --set key=value` sets a dotted key, such as `distill.steps=100`, after `base`.
 - `${{NAME}}` in a value is replaced by the environment variable. Paths are relative to the working directory.
 - `scenes:NAME` is a data set that the section `scenes` generates.

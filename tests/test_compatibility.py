@@ -186,7 +186,7 @@ def test_the_command_compares_embeddings_that_are_there_already(tmp_path):
     np.save(tmp_path / "flat.npy", new.numpy().ravel())
     (tmp_path / "empty.npy").touch()
     done = call_command("compare", tmp_path / "old.npy", tmp_path / "new.npy", "-o", tmp_path / "out")
-    assert done.returncode == 0 and done.stdout.startswith("keep the index: neighbours 100.0 %\n"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("keep the index: neighbors 100.0 %\n"), done.stderr
     assert json.loads((tmp_path / "out" / "compatibility.json").read_text()) == compare_embeddings(old, new)
     assert "Keep the index" in (tmp_path / "out" / "compatibility.html").read_text()
     for arguments, message in (

@@ -1,6 +1,7 @@
 """Recipes: validation errors name the line and the nearest valid key; base, --set and names resolve to one recipe."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ evaluate:
   datasets:
     - {dataset: wds/x, root: DATA}
 """
-SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 def write(tmp_path, text):
@@ -168,9 +171,9 @@ def test_recipes_of_the_package_are_found_by_name(monkeypatch):
         load_recipe("quikstart")
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*SHIPPED, *EXAMPLES], ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path, monkeypatch):
-    for name in ("CIFAR10_DIR", "IMAGENET_DIR", "CIFAR10_CLIP", "EVA_CLIP_8B", "INTERNVIT_6B"):
+    for name in re.findall(r"\$\{(\w+)\}", "".join(file.read_text() for file in [*SHIPPED, *EXAMPLES])):
         monkeypatch.setenv(name, "/somewhere")
     assert load_recipe(path).name == path.stem
 

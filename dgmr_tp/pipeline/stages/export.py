@@ -32,7 +32,9 @@ class ExportStage(Stage):
     def preflight(self, context: RunContext) -> None:
         section = context.recipe.export
         assert section
-        for package in ("onnxscript", "onnxruntime"):
+        packages = {FORMATS[name].runtime for name in section.formats}
+        packages |= {"onnxscript"} if "onnxruntime" in packages else set()
+        for package in sorted(packages):
             require_installed(package, "export")
         if section.text:
             check_text_tower(context, "export.text")
