@@ -1,12 +1,12 @@
-"""Make a small CLIP of CIFAR-10: a ViT trained on its photographs, and a text tower that meets it.
+"""Train a small CLIP for CIFAR-10: a ViT on its photographs, and a text tower that matches its classes.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/train_cifar10_clip.py --encoder VIT.safetensors --out runs/cifar10_clip
     CIFAR10_DIR=.../cifar10 python benchmarks/train_cifar10_clip.py --epochs 12 --out runs/cifar10_clip
 
-The first takes a trained timm encoder, ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6, num_classes=10)``; without
-``--encoder`` one is trained here, and kept beside the CLIP as ``encoder.safetensors``. Its weights go into open_clip's own ViT, which
-computes the same (checked): the patch bias is folded into the positions, the classifier's ten rows are what the text tower learns to
-answer for the ten class names.
+The first command takes a trained timm encoder, ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6,
+num_classes=10)``. Without ``--encoder``, one is trained and stored next to the CLIP as ``encoder.safetensors``. Its
+weights are copied into open_clip's own ViT, with the patch bias folded into the positions, and the outputs are
+compared. The text tower learns to map the ten class names to the ten rows of the classifier.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CONFIG = {
 
 
 def load_split(directory: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 images ``[n, 3, 32, 32]`` and labels of a split in webdataset tars."""
+    """Return the images, uint8 ``[n, 3, 32, 32]``, and the labels of a split in webdataset tars."""
     records = Images.find(directory / split).records
     images, labels = [], []
     for record in records:
@@ -57,8 +57,9 @@ def load_split(directory: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]
 
     for path in sorted({record.file for record in records}):
         with tarfile.open(path) as tar:
-            found = {m.name: int(tar.extractfile(m).read()) for m in tar if m.name.endswith(".cls")}  # type: ignore[union-attr]
-        labels += [found[r.name.split(":", 1)[1].rsplit(".", 1)[0] + ".cls"] for r in records if r.file == path]
+            members = [member for member in tar if member.name.endswith(".cls")]
+            label_of = {member.name: int(tar.extractfile(member).read()) for member in members}  # type: ignore[union-attr]
+        labels += [label_of[r.name.split(":", 1)[1].rsplit(".", 1)[0] + ".cls"] for r in records if r.file == path]
     return torch.stack(images), torch.tensor(labels)
 
 
@@ -67,7 +68,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, epochs: int) -> torch.nn.Module:
-    """Train a classifier in place: crops, flips, one cycle of AdamW."""
+    """Train a classifier in place, with crops, flips and one cycle of AdamW."""
     steps = epochs * (len(images) // 256)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
@@ -85,7 +86,7 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
 
 
 def into_open_clip(vit: torch.nn.Module, clip: torch.nn.Module) -> None:
-    """timm's ViT as open_clip's: same function, other names."""
+    """Copy the weights of timm's ViT into open_clip's, which then computes the same function."""
     source, target = vit.state_dict(), clip.visual.state_dict()
     names = {
         "norm1": "ln_1",
@@ -147,7 +148,7 @@ def main() -> None:
         difference = (clip.visual(x) - vit.forward_features(x)[:, 0] @ vit.head.weight.T).abs().max()
     assert difference < 1e-3, difference
 
-    # Ten numbers an image: the text tower has to point where the classifier does. Vision stays as it is.
+    # The embedding is the ten logits. The text tower learns the classifier's rows, and the vision tower is unchanged.
     tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out.resolve()}")
     with torch.no_grad():
         features = torch.cat([clip.encode_image(normalise(batch)) for batch in images[:20000].split(500)])

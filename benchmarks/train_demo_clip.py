@@ -1,15 +1,15 @@
-"""Train the demo CLIP that the package ships (dgmr_tp/data/demo_clip) on generated scenes, from scratch.
+"""Train the demo CLIP of the package (dgmr_tp/data/demo_clip) from scratch on generated scenes.
 
     python benchmarks/train_demo_clip.py --steps 2600 --stop-after 2200 --out runs/demo_clip_1
     python benchmarks/train_demo_clip.py --init runs/demo_clip_1 --batch 128 --steps 2200 --mlp-decay 1.5 --seed 1 \
         --out dgmr_tp/data/demo_clip
 
-The contrastive loss is CLIP's with several positives: in two of three batches an image meets full captions, in the third
-captions that name colour and shape only, where every image of that colour and shape is a right answer. Linear heads that
-name the attributes help the vision tower for the first steps and are thrown away.
+The contrastive loss is CLIP's with several positives. Two of three batches have full captions. The third has captions
+that name color and shape only, and every image of that color and shape is a positive. Linear heads that predict the
+attributes help the vision tower in the first steps and are then discarded.
 
-The second command decays the vision MLPs hard: large towers train so long that decay has worn off what the task does not
-need, while after minutes a hidden layer still holds most of its random initial weights.
+The second command applies strong weight decay to the vision MLPs. Large towers train for so long that decay removes
+what the task does not need. After a training of minutes, a hidden layer still has most of its random initial weights.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def render(span: tuple[int, int, int]) -> np.ndarray:
 
 
 def training_images(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 ``[count, 3, 64, 64]`` and the attributes as indices ``[count, 7]``."""
+    """Return images, uint8 ``[count, 3, 64, 64]``, and their attributes as indices ``[count, 7]``."""
     spans = [(TRAIN_SEED, i, min(i + 500, count)) for i in range(0, count, 500)]
     with ProcessPoolExecutor(2) as pool:
         images = torch.from_numpy(np.concatenate(list(pool.map(render, spans)))).permute(0, 3, 1, 2).contiguous()
@@ -107,7 +107,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror half of the images (left becomes right), shift all by up to two pixels, change the light a little."""
+    """Mirror half of the images (left becomes right), shift all by up to two pixels, and vary the brightness."""
     images, labels = images.clone(), labels.clone()
     mirror = torch.rand(len(images), generator=rng) < 0.5
     images[mirror] = images[mirror].flip(-1)
@@ -120,7 +120,7 @@ def augment(images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator) ->
 
 
 def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric cross entropy; the targets of a row are spread evenly over all its right answers."""
+    """Return CLIP's symmetric cross entropy. The target of a row is spread evenly over its positives."""
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     target = match.float()
     rows = F.cross_entropy(logits, target / target.sum(1, keepdim=True))
@@ -129,7 +129,7 @@ def contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tenso
 
 @torch.no_grad()
 def evaluate(model, tokenizer, images, scenes) -> dict[str, float]:
-    """Zero-shot top-1 over all classes and image-to-text recall at 5, as clip_benchmark defines them."""
+    """Return zero-shot top-1 over all classes and image-to-text recall at 5, as clip_benchmark defines them."""
     model.eval()
     embed = F.normalize(torch.cat([model.encode_image(batch) for batch in images.split(250)]), dim=-1)
     classes = [
