@@ -97,7 +97,10 @@ def amp(
     candidates: Annotated[
         int | None, typer.Option(min=2, help="Group size for the entropy. The threshold depends on it [default: 512].")
     ] = None,
-    num_images: CalibrationOption = None,
+    num_images: Annotated[
+        int | None,
+        typer.Option("--calibration-images", min=1, help="Number of calibration images to read [default: 4096]."),
+    ] = None,
     two_sided: Annotated[
         bool, typer.Option("--two-sided", help="Reject falls of the entropy too. The paper accepts any fall.")
     ] = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -173,11 +174,11 @@ def _write_report(this_run: Run) -> None:
 
 
 def _summary(path: Path) -> str:
-    """The first sentence of a recipe's leading comment."""
+    """The first clause of a recipe's leading comment."""
     words = []
     for line in path.read_text("utf-8").splitlines():
         if not line.startswith("#"):
             break
         words.append(line.removeprefix("#").strip())
-    paragraphs = " ".join(words[1:] if words and "dgmr-tp run" in words[0] else words).strip()
-    return paragraphs.split(". ")[0].rstrip(".")
+    description = " ".join(words[1:] if words and "dgmr-tp run" in words[0] else words).strip()
+    return re.split(r"[:.,] | \(", description)[0].rstrip(".")
