@@ -138,11 +138,11 @@ def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
-        pytest.raises(SystemExit) as left,
+        pytest.raises(SystemExit) as exit_info,
     ):
         main()
     logging.getLogger().setLevel(level)
-    return subprocess.CompletedProcess(arguments, left.value.code or 0, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, exit_info.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
@@ -160,10 +160,10 @@ def small_run(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     path = write_recipe(root / "small.yaml")
     assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
-    built = root / "torch_extensions"
-    built.mkdir()
-    environment = {**os.environ, "PATH": str(BIN), "TORCH_EXTENSIONS_DIR": str(built)}
-    done = run_command("run", path, "-o", root / "run", env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert not list(built.iterdir()), "something was compiled"
-    return root / "run", done.stdout
+    extensions = root / "torch_extensions"
+    extensions.mkdir()
+    environment = {**os.environ, "PATH": str(BIN), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    result = run_command("run", path, "-o", root / "run", env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert not list(extensions.iterdir()), "something was compiled"
+    return root / "run", result.stdout

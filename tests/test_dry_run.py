@@ -51,14 +51,14 @@ def environment(monkeypatch, tmp_path):
 )
 def test_a_recipe_plans_what_the_table_says(environment, system):
     name, row, blocks, hidden, kept, published, saved = system
-    found = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))
-    [size] = found.sizes.values()
-    assert len(found.sites) == blocks and found.sites[0].hidden == hidden
+    result = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))
+    [size] = result.sizes.values()
+    assert len(result.sites) == blocks and result.sites[0].hidden == hidden
     assert next(iter(size.keep.values())) == kept and len(size.keep) == blocks
     millions, at_one, _, gigaflops, flops_at_one, _ = table_row(row)
-    assert found.parameters / 1e6 + saved == pytest.approx(millions, abs=0.051)
+    assert result.parameters / 1e6 + saved == pytest.approx(millions, abs=0.051)
     assert size.parameters / 1e6 + saved == pytest.approx(at_one, abs=0.051)
-    assert found.flops / 1e9 == pytest.approx(gigaflops, abs=0.051)
+    assert result.flops / 1e9 == pytest.approx(gigaflops, abs=0.051)
     assert size.flops / 1e9 == pytest.approx(flops_at_one, abs=0.051)
     if published:
         digits = 2e-3 if name == "InternViT-6B" else 2e-4  # published to three digits, the others to four
@@ -70,24 +70,24 @@ def test_a_recipe_plans_what_the_table_says(environment, system):
     # DeepSpeed's own parser takes the configuration.
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    assert DeepSpeedConfig(found.deepspeed).zero_optimization_stage == 2
-    assert found.paths[str(environment / "imagenet" / "train")] is False
-    assert all(path.startswith(str(environment)) for path in found.paths)
+    assert DeepSpeedConfig(result.deepspeed).zero_optimization_stage == 2
+    assert result.paths[str(environment / "imagenet" / "train")] is False
+    assert all(path.startswith(str(environment)) for path in result.paths)
 
 
 def test_the_command_says_what_is_there_and_what_is_missing(tmp_path):
     recipe = write_recipe(tmp_path / "small.yaml", images=str(tmp_path / "photos"))
-    done = run_command("run", recipe, "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "demo: 6 MLPs of 128 × 512, 1.2 M parameters" in done.stdout
-    assert "mlp_ratio-1: hidden 128" in done.stdout and "deepspeed: " in done.stdout
-    assert f"MISSING: {tmp_path / 'photos'}" in done.stdout
+    completed = run_command("run", recipe, "--dry-run", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "demo: 6 MLPs of 128 × 512, 1.2 M parameters" in completed.stdout
+    assert "mlp_ratio-1: hidden 128" in completed.stdout and "deepspeed: " in completed.stdout
+    assert f"MISSING: {tmp_path / 'photos'}" in completed.stdout
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_impossible_size_is_refused_before_anything_runs(tmp_path):
-    done = call_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
-    assert done.returncode == 2 and "mlp_ratio = 5" in done.stderr and done.stderr.count("\n") == 1
+    completed = call_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
+    assert completed.returncode == 2 and "mlp_ratio = 5" in completed.stderr and completed.stderr.count("\n") == 1
 
 
 def test_recipes_allocate_nothing(environment):
@@ -96,6 +96,6 @@ def test_recipes_allocate_nothing(environment):
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.device("cpu"):
-        found = dry_run(load_recipe(ROOT / "recipes" / "EVA-CLIP-8B.yaml"))
-    assert found.parameters > 7e9
+        result = dry_run(load_recipe(ROOT / "recipes" / "EVA-CLIP-8B.yaml"))
+    assert result.parameters > 7e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # kilobytes; its weights would be 30 GB
