@@ -1,4 +1,7 @@
-"""What a person types wrong: one sentence, a non-zero exit, nothing half-written. And each stage on its own."""
+"""The command line: every stage on its own, and user errors.
+
+A user error prints one message, exits with 2 and leaves no partial output.
+"""
 
 import json
 import subprocess
@@ -17,7 +20,7 @@ from dgmr_tp.pruning import Plan
 
 
 def refused(*arguments, message):
-    """The command says what is wrong and leaves with 2."""
+    """Assert that the command prints ``message``, without a traceback, and exits with 2."""
     result = call_command(*arguments)
     output = result.stdout + result.stderr
     assert result.returncode == 2, output

@@ -1,4 +1,7 @@
-"""Run directories: what is skipped, what is refused, and that a killed run ends as an unbroken one."""
+"""Run directories: reuse of finished steps, refused requests, and killed runs.
+
+A run that was killed and resumed must give the same result as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,12 @@ from dgmr_tp.utils.files import lock_directory
 
 
 def weights(run: Path, stage: str = "distill"):
+    """Return the tensors of the model that a stage wrote."""
     return load_file(run / stage / "mlp_ratio-1" / "model" / "open_clip_model.safetensors")
 
 
 def same(a, b):
+    """Return True if two dictionaries have the same tensors, bit for bit."""
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
@@ -44,7 +49,7 @@ def test_a_run_leaves_every_stage_and_a_table(small_run):
         assert (directory / key / "manifest.json").exists(), key
     assert not list(directory.rglob("*.partial"))
     for model in directory.glob("*/*/model"):
-        assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another place"
+        assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another directory"
     for word in ("original", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html", "a checkpoint is"):
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(directory))
@@ -89,9 +94,9 @@ def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_mo
 def test_the_same_again_does_nothing(small_run):
     directory, _ = small_run
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")}
-    said = []
-    Run(recipe(), directory).run(say=said.append)
-    assert len(said) == len(before) and all(line.endswith("done before") for line in said)
+    lines = []
+    Run(recipe(), directory).run(say=lines.append)
+    assert len(lines) == len(before) and all(line.endswith("done before") for line in lines)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")} == before
 
 
@@ -162,7 +167,7 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
     with pytest.raises(KeyboardInterrupt):
         RunDirectory(tmp_path).do(step)
     monkeypatch.undo()
-    (tmp_path / "prune" / "a").mkdir()  # whose manifest somebody took away
+    (tmp_path / "prune" / "a").mkdir()  # an output directory that has lost its manifest
     run = RunDirectory(tmp_path)
     run.do(step)
     assert (
@@ -171,7 +176,7 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
         and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
     )
     run.do(Step("prune", "a", lambda: {"other": 1}, (), step.work))
-    assert len(calls) == 2, "another recipe's step is another"
+    assert len(calls) == 2, "a changed recipe section runs the step again"
 
 
 def test_a_directory_that_was_only_locked_is_begun(tmp_path):
@@ -226,7 +231,15 @@ def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
 
 
 def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victim=lambda process: process) -> int:
-    """Start a command, kill it (or ``victim(it)``) ``wait`` seconds after ``reached()`` holds, and return its code."""
+    """Start a command, kill it when a condition holds, and return its exit code.
+
+    Args:
+        arguments: the command.
+        reached: returns True when the process is to be killed. It is polled for up to five minutes.
+        log: file for the command's output.
+        wait: seconds between the condition and the kill.
+        victim: maps the started process to the process that is killed.
+    """
     with log.open("w") as stream:
         process = psutil.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
         deadline = time.monotonic() + 300
@@ -240,12 +253,12 @@ def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victi
 
 
 def wait_for_the_end_of_workers(directory: Path) -> None:
-    """Processes that the killed one had launched end by themselves, within seconds."""
+    """Wait until the processes that a killed run had launched have ended. They do so on their own, within seconds."""
     deadline = time.monotonic() + 20
     while True:
         if not any(str(directory) in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
             return
-        assert time.monotonic() < deadline, "a process of the killed run is still at work"
+        assert time.monotonic() < deadline, "a process of the killed run is still running"
         time.sleep(0.2)
 
 
@@ -256,7 +269,7 @@ def wait_for_the_end_of_workers(directory: Path) -> None:
         "scenes/.all.partial/images/test",
         "prune/.mlp_ratio-1.partial/made_from.json",
         "recover/.mlp_ratio-1.partial/made_from.json",
-        "distill/.mlp_ratio-1.partial/lock",  # after its first step: test_distillation.py
+        "distill/.mlp_ratio-1.partial/lock",  # test_distillation.py tests kills after the first step
         "distill/.mlp_ratio-1.partial/figures.json",
         "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
         "export/.mlp_ratio-1.partial/model.onnx",
@@ -267,16 +280,16 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
     stage = trace.split("/")[0]
     done_stages = ["scenes", "prune", "recover", "distill", "evaluate", "export"]
-    if stage != "scenes":  # everything before the stage stands already
+    if stage != "scenes":  # the stages before this one are finished already
         begun(reference_directory, directory, done_stages[: done_stages.index(stage)])
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / stage / trace.split("/")[1].removeprefix(".").removesuffix(".partial")).exists()
     wait_for_the_end_of_workers(directory)
-    # What a training starts from is compared bit by bit, so that it need not be repeated after every kill.
+    # Kills before the distillation compare its starting weights bit for bit, so the training need not run again.
     last = "recover" if stage in ("scenes", "prune") else stage
     result = run_command("run", path, "-o", directory, "--until", last)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    if trace.endswith("figures.json"):  # trained to the end, only not put away
+    if trace.endswith("figures.json"):  # the training was complete, but its directory was not yet in place
         assert "goes on" not in result.stdout
     models = [name for name in ("prune", "recover", "distill") if done_stages.index(name) <= done_stages.index(last)]
     for name in models:
@@ -300,8 +313,8 @@ def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
-    said = (tmp_path / "log").read_text()
-    assert "preempted. Run again to resume" in said and "Traceback" not in said
+    output = (tmp_path / "log").read_text()
+    assert "preempted. Run again to resume" in output and "Traceback" not in output
     assert not (directory / "evaluate" / "original").exists()
 
 

@@ -1,4 +1,4 @@
-"""The smallest size that keeps a promise: judged again here on the images that were held out."""
+"""The smallest size that meets a quality target. The tests measure the target again on the held-out images."""
 
 import tarfile
 
@@ -22,7 +22,7 @@ from dgmr_tp.pruning.cost import parameters
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("promise") / "model"
+    directory = tmp_path_factory.mktemp("quality_target") / "model"
     FAMILIES["open_clip"](directory)
     opened = open_model(str(directory))
     opened.module.eval()
@@ -31,12 +31,13 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("promise") / "scenes"
+    directory = tmp_path_factory.mktemp("quality_target") / "scenes"
     scenes.write_classification(directory, 240, seed=11)
     return directory
 
 
 def held_out(images, model, count):
+    """Return the calibration images, the ``count`` held-out images, and the labels of both."""
     pictures, labels = Images.find(images).sample_labeled(160 + count, 0, model.preprocess)
     return pictures[:-count], pictures[-count:], labels
 
@@ -115,9 +116,8 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
     ):
         with pytest.raises(DgmrError, match=message):
             prune_to_target(model, tmp_path, **options)
-    monkeypatch.setattr(
-        "dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1
-    )  # or else a size so near the whole tower is found that it keeps anything
+    # With more steps, the search would find a size so close to the dense tower that it meets any target.
+    monkeypatch.setattr("dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1)
     with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not met even at .* parameters"):
         prune_to_target(model, images, min_cosine=0.99999, num_calibration_images=160, held_out=80)
 

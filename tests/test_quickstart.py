@@ -1,4 +1,4 @@
-"""The quickstart does what the README promises of it."""
+"""The quickstart recipe: the accuracies that the README states."""
 
 import json
 from pathlib import Path
@@ -23,6 +23,7 @@ def quickstart(tmp_path_factory):
 
 
 def top1(directory, size, label):
+    """Return the top-1 accuracy that a run measured."""
     stage_folder = "export" if label == "onnx" else "evaluate"
     return json.loads((directory / stage_folder / size / f"{label}-wds_scenes.json").read_text())["metrics"]["acc1"]
 

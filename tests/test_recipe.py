@@ -1,4 +1,7 @@
-"""Recipes: validation errors name the line and the nearest valid key; base, --set and names resolve to one recipe."""
+"""Recipes: validation errors, and how ``base``, ``--set`` and names of shipped recipes resolve to one recipe.
+
+A validation error names the line and the nearest valid key.
+"""
 
 import json
 from pathlib import Path
@@ -125,7 +128,7 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
         "base: base.yaml\nprune: {mlp_ratio: null, keep: 8}\nrecover: {images: 32, damping: null}\nevaluate: null\n"
     )
     recipe = load_recipe(child)
-    assert recipe.name == "child" and recipe.images == "IMAGES"  # a name of its own, the rest inherited
+    assert recipe.name == "child" and recipe.images == "IMAGES"  # the name is not inherited
     assert recipe.prune.sizes == {"keep-8": {"keep": 8}} and recipe.evaluate is None
     assert recipe.recover.images == 32 and recipe.recover.damping == 1e-3  # null restores the default
     assert load_recipe(tmp_path / "base.yaml").recover.images == 64
@@ -176,15 +179,15 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 
 
 EPOCH = 1_281_167
-"""Images of ImageNet-1K, on which all of the papers' encoders were distilled."""
+"""Number of training images in ImageNet-1K, on which the papers distill all encoders."""
 TABLES = {
-    # DGMR's released configurations: base and final learning rate, batch, epochs, warm-up, decay, average,
-    # smallest crop, ratio
+    # DGMR's released configurations: base and final learning rate, batch size, epochs, warm-up epochs, weight decay
+    # (first and last), moving average, minimum crop, MLP ratio.
     "ViT-g-14": (1e-4, 1e-6, 8 * 40, 10, 1, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus": (6e-5, 1e-6, 8 * 40, 10, 2, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus-r2": (6e-5, 1e-6, 8 * 16, 20, 2, (0.04, 0.2), None, 0.2, 2),
     "DINOv2-g": (7.5e-6, 1e-7, 8 * 64, 10, 1, (0.04, 0.2), 0.997, 0.05, 1),
-    # AMP's table 8; at the end threshold, 1 / temperature and candidates
+    # AMP's table 8, in the same order. The last entry is the threshold, 1 / temperature and the number of candidates.
     "ViT-g-14-amp": (5e-5, 1e-7, 512, 10, 1, (0.0, None), None, 0.2, (0.01, 15, 1024)),
     "ViT-bigG-14-amp": (2e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-4, 15, 1024)),
     "EVA02-E-14-plus-amp": (1e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-3, 20, 512)),
@@ -221,7 +224,7 @@ def test_recipes_have_the_papers_hyper_parameters(name, monkeypatch):
 
 
 def test_a_recipe_reads_back_what_it_writes(tmp_path):
-    """A run directory keeps its recipe with every default written out."""
+    """A run directory stores its recipe with every default written out."""
     for amount in (
         "mlp_ratio: 1",
         "criterion: amp\n  threshold: 0.1\n  search: {candidates: 9}",

@@ -1,4 +1,4 @@
-"""The report as a person sees it: in a browser, without network."""
+"""The report of a run: its page in a browser without network, and its table in a terminal."""
 
 import io
 import os
@@ -18,12 +18,13 @@ CHROMIUM = next(
 
 needs_a_browser = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ,
-    reason="the report is looked at in Chromium: install it (apt-get install chromium)",
+    reason="the report is tested in Chromium. Install it (apt-get install chromium).",
 )
 
 
 def browse(path, *options):
-    assert CHROMIUM, "no Chromium"
+    """Open a file in headless Chromium and return the finished process."""
+    assert CHROMIUM, "Chromium is not installed"
     flags = [
         "--headless",
         "--no-sandbox",
@@ -61,7 +62,7 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
 @needs_a_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
-    """A script in a copy of the page measures it: the body does not scroll sideways on a phone."""
+    """The page does not scroll sideways on a phone. A script in a copy of the page measures its width."""
     probe = "<script>onload=()=>{document.title=document.documentElement.scrollWidth+' '+innerWidth}</script>"
     page = tmp_path / "probe.html"
     page.write_text((small_run[0] / "report.html").read_text().replace("</head>", f"{probe}</head>"))
@@ -91,7 +92,7 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on held-out images; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
-    assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"
+    assert "loss, patches" not in text and "images per second" not in text, "a single point is not a curve"
     assert "1 images did not decode in training and were replaced by others, the first: &lt;a&gt;.png." in text
     assert "k-NN: 3 images do not decode and are left out." in text
 

@@ -1,4 +1,4 @@
-"""Pruning from file to file gives what pruning in memory gives, and survives being killed."""
+"""Streaming pruning, from file to file: same result as in memory, and a killed run resumes."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def test_bf16_shards_stream(tmp_path, criterion):
     opened = load_pruned(tmp_path / "out")
     expected, expected_plan, _ = prune(str(source), criterion=criterion, keep=24)
     assert plan == expected_plan
-    assert prune(str(source), plan=plan).plan == plan  # the plan fits the checkpoint that is opened in memory
+    assert prune(str(source), plan=plan).plan == plan  # the plan also applies to the checkpoint in memory
     state = opened.module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.module.state_dict().items())
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
@@ -97,7 +97,7 @@ def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
     name = next(iter(uninterrupted_plan.sites))
     journal_plan = json.loads(journal_data["plan"])
     assert list(journal_plan["sites"]) == [name]
-    # A decision that only the journal can have made, to see that it is taken over and not made again.
+    # Write a choice into the journal that the criterion would not make. If it is in the result, the run has resumed.
     journal_plan["sites"][name]["kept"] = list(range(40))
     journal.write_text(json.dumps({**journal_data, "plan": json.dumps(journal_plan)}))
     (tmp_path / ".out.partial" / "left_over").mkdir()
