@@ -1,10 +1,10 @@
-"""Compare the rows that DGMR can use in a gated MLP: the gate's, the value's, or both.
+"""Compare the weight rows that DGMR can use in a gated MLP: those of the gate, of the value, or of both.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/gate_rule.py --out benchmarks/results/gate_rule.json
 
-Trains a small SwiGLU ViT on CIFAR-10 (timm, width 192, 6 blocks, 512 neurons, 8×8 patches), prunes it with each rule,
-recovers it on 1,024 training images, and measures the top-1 accuracy on 4,000 test images and the mean held-out error
-of the MLPs.
+The script trains a small SwiGLU ViT on CIFAR-10 (timm, width 192, 6 blocks, 512 neurons, 8×8 patches). It prunes the
+ViT with each rule and recovers it on 1,024 training images. It then measures the top-1 accuracy on 4,000 test images
+and the mean held-out error of the MLPs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ARCHITECTURE = {
 
 
 class Rule(tp.importance.Importance):
-    """DGMR on rows that ``rows`` makes from the gate rows and the value rows."""
+    """DGMR on the rows that ``rows(gate, value)`` returns, with one row per neuron."""
 
     def __init__(self, rows) -> None:
         self.rows = rows
@@ -83,10 +83,10 @@ def main() -> None:
     rows = []
     for keep in (256, 128, 64):
         for name, rule in RULES.items():
-            cut = prune(model, criterion=rule, keep=keep).model
+            pruned = prune(model, criterion=rule, keep=keep).model
             recovered, _, table = prune(model, calibration, criterion=rule, keep=keep)
             error = sum(row.recovered_error for row in table) / len(table)
-            before, after = accuracy(cut), accuracy(recovered)
+            before, after = accuracy(pruned), accuracy(recovered)
             rows.append({"keep": keep, "rule": name, "pruned": before, "recovered": after, "error": error})
             print(f"{keep:>4} of 512  {name:<48} {before:5.1f} → {after:5.1f}  error {error:.4f}", flush=True)
     result = {

@@ -1,18 +1,25 @@
-"""All selection methods beside each other: pruned, and recovered in closed form, at equal numbers of parameters.
+"""Compare all selection methods at equal numbers of parameters, before and after closed-form recovery.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/methods.py --encoder VIT.safetensors --out benchmarks/results/methods.json
 
-Encoders: ``demo``, the demo CLIP on generated scenes; ``cifar``, timm ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6)``
-trained on CIFAR-10; ``swiglu`` and ``swin``, small ones trained here for a few epochs (kept beside ``--out``). ``--only`` chooses.
+There are four encoders, and ``--only`` chooses among them:
 
-Every method and recovery look at the same 1,024 unlabelled training images, drawn by the seed, as are the neurons of ``random``.
-AMP's search runs at several thresholds; the other methods then get as many parameters as it kept. Measured on 2,000 test images: the
-accuracy of the *original* head (zero-shot for ``demo``), the cosine to the dense embedding and, for the first seed, k-NN over 2,000
-training images (k = 20, T = 0.07). At an eighth, four methods are distilled as well: 1,000 steps of 64 unlabelled images, measured after
-100 and after 1,000 of the same run. AMP's search is repeated with fewer images, to see how few it needs.
+- ``demo``: the demo CLIP on generated scenes.
+- ``cifar``: timm ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6)``, trained on CIFAR-10.
+- ``swiglu`` and ``swin``: small encoders that this script trains for a few epochs. Their weights are stored next to
+  ``--out``.
 
-Cells are kept in the JSON as they are done; called again, the script goes on. At its end it prints the tables and draws
-``methods.svg`` beside the JSON.
+Every method and every recovery uses the same 1,024 unlabeled training images. The seed draws these images and the
+neurons of ``random``. AMP's search runs at several thresholds, and the other methods then get as many parameters as the
+search kept.
+
+The figures are measured on 2,000 test images: the accuracy of the dense model's head (zero-shot for ``demo``), the
+cosine to the dense embedding and, for the first seed, k-NN accuracy over 2,000 training images (k = 20, T = 0.07). At
+an eighth of the neurons, four methods are also distilled for 1,000 steps of 64 unlabeled images. That run is measured
+after 100 and after 1,000 steps. AMP's search is repeated with fewer images, to find out how few it needs.
+
+Each cell is written to the JSON as soon as it is computed, so an interrupted run resumes. At the end, the script prints
+the tables and draws ``methods.svg`` next to the JSON.
 """
 
 from __future__ import annotations
@@ -54,36 +61,40 @@ from dgmr_tp.pruning.output_selection import NUM_SENSITIVITY_IMAGES
 from dgmr_tp.utils.files import atomic_write
 from dgmr_tp.utils.knn import nearest_classes
 
-UNIFORM = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
-FITTED = "output, fitted widths"
-MATCHED = ("random", "l2", "taylor", "amp", "dgmr")
-SEARCHES = {"amp search": (1e-2,), "amp search, two-sided": (5e-3, 2e-2, 8e-2)}
-FEWER = {"amp search, two-sided": (2e-2, (64, 256))}
-"""A threshold, and with how few images the search is tried."""
-DISTILLED = ("random", "amp", "dgmr", FITTED)
-STEPS = (100, 1000)
-IMAGES, TESTED = 1024, 2000
+UNIFORM_WIDTH_METHODS = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
+FITTED_WIDTHS = "output, fitted widths"
+MATCHED_METHODS = ("random", "l2", "taylor", "amp", "dgmr")
+SEARCH_THRESHOLDS = {"amp search": (1e-2,), "amp search, two-sided": (5e-3, 2e-2, 8e-2)}
+SEARCH_IMAGES = {"amp search, two-sided": (2e-2, (64, 256))}
+"""Method to a threshold and the numbers of images with which its search is repeated."""
+DISTILLED_METHODS = ("random", "amp", "dgmr", FITTED_WIDTHS)
+DISTILLATION_STEPS = (100, 1000)
+NUM_IMAGES, TESTED = 1024, 2000
 
 
 @dataclass
 class Subject:
-    """An encoder and what it is measured on."""
+    """An encoder and the images that it is measured on."""
 
     tower: nn.Module
     head: Callable[[Tensor], Tensor]
-    """From embeddings to class scores."""
+    """Map embeddings to class scores."""
     train: Tensor
-    """Preprocessed images: the first 2,000 are the k-NN's bank, calibration comes from the others."""
+    """Preprocessed training images. The first 2,000 are the k-NN bank, and calibration draws from the others."""
     labels: Tensor
+    """Class numbers of ``train``."""
     test: Tensor
     answers: Tensor
+    """Class numbers of ``test``."""
 
     def calibration(self, seed: int) -> list[Tensor]:
+        """Return 1,024 training images, drawn by ``seed``, in batches of 128."""
         order = TESTED + torch.randperm(len(self.train) - TESTED, generator=torch.Generator().manual_seed(seed))
-        return list(self.train[order[:IMAGES]].split(128))
+        return list(self.train[order[:NUM_IMAGES]].split(128))
 
 
 def demo() -> Subject:
+    """Return the demo CLIP with its zero-shot head and generated scenes."""
     opened = open_model("demo")
     clip = opened.module.eval()
     with torch.no_grad():
@@ -106,6 +117,7 @@ def demo() -> Subject:
 
 
 def on_cifar(model: nn.Module) -> Subject:
+    """Return a timm classifier with CIFAR-10. Its classifier becomes the head."""
     root = Path(os.environ["CIFAR10_DIR"])
     (images, labels), (test, answers) = load_split(root, "train"), load_split(root, "test")
     head, limit = model.get_classifier(), TESTED + 8192
@@ -115,13 +127,17 @@ def on_cifar(model: nn.Module) -> Subject:
 
 
 def cifar(encoder: Path) -> nn.Module:
+    """Load the ViT that was trained on CIFAR-10 from a safetensors file."""
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10)
     model.load_state_dict({name: tensor.float() for name, tensor in load_file(encoder).items()})
     return model
 
 
-def trained(name: str, build: Callable[[], nn.Module], folder: Path, epochs: int) -> nn.Module:
-    """A model trained on CIFAR-10 here, or on an earlier call."""
+def train_or_load(name: str, build: Callable[[], nn.Module], folder: Path, epochs: int) -> nn.Module:
+    """Train a model on CIFAR-10, or load it if an earlier call trained it.
+
+    The weights are in ``folder/NAME.safetensors``.
+    """
     torch.manual_seed(0)
     model, file = build(), folder / f"{name}.safetensors"
     if file.exists():
@@ -164,28 +180,37 @@ def embeddings(tower: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([tower(batch) for batch in images.split(250)])
 
 
-def measured(subject: Subject, tower: nn.Module, dense: Tensor, neighbours: bool = False) -> dict[str, float]:
-    found = embeddings(tower, subject.test)
+def measured(subject: Subject, tower: nn.Module, dense: Tensor, with_knn: bool = False) -> dict[str, float]:
+    """Return the test figures of a tower: head accuracy (%), mean cosine to ``dense`` and k-NN accuracy (%).
+
+    Args:
+        subject: gives the head and the test images.
+        tower: the tower to measure.
+        dense: the dense tower's embeddings of the test images.
+        with_knn: also measure k-NN accuracy.
+    """
+    embedding = embeddings(tower, subject.test)
     with torch.no_grad():
-        right = (subject.head(found).argmax(1) == subject.answers).float().mean()
-    result = {"head": 100 * float(right), "cosine": float(F.cosine_similarity(found, dense).mean())}
-    if neighbours:
-        voted = nearest_classes(embeddings(tower, subject.train[:TESTED]), subject.labels[:TESTED], found)
-        result["knn"] = 100 * float((voted == subject.answers).float().mean())
-    return result
+        accuracy = (subject.head(embedding).argmax(1) == subject.answers).float().mean()
+    figures = {"head": 100 * float(accuracy), "cosine": float(F.cosine_similarity(embedding, dense).mean())}
+    if with_knn:
+        bank = embeddings(tower, subject.train[:TESTED])
+        predictions = nearest_classes(bank, subject.labels[:TESTED], embedding)
+        figures["knn"] = 100 * float((predictions == subject.answers).float().mean())
+    return figures
 
 
 def cell(
     subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor, seconds: float, seed: int
 ) -> dict[str, object]:
-    """What a plan gives, before and after recovery."""
-    cut = prune(subject.tower, plan=plan).model
+    """Return the figures of a plan, before and after recovery."""
+    pruned_tower = prune(subject.tower, plan=plan).model
     recovered = prune(subject.tower, calibration, plan=plan).model
     return {
-        "parameters": parameters(cut),
+        "parameters": parameters(pruned_tower),
         "widths": [len(site.kept) for site in plan.sites.values()],
-        "pruned": measured(subject, cut, dense),
-        "recovered": measured(subject, recovered, dense, neighbours=seed == 0),
+        "pruned": measured(subject, pruned_tower, dense),
+        "recovered": measured(subject, recovered, dense, with_knn=seed == 0),
         "seconds": seconds,
     }
 
@@ -193,15 +218,21 @@ def cell(
 def distilling(
     tower: nn.Module, model: nn.Module, batches: Iterable[Tensor], *, steps: int, peak: float, weight_decay: float
 ) -> Iterator[int]:
-    """Train ``model`` in place towards ``tower`` by the product's loss, warm-up of 20 steps, cosine; gives each step that is done."""
-    teacher, student, objective = FeatureTap(adapt(tower)), FeatureTap(adapt(model)), DistillationLoss()
+    """Distill ``tower`` into ``model`` in place with the product's loss, and yield the number of each finished step.
+
+    The optimizer is AdamW. The learning rate warms up for 20 steps and then follows a cosine.
+    """
+    teacher, student, loss = FeatureTap(adapt(tower)), FeatureTap(adapt(model)), DistillationLoss()
     optimizer = torch.optim.AdamW(parameter_groups(student, weight_decay), lr=peak, betas=(0.9, 0.95))
-    shape = lambda step: min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))  # noqa: E731
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+
+    def rate_factor(step: int) -> float:
+        return min(1.0, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor)
     for step, images in enumerate(batches, start=1):
         with torch.no_grad():
             target = teacher(images)
-        objective.total(objective(student(images), target)).backward()
+        loss.total(loss(student(images), target)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -209,21 +240,34 @@ def distilling(
 
 
 def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor) -> dict[str, object]:
-    """Recovered, then distilled by the product's loss: AdamW, warm-up, cosine, peak learning rate 2.5e-4, 64 images a step."""
+    """Apply a plan, recover, distill, and return the figures after each of ``DISTILLATION_STEPS``.
+
+    Distillation uses 64 images a step and a peak learning rate of 2.5e-4. See :func:`distilling`.
+    """
     torch.manual_seed(0)
     model = copy.deepcopy(prune(subject.tower, calibration, plan=plan).model).requires_grad_(True)
     pool, result = subject.train[TESTED:], {}
-    batches = (pool[torch.randint(len(pool), (64,))] for _ in range(STEPS[-1]))
-    for step in distilling(subject.tower, model, batches, steps=STEPS[-1], peak=2.5e-4, weight_decay=0.05):
-        if step in STEPS:
-            result[str(step)] = measured(subject, model.eval(), dense, neighbours=True)
+    batches = (pool[torch.randint(len(pool), (64,))] for _ in range(DISTILLATION_STEPS[-1]))
+    for step in distilling(subject.tower, model, batches, steps=DISTILLATION_STEPS[-1], peak=2.5e-4, weight_decay=0.05):
+        if step in DISTILLATION_STEPS:
+            result[str(step)] = measured(subject, model.eval(), dense, with_knn=True)
     return {"widths": [len(site.kept) for site in plan.sites.values()], "distilled": result}
 
 
 def run(
     name: str, subject: Subject, store: Store, sizes: dict[str, int], chosen: list[str], searches: bool, limit: int
 ) -> None:
-    """All cells of one encoder up to the seed ``limit``; ``sizes``: share kept, and how many seeds."""
+    """Compute all missing cells of one encoder.
+
+    Args:
+        name: the encoder's name in the cell keys.
+        subject: the encoder and its images.
+        store: receives the cells.
+        sizes: share of neurons to keep, such as ``"1/8"``, to the number of seeds.
+        chosen: methods to compare.
+        searches: also run AMP's searches and the distillations.
+        limit: maximum number of seeds.
+    """
     model = wrap_tower(subject.tower)
     dense, sites = embeddings(subject.tower, subject.test), model.sites
     store.cell(
@@ -234,7 +278,9 @@ def run(
         lambda: {"parameters": parameters(subject.tower), **measured(subject, subject.tower, dense, True)},
     )
 
-    def everything(size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM) -> None:
+    def compare_methods(
+        size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM_WIDTH_METHODS
+    ) -> None:
         calibration = subject.calibration(seed)
         for method in (method for method in methods if method in chosen):
 
@@ -245,39 +291,39 @@ def run(
 
             store.cell(name, method, size, seed, make)
 
-        def fitted() -> dict[str, object]:
+        def compute_fitted() -> dict[str, object]:
             started = time.perf_counter()
             if (name, seed) not in store.rankings:
                 store.rankings[name, seed] = rank(model, "output", CalibrationImages(calibration))
             plan = store.rankings[name, seed].plan(model, **total)
             return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
 
-        if FITTED in chosen:
-            store.cell(name, FITTED, size, seed, fitted)
+        if FITTED_WIDTHS in chosen:
+            store.cell(name, FITTED_WIDTHS, size, seed, compute_fitted)
 
     for size, seeds in sizes.items():
         share = Fraction(size)
         keep = {site.name: int(share * site.hidden) for site in sites}
         count = parameters(prune(subject.tower, criterion="l2", keep=keep).model)
         for seed in range(min(seeds, limit)):
-            everything(size, seed, {"keep": keep}, {"budget": {"params": count}})
+            compare_methods(size, seed, {"keep": keep}, {"budget": {"params": count}})
     calibration = subject.calibration(0)
 
-    def amp_search(method: str, threshold: float, images: int = IMAGES) -> dict[str, object]:
-        started, seen = time.perf_counter(), list(torch.cat(calibration)[:images].split(128))
-        options = {"two_sided": "two-sided" in method, "candidates": min(512, images)}
+    def amp_search(method: str, threshold: float, count: int = NUM_IMAGES) -> dict[str, object]:
+        started, images = time.perf_counter(), list(torch.cat(calibration)[:count].split(128))
+        options = {"two_sided": "two-sided" in method, "candidates": min(512, count)}
         config = SearchConfig.model_validate(options)
-        result = search(model, CalibrationImages(seen), threshold=threshold, config=config)
-        done = cell(subject, result.plan, calibration, dense, time.perf_counter() - started, 0)
-        return {**done, "image_blocks": result.image_blocks, "entropy": result.entropy}
+        result = search(model, CalibrationImages(images), threshold=threshold, config=config)
+        figures = cell(subject, result.plan, calibration, dense, time.perf_counter() - started, 0)
+        return {**figures, "image_blocks": result.image_blocks, "entropy": result.entropy}
 
-    for method, thresholds in SEARCHES.items() if searches else ():
+    for method, thresholds in SEARCH_THRESHOLDS.items() if searches else ():
         for threshold in thresholds:
             size = f"ΔE {threshold:g}{' two-sided' if 'two-sided' in method else ''}"
             store.cell(name, method, size, 0, partial(amp_search, method, threshold))
             budget = {"budget": {"params": store.cells[f"{name} | {method} | {size} | 0"]["parameters"]}}
-            everything(size, 0, budget, budget, MATCHED)
-    for method, (threshold, counts) in FEWER.items() if searches else ():
+            compare_methods(size, 0, budget, budget, MATCHED_METHODS)
+    for method, (threshold, counts) in SEARCH_IMAGES.items() if searches else ():
         for count in counts:
             store.cell(
                 name,
@@ -286,11 +332,11 @@ def run(
                 0,
                 partial(amp_search, method, threshold, count),
             )
-    for method in DISTILLED if searches else ():
+    for method in DISTILLED_METHODS if searches else ():
 
         def train_on(method: str = method) -> dict[str, object]:
-            count = store.cells[f"{name} | {FITTED} | 1/8 | 0"]["parameters"]
-            if method == FITTED:
+            count = store.cells[f"{name} | {FITTED_WIDTHS} | 1/8 | 0"]["parameters"]
+            if method == FITTED_WIDTHS:
                 plan = rank(model, "output", CalibrationImages(calibration)).plan(model, budget={"params": count})
             else:
                 plan = make_plan(
@@ -302,7 +348,7 @@ def run(
 
 
 class Store:
-    """Cells in a JSON file, each computed once."""
+    """Cells of figures in a JSON file. Each cell is computed once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -310,6 +356,7 @@ class Store:
         self.rankings: dict = {}
 
     def cell(self, encoder: str, method: str, size: str, seed: int, make: Callable[[], dict]) -> None:
+        """Compute a cell with ``make`` and write the file, unless the file has this cell already."""
         key = f"{encoder} | {method} | {size} | {seed}"
         if key in self.cells:
             return
@@ -318,15 +365,15 @@ class Store:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "machine": platform.machine(),
-            "images": IMAGES,
+            "images": NUM_IMAGES,
         }
         atomic_write(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
         row = self.cells[key]
-        shown = f"{row['pruned']['head']:5.1f} → {row['recovered']['head']:5.1f}" if "pruned" in row else ""
-        print(f"{key:<60} {shown}", flush=True)
+        figures = f"{row['pruned']['head']:5.1f} → {row['recovered']['head']:5.1f}" if "pruned" in row else ""
+        print(f"{key:<60} {figures}", flush=True)
 
     def tables(self) -> None:
-        """One table per encoder and size: mean over the seeds, and their spread where there are several."""
+        """Print one table per encoder and size, with the mean over the seeds and, for several seeds, their spread."""
         groups: dict[tuple[str, str], dict[str, list[dict]]] = {}
         for key, row in self.cells.items():
             encoder, method, size, _ = key.split(" | ")
@@ -334,17 +381,15 @@ class Store:
         for (encoder, size), methods in groups.items():
             if size == "1":
                 [row] = methods["dense"]
-                print(
-                    f"\n{encoder}, dense: head {row['head']:.1f}, k-NN {row['knn']:.1f}, {row['parameters']:,} parameters"
-                )
+                figures = f"head {row['head']:.1f}, k-NN {row['knn']:.1f}, {row['parameters']:,} parameters"
+                print(f"\n{encoder}, dense: {figures}")
                 continue
             if size.endswith("distilled"):
                 print(f"\n{encoder}, {size}")
-                print(
-                    "| method | 100 steps: head | k-NN | cosine | 1,000 steps: head | k-NN | cosine |\n|---|---|---|---|---|---|---|"
-                )
+                print("| method | 100 steps: head | k-NN | cosine | 1,000 steps: head | k-NN | cosine |")
+                print("|---|---|---|---|---|---|---|")
                 for method, [row] in methods.items():
-                    after = [row["distilled"][str(step)] for step in STEPS]
+                    after = [row["distilled"][str(step)] for step in DISTILLATION_STEPS]
                     texts = [
                         f"{figures['head']:.1f} | {figures['knn']:.1f} | {figures['cosine']:.4f}" for figures in after
                     ]
@@ -368,16 +413,17 @@ class Store:
             for method, rows in methods.items():
                 if "image_blocks" in rows[0]:
                     blocks = len(rows[0]["widths"])
-                    ours = (IMAGES + 128) * blocks + NUM_SENSITIVITY_IMAGES * (
-                        blocks + blocks * (blocks + 1) // 2
-                    )  # 128: the first batch, to see its tokens
-                    cost = rows[0]["image_blocks"]
+                    sensitivity_cost = NUM_SENSITIVITY_IMAGES * (blocks + blocks * (blocks + 1) // 2)
+                    # The ranking runs the first batch of 128 images once more, to find the tokens.
+                    ranking_cost = (NUM_IMAGES + 128) * blocks + sensitivity_cost
+                    search_cost = rows[0]["image_blocks"]
                     print(
-                        f"cost in images × blocks, forward: {method} {cost:,}, ranking {ours:,}: {cost / ours:.0f} ×; {rows[0]['widths']}"
+                        f"cost in images × blocks, forward: {method} {search_cost:,}, ranking {ranking_cost:,}: "
+                        f"{search_cost / ranking_cost:.0f} ×; {rows[0]['widths']}"
                     )
 
     def draw(self) -> None:
-        """The accuracy of the original head over the parameters, pruned (dashed) and recovered, one panel per encoder."""
+        """Draw the dense head's accuracy over the parameters, pruned (dashed) and recovered, one panel per encoder."""
         import matplotlib
 
         matplotlib.use("svg")
@@ -387,7 +433,7 @@ class Store:
         figure, panels = pyplot.subplots(1, len(encoders), figsize=(5 * len(encoders), 4), squeeze=False)
         for encoder, panel in zip(encoders, panels[0], strict=True):
             rows = [(key.split(" | "), row) for key, row in self.cells.items() if key.startswith(f"{encoder} | ")]
-            for index, method in enumerate((*UNIFORM, FITTED)):
+            for index, method in enumerate((*UNIFORM_WIDTH_METHODS, FITTED_WIDTHS)):
                 points = sorted(
                     (row["parameters"] / 1e6, row["pruned"]["head"], row["recovered"]["head"])
                     for (_, name, size, seed), row in rows
@@ -413,23 +459,22 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="*",
-        default=[*UNIFORM, FITTED],
-        help="those at equal widths; with --no-searches nothing else",
+        default=[*UNIFORM_WIDTH_METHODS, FITTED_WIDTHS],
+        help="methods to compare at equal numbers of parameters",
     )
-    parser.add_argument("--no-searches", action="store_true", help="leave out AMP's searches and the distillations")
-    parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
+    parser.add_argument("--no-searches", action="store_true", help="skip AMP's searches and the distillations")
+    parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables of the stored cells")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     store, weights = Store(args.out), args.out.parent / "weights"
     subjects = {
         "cifar": (lambda: on_cifar(cifar(args.encoder)), {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
         "demo": (demo, {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
-        "swiglu": (lambda: on_cifar(trained("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
-        "swin": (lambda: on_cifar(trained("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
+        "swiglu": (lambda: on_cifar(train_or_load("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
+        "swin": (lambda: on_cifar(train_or_load("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
-    rounds = (
-        ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))
-    )  # the cheap cells of all encoders first
+    # Seed limit and searches of each round. The cheap cells of all encoders come first.
+    rounds = ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))
     for limit, searching in () if args.tables else rounds:
         for name in args.only:
             build, sizes, searches = subjects[name]

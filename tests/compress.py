@@ -1,4 +1,7 @@
-"""The compression entry points for bare towers and plain batches, as most tests have them."""
+"""Call the compression functions with bare towers and plain image batches, which are what most tests have.
+
+The library converts both once, at its public entry points. These functions do the same conversion for the tests.
+"""
 
 from dgmr_tp.compression import amp_search, planning, rankings
 from dgmr_tp.compression.calibration import CalibrationImages
@@ -6,10 +9,12 @@ from dgmr_tp.encoders import OpenedModel, wrap_tower
 
 
 def opened(model):
+    """Return an ``OpenedModel`` unchanged, or wrap a bare tower."""
     return model if isinstance(model, OpenedModel) else wrap_tower(model)
 
 
 def calibration(images, model, count=None, seed=0):
+    """Return batches or an image source as ``CalibrationImages``, or None if there are no images."""
     return None if images is None else CalibrationImages.read(images, opened(model), count, seed)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: small encoders with random parameters, images for them, and one small run."""
+"""Shared test fixtures: small towers with random parameters, random images, and one finished run of a small recipe."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ from dgmr_tp.pipeline.recipe import parse_recipe
 
 
 def pytest_runtest_setup() -> None:
-    """Seed torch before every test."""
+    """Seed torch before each test."""
     torch.manual_seed(0)
 
 
 def redraw(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter a random value.
+    """Set every parameter to a random value and return the module in eval mode.
 
-    With fresh LayerScales, norms and biases, an MLP hardly changes the output, and no test would notice it.
+    With freshly initialized LayerScales, norms and biases, an MLP hardly changes the output. A test would then pass
+    even if the MLP were wrong.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,22 +71,23 @@ TOWERS = {"open_clip": open_clip_tower, "timm": timm_tower}
 
 @pytest.fixture(params=TOWERS)
 def tower(request: pytest.FixtureRequest) -> nn.Module:
-    """A small ViT in eval mode. Zeroing the first MLP changes its output by more than 1 %."""
+    """Return a small ViT in eval mode, in which zeroing the first MLP changes the output by more than 1 %."""
     module = redraw(TOWERS[request.param]())
     images = pictures(4)
     with torch.no_grad():
         before = module(images)
         block = adapt(module).blocks()[0].module
-        last = [layer for layer in block.mlp.modules() if isinstance(layer, nn.Linear)][-1]
-        weight = last.weight.clone()
-        last.weight.zero_()
-        moved = (module(images) - before).norm() / before.norm()
-        last.weight.copy_(weight)
-    assert moved > 0.01, f"zeroing an MLP changes the output by {moved:.2%} only, which no test would notice"
+        linear = [layer for layer in block.mlp.modules() if isinstance(layer, nn.Linear)][-1]
+        weight = linear.weight.clone()
+        linear.weight.zero_()
+        change = (module(images) - before).norm() / before.norm()
+        linear.weight.copy_(weight)
+    assert change > 0.01, f"zeroing an MLP changes the output by only {change:.2%}, too little for the tests to detect"
     return module
 
 
 def pictures(count: int, seed: int = 0, size: int = 32) -> torch.Tensor:
+    """Return random images ``[count, 3, size, size]``."""
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
@@ -111,25 +113,28 @@ BEFORE_DISTILLATION = ("scenes", "prune", "recover")
 
 
 def recipe(**changes):
+    """Return the small recipe with some of its sections replaced."""
     return parse_recipe({**SMALL, **changes}, Path("test"))
 
 
 def write_recipe(path: Path, **changes) -> Path:
+    """Write the small recipe with some of its sections replaced, and return ``path``."""
     path.write_text(json.dumps({**SMALL, **changes}))  # JSON is YAML
     return path
 
 
 def command(*arguments: object) -> list[str]:
+    """Return the argument list that starts ``dgmr-tp ARGUMENTS``."""
     return [str(BIN / "dgmr-tp"), *map(str, arguments)]
 
 
 def run_command(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
-    """Run ``dgmr-tp ARGUMENTS`` in its own process."""
+    """Run ``dgmr-tp ARGUMENTS`` in a new process."""
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900, **options)
 
 
 def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``dgmr-tp ARGUMENTS`` in this process. A new process takes ten seconds for its imports."""
+    """Run ``dgmr-tp ARGUMENTS`` in this process, which saves the ten seconds that the imports take in a new one."""
     out, err = io.StringIO(), io.StringIO()
     arguments = ("dgmr-tp", *map(str, arguments))
     level = logging.getLogger().level
@@ -138,15 +143,15 @@ def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
-        pytest.raises(SystemExit) as left,
+        pytest.raises(SystemExit) as exit_info,
     ):
         main()
     logging.getLogger().setLevel(level)
-    return subprocess.CompletedProcess(arguments, left.value.code or 0, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, exit_info.value.code or 0, out.getvalue(), err.getvalue())
 
 
 def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
-    """Copy a run directory with the finished ``stages`` of ``run`` only."""
+    """Copy the recipe and the finished ``stages`` of the run directory ``run`` to ``directory``, and return it."""
     directory.mkdir()
     shutil.copy(run / "recipe.json", directory)
     for stage in stages:
@@ -156,14 +161,18 @@ def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATIO
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory):
-    """The small recipe, run once from the command line without a compiler on PATH."""
+    """Run the small recipe once from the command line, without a compiler on PATH.
+
+    Returns:
+        The run directory and the standard output.
+    """
     root = tmp_path_factory.mktemp("small")
     path = write_recipe(root / "small.yaml")
     assert shutil.which("gcc", path=str(BIN)) is None and shutil.which("c++", path=str(BIN)) is None
-    built = root / "torch_extensions"
-    built.mkdir()
-    environment = {**os.environ, "PATH": str(BIN), "TORCH_EXTENSIONS_DIR": str(built)}
-    done = run_command("run", path, "-o", root / "run", env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert not list(built.iterdir()), "something was compiled"
-    return root / "run", done.stdout
+    extensions = root / "torch_extensions"
+    extensions.mkdir()
+    environment = {**os.environ, "PATH": str(BIN), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    result = run_command("run", path, "-o", root / "run", env=environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert not list(extensions.iterdir()), "something was compiled"
+    return root / "run", result.stdout

@@ -1,4 +1,7 @@
-"""What a person types wrong: one sentence, a non-zero exit, nothing half-written. And each stage on its own."""
+"""The command line: every stage on its own, and user errors.
+
+A user error prints one message, exits with 2 and leaves no partial output.
+"""
 
 import json
 import subprocess
@@ -16,19 +19,22 @@ from dgmr_tp.encoders.model import DEMO
 from dgmr_tp.pruning import Plan
 
 
-def refused(*arguments, says):
-    """The command says what is wrong and leaves with 2."""
-    done = call_command(*arguments)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said
-    assert says in " ".join(said.split()), said
-    assert "Traceback" not in said
+def refused(*arguments, message):
+    """Assert that the command prints ``message``, without a traceback, and exits with 2."""
+    result = call_command(*arguments)
+    output = result.stdout + result.stderr
+    assert result.returncode == 2, output
+    assert message in " ".join(output.split()), output
+    assert "Traceback" not in output
 
 
 def test_a_mistake_ends_the_process_with_2():
-    done = run_command("prune", "--model", "demo", "--keep", "0", "-o", "nowhere")
+    result = run_command("prune", "--model", "demo", "--keep", "0", "-o", "nowhere")
     assert (
-        done.returncode == 2 and "keep 1 to 512" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+        result.returncode == 2
+        and "keep 1 to 512" in result.stderr
+        and "Traceback" not in result.stderr
+        and not result.stdout
     )
 
 
@@ -43,7 +49,7 @@ def images(tmp_path_factory):
 
 
 def test_prune_writes_a_directory_that_opens(images, tmp_path):
-    done = call_command(
+    result = call_command(
         "prune",
         "--model",
         "demo",
@@ -56,40 +62,40 @@ def test_prune_writes_a_directory_that_opens(images, tmp_path):
         "-o",
         tmp_path / "out",
     )
-    assert done.returncode == 0, done.stderr
-    assert "skipped 1 images that do not decode and 1 files that are not images" in " ".join(done.stdout.split())
-    assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "skipped 1 images that do not decode and 1 files that are not images" in " ".join(result.stdout.split())
+    assert max(map(len, result.stdout.splitlines())) <= 80 + len(str(tmp_path))
     assert {
         block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks
     } == {128}
-    done = call_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
-    assert done.returncode == 0, done.stderr
+    result = call_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
+    assert result.returncode == 0, result.stderr
 
 
 def test_plan_prints_writes_and_can_be_edited_and_applied(tmp_path):
-    done = call_command("plan", "--model", "demo", "--keep-ratio", "0.5", "-o", tmp_path / "plan.json")
-    assert done.returncode == 0 and "transformer.resblocks.5.mlp" in done.stdout and "256" in done.stdout
+    result = call_command("plan", "--model", "demo", "--keep-ratio", "0.5", "-o", tmp_path / "plan.json")
+    assert result.returncode == 0 and "transformer.resblocks.5.mlp" in result.stdout and "256" in result.stdout
     data = json.loads((tmp_path / "plan.json").read_text())
     data["sites"]["transformer.resblocks.2.mlp"]["kept"] = [1, 2, 3]
     (tmp_path / "plan.json").write_text(json.dumps(data))
-    done = call_command("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    result = call_command("prune", "--model", "demo", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     assert Plan.read(tmp_path / "out" / "plan.json").sites["transformer.resblocks.2.mlp"].kept == (1, 2, 3)
 
 
 def test_inspect_and_eval(tmp_path):
-    done = call_command("inspect", "demo")
-    assert done.returncode == 0 and "512" in done.stdout and "GFLOPs" in done.stdout
+    result = call_command("inspect", "demo")
+    assert result.returncode == 0 and "512" in result.stdout and "GFLOPs" in result.stdout
     scenes.write_classification(tmp_path / "classes", 40, seed=30)
-    done = call_command("eval", "demo", "--dataset", "wds/x", "--root", tmp_path / "classes", "-o", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    kept = json.loads((tmp_path / "out" / "demo-wds_x-zeroshot_classification.json").read_text())["metrics"]["acc1"]
-    assert f"{kept:.4f}" in done.stdout and kept > 0.2
+    result = call_command("eval", "demo", "--dataset", "wds/x", "--root", tmp_path / "classes", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    accuracy = json.loads((tmp_path / "out" / "demo-wds_x-zeroshot_classification.json").read_text())["metrics"]["acc1"]
+    assert f"{accuracy:.4f}" in result.stdout and accuracy > 0.2
 
 
 def test_misspelt_recipe_key(tmp_path):
     refused(
-        "run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), says="unknown key prun. Did you mean prune"
+        "run", write_recipe(tmp_path / "r.yaml", prun={"mlp_ratio": 1}), message="unknown key prun. Did you mean prune"
     )
 
 
@@ -102,19 +108,19 @@ def test_unknown_model(tmp_path):
         "x",
         "-o",
         tmp_path / "out",
-        says="Did you mean ViT-g-14",
+        message="Did you mean ViT-g-14",
     )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("keep", ["0", "513"])
 def test_impossible_keep_counts(tmp_path, keep):
-    refused("prune", "--model", "demo", "--keep", keep, "-o", tmp_path / "out", says="keep 1 to 512")
+    refused("prune", "--model", "demo", "--keep", keep, "-o", tmp_path / "out", message="keep 1 to 512")
     assert not (tmp_path / "out").exists()
 
 
 def test_existing_output(tmp_path):
-    refused("prune", "--model", "demo", "-o", tmp_path, says="exists already")
+    refused("prune", "--model", "demo", "-o", tmp_path, message="exists already")
 
 
 def test_image_folder_without_images(tmp_path):
@@ -122,12 +128,12 @@ def test_image_folder_without_images(tmp_path):
     (tmp_path / "empty" / "notes.txt").write_text("hello")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"no picture")
-    for name, says in (
+    for name, message in (
         ("empty", "contains no image (1 other files)"),
         ("broken", "none of the 1 images"),
         ("nowhere", "does not exist"),
     ):
-        refused("prune", "--model", "demo", "--recover", tmp_path / name, "-o", tmp_path / "out", says=says)
+        refused("prune", "--model", "demo", "--recover", tmp_path / name, "-o", tmp_path / "out", message=message)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -136,19 +142,19 @@ def test_truncated_checkpoint(tmp_path):
     for file in DEMO.iterdir():
         data = file.read_bytes()
         (tmp_path / "model" / file.name).write_bytes(data[: len(data) // 2] if file.suffix == ".safetensors" else data)
-    refused("prune", "--model", tmp_path / "model", "-o", tmp_path / "out", says="open_clip_model.safetensors")
+    refused("prune", "--model", tmp_path / "model", "-o", tmp_path / "out", message="open_clip_model.safetensors")
 
 
 def test_memory_of_a_gpu_that_is_too_small(monkeypatch, tmp_path):
-    def none(*_, **__):
+    def raise_out_of_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
 
-    monkeypatch.setattr("dgmr_tp.compression.prune.prune", none)
+    monkeypatch.setattr("dgmr_tp.compression.prune.prune", raise_out_of_memory)
     refused(
         "prune",
         "-o",
         tmp_path / "out",
-        says="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB. Take fewer images",
+        message="out of memory on the GPU: CUDA out of memory. Tried to allocate 9 GiB. Take fewer images",
     )
 
 
@@ -164,7 +170,7 @@ def test_evaluations_that_are_asked_for_by_half(tmp_path):
             *options,
             "-o",
             tmp_path / "out",
-            says="Give --dataset and --root, or --knn-train and --knn-test",
+            message="Give --dataset and --root, or --knn-train and --knn-test",
         )
 
 
@@ -178,7 +184,7 @@ def test_plan_for_another_model(tmp_path):
         tmp_path / "plan.json",
         "-o",
         tmp_path / "out",
-        says="plan.json: this is not a plan",
+        message="plan.json: this is not a plan",
     )
     refused(
         "prune",
@@ -188,7 +194,7 @@ def test_plan_for_another_model(tmp_path):
         tmp_path / "none.json",
         "-o",
         tmp_path / "out",
-        says="cannot read the plan",
+        message="cannot read the plan",
     )
 
 
@@ -216,5 +222,5 @@ def test_plan_for_another_model(tmp_path):
 )
 def test_a_missing_extra_names_the_pip_command(missing, code, extra, tmp_path):
     program = f"import sys; sys.modules[{missing!r}] = None\nimport dgmr_tp\n{code}"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert f"DgmrError: {missing} is not installed. Run: pip install 'dgmr-tp[{extra}]'" in done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert f"DgmrError: {missing} is not installed. Run: pip install 'dgmr-tp[{extra}]'" in result.stderr

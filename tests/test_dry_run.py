@@ -1,4 +1,4 @@
-"""Dry runs of the papers' systems at full size on the meta device. Every figure equals the one in docs/models.md."""
+"""Dry runs of the papers' systems at full size on the meta device. The figures must equal those of docs/models.md."""
 
 import re
 from pathlib import Path
@@ -12,8 +12,8 @@ from dgmr_tp.pipeline.dry_run import dry_run
 from dgmr_tp.pipeline.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-# Recipe, row of docs/models.md, blocks, hidden before and after, the paper's four digits, M parameters that a smaller
-# image saves.
+# Recipe, row of docs/models.md, blocks, hidden width before and after pruning, published M parameters before and after,
+# M parameters that the recipe's smaller image size saves.
 SYSTEMS = [
     ("ViT-g-14", "OpenCLIP ViT-g/14", 40, 6144, 1408, (1012.6, 479.0), 0),
     ("ViT-bigG-14", "OpenCLIP ViT-bigG/14", 48, 8192, 1664, (1844.9, 801.8), 0),
@@ -27,7 +27,7 @@ FAST = "ViT-g-14"
 
 
 def table_row(system):
-    """Blocks, and the parameters and GFLOPs at ratio 1, as docs/models.md prints them."""
+    """Return M parameters and GFLOPs, each dense and at r = 1 and 2, from a row of docs/models.md."""
     [line] = [
         line for line in (ROOT / "docs" / "models.md").read_text().splitlines() if line.startswith(f"| {system} |")
     ]
@@ -51,51 +51,52 @@ def environment(monkeypatch, tmp_path):
 )
 def test_a_recipe_plans_what_the_table_says(environment, system):
     name, row, blocks, hidden, kept, published, saved = system
-    found = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))
-    [size] = found.sizes.values()
-    assert len(found.sites) == blocks and found.sites[0].hidden == hidden
+    result = dry_run(load_recipe(ROOT / "recipes" / f"{name}.yaml"))
+    [size] = result.sizes.values()
+    assert len(result.sites) == blocks and result.sites[0].hidden == hidden
     assert next(iter(size.keep.values())) == kept and len(size.keep) == blocks
     millions, at_one, _, gigaflops, flops_at_one, _ = table_row(row)
-    assert found.parameters / 1e6 + saved == pytest.approx(millions, abs=0.051)
+    assert result.parameters / 1e6 + saved == pytest.approx(millions, abs=0.051)
     assert size.parameters / 1e6 + saved == pytest.approx(at_one, abs=0.051)
-    assert found.flops / 1e9 == pytest.approx(gigaflops, abs=0.051)
+    assert result.flops / 1e9 == pytest.approx(gigaflops, abs=0.051)
     assert size.flops / 1e9 == pytest.approx(flops_at_one, abs=0.051)
     if published:
-        digits = 2e-3 if name == "InternViT-6B" else 2e-4  # published to three digits, the others to four
-        assert (millions, at_one) == pytest.approx(published, rel=digits)
-    # The optimiser: what is trained is decayed or not, and nearly all of the student is trained.
+        # InternViT-6B is published with three digits, the others with four.
+        tolerance = 2e-3 if name == "InternViT-6B" else 2e-4
+        assert (millions, at_one) == pytest.approx(published, rel=tolerance)
+    # The optimizer has a group with weight decay and one without. Together they hold nearly all of the student.
     decayed, plain = size.groups
     assert decayed["weight_decay"] > 0 == plain["weight_decay"]
     assert 0.95 * size.parameters < decayed["parameters"] + plain["parameters"] <= size.parameters
-    # DeepSpeed's own parser takes the configuration.
+    # DeepSpeed's own parser accepts the configuration.
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    assert DeepSpeedConfig(found.deepspeed).zero_optimization_stage == 2
-    assert found.paths[str(environment / "imagenet" / "train")] is False
-    assert all(path.startswith(str(environment)) for path in found.paths)
+    assert DeepSpeedConfig(result.deepspeed).zero_optimization_stage == 2
+    assert result.paths[str(environment / "imagenet" / "train")] is False
+    assert all(path.startswith(str(environment)) for path in result.paths)
 
 
 def test_the_command_says_what_is_there_and_what_is_missing(tmp_path):
     recipe = write_recipe(tmp_path / "small.yaml", images=str(tmp_path / "photos"))
-    done = run_command("run", recipe, "--dry-run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "demo: 6 MLPs of 128 × 512, 1.2 M parameters" in done.stdout
-    assert "mlp_ratio-1: hidden 128" in done.stdout and "deepspeed: " in done.stdout
-    assert f"MISSING: {tmp_path / 'photos'}" in done.stdout
+    completed = run_command("run", recipe, "--dry-run", cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "demo: 6 MLPs of 128 × 512, 1.2 M parameters" in completed.stdout
+    assert "mlp_ratio-1: hidden 128" in completed.stdout and "deepspeed: " in completed.stdout
+    assert f"MISSING: {tmp_path / 'photos'}" in completed.stdout
     assert not (tmp_path / "runs").exists()
 
 
 def test_an_impossible_size_is_refused_before_anything_runs(tmp_path):
-    done = call_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
-    assert done.returncode == 2 and "mlp_ratio = 5" in done.stderr and done.stderr.count("\n") == 1
+    completed = call_command("run", write_recipe(tmp_path / "small.yaml", prune={"mlp_ratio": 5}), "--dry-run")
+    assert completed.returncode == 2 and "mlp_ratio = 5" in completed.stderr and completed.stderr.count("\n") == 1
 
 
 def test_recipes_allocate_nothing(environment):
-    """A tower of 7.5 billion parameters is gone through in the memory of the test."""
+    """A dry run of a tower with 7.5 billion parameters does not allocate its weights."""
     import resource
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.device("cpu"):
-        found = dry_run(load_recipe(ROOT / "recipes" / "EVA-CLIP-8B.yaml"))
-    assert found.parameters > 7e9
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # kilobytes; its weights would be 30 GB
+        result = dry_run(load_recipe(ROOT / "recipes" / "EVA-CLIP-8B.yaml"))
+    assert result.parameters > 7e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2e6  # in KiB. The weights would take 30 GB

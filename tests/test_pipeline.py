@@ -1,4 +1,7 @@
-"""Run directories: what is skipped, what is refused, and that a killed run ends as an unbroken one."""
+"""Run directories: reuse of finished steps, refused requests, and killed runs.
+
+A run that was killed and resumed must give the same result as an uninterrupted one.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,12 @@ from dgmr_tp.utils.files import lock_directory
 
 
 def weights(run: Path, stage: str = "distill"):
+    """Return the tensors of the model that a stage wrote."""
     return load_file(run / stage / "mlp_ratio-1" / "model" / "open_clip_model.safetensors")
 
 
 def same(a, b):
+    """Return True if two dictionaries have the same tensors, bit for bit."""
     return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
@@ -44,7 +49,7 @@ def test_a_run_leaves_every_stage_and_a_table(small_run):
         assert (directory / key / "manifest.json").exists(), key
     assert not list(directory.rglob("*.partial"))
     for model in directory.glob("*/*/model"):
-        assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another place"
+        assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another directory"
     for word in ("original", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html", "a checkpoint is"):
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(directory))
@@ -70,14 +75,14 @@ def test_distillation_trains_the_student_and_only_what_the_features_need(small_r
 
 def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_model_scores(small_run):
     directory, _ = small_run
-    kept = {path.name for path in directory.glob("evaluate/*/*.json")} | {
+    names = {path.name for path in directory.glob("evaluate/*/*.json")} | {
         path.name for path in directory.glob("export/*/onnx-*.json")
     }
     assert {
         f"{label}-wds_{name}.json"
         for label in ("original", "pruned", "recovered", "distilled", "onnx")
         for name in ("scenes", "captions")
-    } <= kept
+    } <= names
     read = lambda path: json.loads((directory / path).read_text())["metrics"]  # noqa: E731
     distilled, onnx = (
         read("evaluate/mlp_ratio-1/distilled-wds_scenes.json"),
@@ -89,9 +94,9 @@ def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_mo
 def test_the_same_again_does_nothing(small_run):
     directory, _ = small_run
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")}
-    said = []
-    Run(recipe(), directory).run(say=said.append)
-    assert len(said) == len(before) and all(line.endswith("done before") for line in said)
+    lines = []
+    Run(recipe(), directory).run(say=lines.append)
+    assert len(lines) == len(before) and all(line.endswith("done before") for line in lines)
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("manifest.json")} == before
 
 
@@ -139,12 +144,12 @@ def test_machines_that_cannot_be_reached_are_said_before_anything_runs(tmp_path,
     monkeypatch.setenv("PATH", str(BIN))  # without pdsh
     hosts = tmp_path / "hosts"
     distill = {**SMALL["distill"], "hostfile": str(hosts)}
-    for content, says in (
+    for content, message in (
         ("one slots=1\ntwo slots=1\n", "by pdsh, which is not installed"),
         ("one\n", "bad entry: one.*It takes lines such as node1 slots=8"),
     ):
         hosts.write_text(content)
-        with pytest.raises(DgmrError, match=rf"distill\.hostfile: .*hosts: .*{says}"):
+        with pytest.raises(DgmrError, match=rf"distill\.hostfile: .*hosts: .*{message}"):
             Run(recipe(distill=distill), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
     hosts.write_text("# this machine\nlocalhost slots=2\n")
@@ -155,14 +160,14 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
     calls = []
     step = Step("prune", "a", dict, (), lambda folder: calls.append(folder) or {"figure": 1})
 
-    def killed(*_):
+    def kill_now(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "rename", killed)
+    monkeypatch.setattr(os, "rename", kill_now)
     with pytest.raises(KeyboardInterrupt):
         RunDirectory(tmp_path).do(step)
     monkeypatch.undo()
-    (tmp_path / "prune" / "a").mkdir()  # whose manifest somebody took away
+    (tmp_path / "prune" / "a").mkdir()  # an output directory that has lost its manifest
     run = RunDirectory(tmp_path)
     run.do(step)
     assert (
@@ -171,7 +176,7 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
         and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
     )
     run.do(Step("prune", "a", lambda: {"other": 1}, (), step.work))
-    assert len(calls) == 2, "another recipe's step is another"
+    assert len(calls) == 2, "a changed recipe section runs the step again"
 
 
 def test_a_directory_that_was_only_locked_is_begun(tmp_path):
@@ -183,11 +188,11 @@ def test_a_directory_that_was_only_locked_is_begun(tmp_path):
 
 
 def test_impossible_sizes_are_refused_before_anything_runs(tmp_path):
-    for prune, says in (
+    for prune, message in (
         ({"mlp_ratio": 100}, r"prune, mlp_ratio-100: mlp_ratio = 100.* keeps 12800 neurons"),
         ({"criterion": "output", "budget": {"params": 0.1}}, r"prune, params-0.1: budget params = 0.1 cannot be met"),
     ):
-        with pytest.raises(DgmrError, match=says):
+        with pytest.raises(DgmrError, match=message):
             Run(recipe(prune=prune), tmp_path / "run").run()
     assert not (tmp_path / "run").exists()
 
@@ -203,10 +208,10 @@ def test_redo_checks_before_it_drops(small_run, tmp_path):
 def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
     directory = tmp_path / "run"
     shutil.copytree(small_run[0], directory)
-    done_before = []
+    lines = []
     changed = recipe(evaluate={"datasets": SMALL["evaluate"]["datasets"][:1]})
-    Run(changed, directory).run(redo="evaluate", until="evaluate", say=done_before.append)
-    assert [line for line in done_before if line.endswith("done before")] == [
+    Run(changed, directory).run(redo="evaluate", until="evaluate", say=lines.append)
+    assert [line for line in lines if line.endswith("done before")] == [
         f"{key}: done before"
         for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1")
     ]
@@ -218,15 +223,23 @@ def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
 def test_a_folder_that_is_no_run_directory_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    done = run_command("run", write_recipe(tmp_path / "r.yaml"), "-o", tmp_path / "mine")
-    assert done.returncode == 2 and "not a run directory" in done.stderr and "Traceback" not in done.stderr
+    result = run_command("run", write_recipe(tmp_path / "r.yaml"), "-o", tmp_path / "mine")
+    assert result.returncode == 2 and "not a run directory" in result.stderr and "Traceback" not in result.stderr
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    done = run_command("report", tmp_path / "mine")
-    assert done.returncode == 2 and "not a run directory" in done.stderr
+    result = run_command("report", tmp_path / "mine")
+    assert result.returncode == 2 and "not a run directory" in result.stderr
 
 
 def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victim=lambda process: process) -> int:
-    """Start a command, kill it (or ``victim(it)``) ``wait`` seconds after ``reached()`` holds, and return its code."""
+    """Start a command, kill it when a condition holds, and return its exit code.
+
+    Args:
+        arguments: the command.
+        reached: returns True when the process is to be killed. It is polled for up to five minutes.
+        log: file for the command's output.
+        wait: seconds between the condition and the kill.
+        victim: maps the started process to the process that is killed.
+    """
     with log.open("w") as stream:
         process = psutil.Popen(arguments, stdout=stream, stderr=stream, start_new_session=True)
         deadline = time.monotonic() + 300
@@ -240,12 +253,12 @@ def kill_when(arguments: list[str], reached, log: Path, wait: float = 0.0, victi
 
 
 def wait_for_the_end_of_workers(directory: Path) -> None:
-    """Processes that the killed one had launched end by themselves, within seconds."""
+    """Wait until the processes that a killed run had launched have ended. They do so on their own, within seconds."""
     deadline = time.monotonic() + 20
     while True:
         if not any(str(directory) in (process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])):
             return
-        assert time.monotonic() < deadline, "a process of the killed run is still at work"
+        assert time.monotonic() < deadline, "a process of the killed run is still running"
         time.sleep(0.2)
 
 
@@ -256,36 +269,36 @@ def wait_for_the_end_of_workers(directory: Path) -> None:
         "scenes/.all.partial/images/test",
         "prune/.mlp_ratio-1.partial/made_from.json",
         "recover/.mlp_ratio-1.partial/made_from.json",
-        "distill/.mlp_ratio-1.partial/lock",  # after its first step: test_distillation.py
+        "distill/.mlp_ratio-1.partial/lock",  # test_distillation.py tests kills after the first step
         "distill/.mlp_ratio-1.partial/figures.json",
         "evaluate/.mlp_ratio-1.partial/pruned-wds_scenes.json",
         "export/.mlp_ratio-1.partial/model.onnx",
     ],
 )
 def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, trace):
-    whole, _ = small_run
+    reference_directory, _ = small_run
     directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
     stage = trace.split("/")[0]
     done_stages = ["scenes", "prune", "recover", "distill", "evaluate", "export"]
-    if stage != "scenes":  # everything before the stage stands already
-        begun(whole, directory, done_stages[: done_stages.index(stage)])
+    if stage != "scenes":  # the stages before this one are finished already
+        begun(reference_directory, directory, done_stages[: done_stages.index(stage)])
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / stage / trace.split("/")[1].removeprefix(".").removesuffix(".partial")).exists()
     wait_for_the_end_of_workers(directory)
-    # What a training starts from is compared bit by bit, so that it need not be repeated after every kill.
+    # Kills before the distillation compare its starting weights bit for bit, so the training need not run again.
     last = "recover" if stage in ("scenes", "prune") else stage
-    done = run_command("run", path, "-o", directory, "--until", last)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    if trace.endswith("figures.json"):  # trained to the end, only not put away
-        assert "goes on" not in done.stdout
+    result = run_command("run", path, "-o", directory, "--until", last)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    if trace.endswith("figures.json"):  # the training was complete, but its directory was not yet in place
+        assert "goes on" not in result.stdout
     models = [name for name in ("prune", "recover", "distill") if done_stages.index(name) <= done_stages.index(last)]
     for name in models:
-        assert same(weights(directory, name), weights(whole, name)), name
+        assert same(weights(directory, name), weights(reference_directory, name)), name
     assert not same(weights(directory, models[-1]), weights(directory, models[-2]))
     if stage in ("evaluate", "export"):
         ours, reference = (
             json.loads((root / stage / "mlp_ratio-1/manifest.json").read_text())["figures"]
-            for root in (directory, whole)
+            for root in (directory, reference_directory)
         )
         assert ours == reference if stage == "evaluate" else ours["metrics"] == reference["metrics"]
 
@@ -300,8 +313,8 @@ def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
-    said = (tmp_path / "log").read_text()
-    assert "preempted. Run again to resume" in said and "Traceback" not in said
+    output = (tmp_path / "log").read_text()
+    assert "preempted. Run again to resume" in output and "Traceback" not in output
     assert not (directory / "evaluate" / "original").exists()
 
 
@@ -309,9 +322,9 @@ def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
 def test_sizes_that_share_the_originals_features_end_where_each_alone_does(small_run, tmp_path):
     changes = {"prune": {"mlp_ratio": [0.5, 1]}, "distill": {**SMALL["distill"], "keep_features": True}}
     path, directory = write_recipe(tmp_path / "small.yaml", **changes), tmp_path / "run"
-    done = run_command("run", path, "-o", directory, "--until", "distill")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    files = re.findall(r"the original's features are kept in (\S+),", done.stdout)
+    result = run_command("run", path, "-o", directory, "--until", "distill")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    files = re.findall(r"the original's features are kept in (\S+),", result.stdout)
     assert len(files) == 2 and files[0] == files[1] and not list(directory.glob("distill/.features-*"))
     assert same(weights(directory), weights(small_run[0]))
 
@@ -319,15 +332,15 @@ def test_sizes_that_share_the_originals_features_end_where_each_alone_does(small
 @pytest.mark.slow
 def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
     directory, path = tmp_path / "run", write_recipe(tmp_path / "small.yaml")
-    done = run_command("run", path, "-o", directory, "--until", "recover")
-    assert done.returncode == 0 and not (directory / "distill").exists()
+    result = run_command("run", path, "-o", directory, "--until", "recover")
+    assert result.returncode == 0 and not (directory / "distill").exists()
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
     }
-    by_hand = [
+    arguments = [
         "deepspeed",
         "--num_accelerators",
         "2",
@@ -337,8 +350,8 @@ def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
         "distill",
         str(directory),
     ]
-    launched = subprocess.run(by_hand, env=environment, capture_output=True, text=True, timeout=600)
-    assert launched.returncode == 0, launched.stdout[-3000:] + launched.stderr[-3000:]
-    done = run_command("run", path, "-o", directory, "--until", "distill")
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=600)
+    assert launch.returncode == 0, launch.stdout[-3000:] + launch.stderr[-3000:]
+    result = run_command("run", path, "-o", directory, "--until", "distill")
+    assert result.returncode == 0, result.stdout + result.stderr
     assert same(weights(directory), weights(small_run[0]))

@@ -1,4 +1,4 @@
-"""The smallest size that keeps a promise: judged again here on the images that were held out."""
+"""The smallest size that meets a quality target. The tests measure the target again on the held-out images."""
 
 import tarfile
 
@@ -22,7 +22,7 @@ from dgmr_tp.pruning.cost import parameters
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("promise") / "model"
+    directory = tmp_path_factory.mktemp("quality_target") / "model"
     FAMILIES["open_clip"](directory)
     opened = open_model(str(directory))
     opened.module.eval()
@@ -31,61 +31,64 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("promise") / "scenes"
+    directory = tmp_path_factory.mktemp("quality_target") / "scenes"
     scenes.write_classification(directory, 240, seed=11)
     return directory
 
 
 def held_out(images, model, count):
+    """Return the calibration images, the ``count`` held-out images, and the labels of both."""
     pictures, labels = Images.find(images).sample_labeled(160 + count, 0, model.preprocess)
     return pictures[:-count], pictures[-count:], labels
 
 
 def test_min_cosine_holds_on_images_that_were_not_used_and_the_next_smaller_size_breaks_it(model, images):
-    found = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80)
-    _, judged, _ = held_out(images, model, 80)
+    result = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80)
+    _, held_out_images, _ = held_out(images, model, 80)
     with torch.no_grad():
-        cosine = F.cosine_similarity(found.pruned.model.tower(judged), model.tower(judged)).double()
-    size = parameters(found.pruned.model.tower)
-    [last] = [trial for trial in found.trials if trial.parameters == size]
+        cosine = F.cosine_similarity(result.pruned.model.tower(held_out_images), model.tower(held_out_images)).double()
+    size = parameters(result.pruned.model.tower)
+    [last] = [trial for trial in result.trials if trial.parameters == size]
     assert last.met and last.value == pytest.approx(float(cosine.mean()), abs=1e-7)
     assert 0.9999 <= last.bound < last.value
     low = cosine[torch.randint(80, (4000, 80), generator=torch.Generator().manual_seed(1))].mean(1).quantile(0.025)
     assert last.bound == pytest.approx(float(low), abs=1e-5)
     total = parameters(model.tower)
-    broken = [trial.parameters for trial in found.trials if not trial.met]
-    assert size < 0.6 * total and 0 < size - max(broken) < total / 50
-    assert all((trial.bound >= 0.9999) == trial.met for trial in found.trials)
-    looser = prune_to_target(model, images, min_cosine=0.999, num_calibration_images=160, held_out=80)
-    assert parameters(looser.pruned.model.tower) < size
+    missed_sizes = [trial.parameters for trial in result.trials if not trial.met]
+    assert size < 0.6 * total and 0 < size - max(missed_sizes) < total / 50
+    assert all((trial.bound >= 0.9999) == trial.met for trial in result.trials)
+    looser_result = prune_to_target(model, images, min_cosine=0.999, num_calibration_images=160, held_out=80)
+    assert parameters(looser_result.pruned.model.tower) < size
 
 
 def test_max_drop_is_about_a_k_nn_classifier(model, images):
-    found = prune_to_target(model, images, max_drop=0.05, num_calibration_images=160, held_out=80)
-    bank, judged, labels = held_out(images, model, 80)
+    result = prune_to_target(model, images, max_drop=0.05, num_calibration_images=160, held_out=80)
+    bank, held_out_images, labels = held_out(images, model, 80)
 
-    def right(tower):
+    def correct_answers(tower):
         with torch.no_grad():
-            known, new = (F.normalize(tower(part), dim=-1).double().numpy() for part in (bank, judged))
+            bank_embeddings, test_embeddings = (
+                F.normalize(tower(part), dim=-1).double().numpy() for part in (bank, held_out_images)
+            )
         correct = []
-        for embedding, answer in zip(new, labels[160:], strict=True):
-            nearest = np.argsort(-(known @ embedding))[:20]
+        for embedding, label in zip(test_embeddings, labels[160:], strict=True):
+            nearest = np.argsort(-(bank_embeddings @ embedding))[:20]
             votes = {}
             for index in nearest:
-                votes[labels[index]] = votes.get(labels[index], 0) + np.exp(known[index] @ embedding / 0.07)
-            correct.append(max(votes, key=votes.get) == answer)
+                votes[labels[index]] = votes.get(labels[index], 0) + np.exp(bank_embeddings[index] @ embedding / 0.07)
+            correct.append(max(votes, key=votes.get) == label)
         return np.array(correct)
 
-    size = parameters(found.pruned.model.tower)
-    [last] = [trial for trial in found.trials if trial.parameters == size]
-    drop = right(model.tower).mean() - right(found.pruned.model.tower).mean()
+    size = parameters(result.pruned.model.tower)
+    [last] = [trial for trial in result.trials if trial.parameters == size]
+    drop = correct_answers(model.tower).mean() - correct_answers(result.pruned.model.tower).mean()
     assert last.value == pytest.approx(drop, abs=0.013) and last.bound <= 0.05 and last.bound >= last.value
 
 
 def test_rankings_and_multiples_are_used(model, images):
     pictures = list(held_out(images, model, 80)[0].split(64))
-    fresh = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80, round_to=8)
-    stored = prune_to_target(
+    ranked_here = prune_to_target(model, images, min_cosine=0.9999, num_calibration_images=160, held_out=80, round_to=8)
+    with_rankings = prune_to_target(
         model,
         images,
         min_cosine=0.9999,
@@ -94,14 +97,16 @@ def test_rankings_and_multiples_are_used(model, images):
         round_to=8,
         rankings=rank(model, "output", pictures),
     )
-    assert fresh.pruned.plan == stored.pruned.plan
-    assert all(len(site.kept) % 8 == 0 or len(site.kept) == site.hidden for site in fresh.pruned.plan.sites.values())
+    assert ranked_here.pruned.plan == with_rankings.pruned.plan
+    assert all(
+        len(site.kept) % 8 == 0 or len(site.kept) == site.hidden for site in ranked_here.pruned.plan.sites.values()
+    )
 
 
 def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
     for index in range(70):
         Image.fromarray(scenes.Scene.draw(1, index).image()).save(tmp_path / f"{index}.png")
-    for options, says in (
+    for options, message in (
         ({}, "there is no quality target. Give either min_cosine or max_drop"),
         ({"min_cosine": 0.9, "max_drop": 0.1}, "got min_cosine, max_drop. Keep one"),
         ({"min_cosine": 1.5}, "min_cosine = 1.5 is out of range. It must be between 0 and 1"),
@@ -109,11 +114,10 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
         ({"min_cosine": 0.9, "held_out": 1}, "held_out = 1 is too small. Hold out at least 50 images"),
         ({"max_drop": 0.1, "held_out": 50}, "not every image in .* has a class"),
     ):
-        with pytest.raises(DgmrError, match=says):
+        with pytest.raises(DgmrError, match=message):
             prune_to_target(model, tmp_path, **options)
-    monkeypatch.setattr(
-        "dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1
-    )  # or else a size so near the whole tower is found that it keeps anything
+    # With more steps, the search would find a size so close to the dense tower that it meets any target.
+    monkeypatch.setattr("dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1)
     with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not met even at .* parameters"):
         prune_to_target(model, images, min_cosine=0.99999, num_calibration_images=160, held_out=80)
 
@@ -177,29 +181,29 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
 def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_path):
     (tmp_path / "one").mkdir()
     Image.fromarray(scenes.Scene.draw(1, 0).image()).save(tmp_path / "one" / "0.png")
-    promise = {"criterion": "output", "max_drop": 0.01}
-    for source, held_out, says in (
+    quality_target = {"criterion": "output", "max_drop": 0.01}
+    for source, held_out, message in (
         (images, 200, r"holds 240, but recover.images and prune.held_out together are 260"),
         (tmp_path / "one", 0, "not every image in .* has a class"),
     ):
         if not held_out:
             for index in range(1, 120):
                 (tmp_path / "one" / f"{index}.png").write_bytes((tmp_path / "one" / "0.png").read_bytes())
-        asked = recipe(
+        unjudgeable = recipe(
             images=str(source),
-            prune={**promise, "held_out": held_out or 50},
+            prune={**quality_target, "held_out": held_out or 50},
             distill=None,
             scenes=None,
             evaluate=None,
             compare=None,
         )
-        with pytest.raises(DgmrError, match=says):
-            Run(asked, tmp_path / "run").run()
+        with pytest.raises(DgmrError, match=message):
+            Run(unjudgeable, tmp_path / "run").run()
         assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("prune", "recover", "says"),
+    ("prune", "recover", "message"),
     [
         ({"min_cosine": 0.98}, {}, "set criterion: output"),
         ({"criterion": "output", "min_cosine": 1.5}, {}, "min_cosine must be below 1, got 1.5"),
@@ -208,14 +212,14 @@ def test_a_recipe_that_cannot_be_judged_stops_before_anything_runs(images, tmp_p
         ({"mlp_ratio": 1, "held_out": 60}, {}, "held_out belongs to min_cosine or max_drop"),
     ],
 )
-def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover, says):
-    with pytest.raises(DgmrError, match=says):
+def test_a_recipe_that_promises_what_nobody_can_judge_is_refused(prune, recover, message):
+    with pytest.raises(DgmrError, match=message):
         recipe(prune=prune, recover=recover, distill=None)
 
 
 @pytest.mark.slow
 def test_the_command(tmp_path, images):
-    done = call_command(
+    result = call_command(
         "prune",
         "--min-cosine",
         "0.98",
@@ -228,11 +232,11 @@ def test_the_command(tmp_path, images):
         "-o",
         tmp_path / "out",
     )
-    assert done.returncode == 0 and "mean cosine" in done.stdout and "missed" in done.stdout, done.stderr
+    assert result.returncode == 0 and "mean cosine" in result.stdout and "missed" in result.stdout, result.stderr
     assert parameters(open_model(str(tmp_path / "out")).tower) < 1_200_000
-    for command, says in (
+    for command, message in (
         (("--max-drop", "1%", "-o", tmp_path / "a"), "Give --recover IMAGES"),
         (("--max-drop", "little", "--recover", images, "-o", tmp_path / "a"), "Write it as 1% or 0.01"),
     ):
-        refused = call_command("prune", *command)
-        assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
+        result = call_command("prune", *command)
+        assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The quickstart does what the README promises of it."""
+"""The quickstart recipe: the accuracies that the README states."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory):
     directory = tmp_path_factory.mktemp("quickstart") / "run"
-    done = run_command("run", ROOT / "recipes" / "quickstart.yaml", "-o", directory)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = run_command("run", ROOT / "recipes" / "quickstart.yaml", "-o", directory)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return directory
 
 
 def top1(directory, size, label):
-    part = "export" if label == "onnx" else "evaluate"
-    return json.loads((directory / part / size / f"{label}-wds_scenes.json").read_text())["metrics"]["acc1"]
+    """Return the top-1 accuracy that a run measured."""
+    stage_folder = "export" if label == "onnx" else "evaluate"
+    return json.loads((directory / stage_folder / size / f"{label}-wds_scenes.json").read_text())["metrics"]["acc1"]
 
 
 def test_the_teacher_is_good(quickstart):
@@ -51,8 +52,8 @@ def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstar
 
 def test_random_selection_loses_twenty_points(tmp_path):
     scenes.write_classification(tmp_path / "classes", 500, seed=77)
-    original = open_model("demo")
-    models = {"original": original, "random": prune(original, criterion="random", mlp_ratio=1, seed=0).model}
+    dense = open_model("demo")
+    models = {"original": dense, "random": prune(dense, criterion="random", mlp_ratio=1, seed=0).model}
     scores = {}
     for name, model in models.items():
         options = {"dataset": "wds/x", "root": tmp_path / "classes", "output": tmp_path / f"{name}.json", "name": name}

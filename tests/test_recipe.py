@@ -1,4 +1,7 @@
-"""Recipes: validation errors name the line and the nearest valid key; base, --set and names resolve to one recipe."""
+"""Recipes: validation errors, and how ``base``, ``--set`` and names of shipped recipes resolve to one recipe.
+
+A validation error names the line and the nearest valid key.
+"""
 
 import json
 import re
@@ -47,7 +50,7 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ("mlp_ratio", "mlp_ratoi", r"line 5: unknown key prune\.mlp_ratoi\. Did you mean mlp_ratio"),
         ("images:", "image:", r"line 3: unknown key image\. Did you mean images"),
@@ -96,8 +99,8 @@ def test_budgets_are_sizes_with_their_limits_in_the_name(tmp_path):
         ("model: demo", "model: {source: [", r"line \d+: this is not YAML"),
     ],
 )
-def test_mistakes_are_named(tmp_path, old, new, says):
-    with pytest.raises(DgmrError, match=says):
+def test_mistakes_are_named(tmp_path, old, new, message):
+    with pytest.raises(DgmrError, match=message):
         load_recipe(write(tmp_path, GOOD.replace(old, new)))
 
 
@@ -128,7 +131,7 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
         "base: base.yaml\nprune: {mlp_ratio: null, keep: 8}\nrecover: {images: 32, damping: null}\nevaluate: null\n"
     )
     recipe = load_recipe(child)
-    assert recipe.name == "child" and recipe.images == "IMAGES"  # a name of its own, the rest inherited
+    assert recipe.name == "child" and recipe.images == "IMAGES"  # the name is not inherited
     assert recipe.prune.sizes == {"keep-8": {"keep": 8}} and recipe.evaluate is None
     assert recipe.recover.images == 32 and recipe.recover.damping == 1e-3  # null restores the default
     assert load_recipe(tmp_path / "base.yaml").recover.images == 64
@@ -152,14 +155,14 @@ def test_keys_are_set_on_the_command_line(tmp_path):
     recipe = load_recipe(path, ["prune.mlp_ratio=[2, 0.5]", "recover.images=64", "evaluate=null", "seed=3"])
     assert list(recipe.prune.sizes) == ["mlp_ratio-2", "mlp_ratio-0.5"] and recipe.recover.images == 64
     assert recipe.evaluate is None and recipe.seed == 3
-    for override, says in (
+    for override, message in (
         ("prune.mlp_ratoi=1", r"--set prune\.mlp_ratoi: unknown key prune\.mlp_ratoi\. Did you mean mlp_ratio"),
         ("prune.mlp_ratio=0", r"mlp_ratio must be above 0, got 0"),
         ("recover.images=3", r"--set recover\.images: recover\.images: .*10, got 3"),
         ("seed", r"--set seed: write it as key=value"),
         ("seed=[", r"--set seed=\[: the value is not YAML"),
     ):
-        with pytest.raises(DgmrError, match=says):
+        with pytest.raises(DgmrError, match=message):
             load_recipe(path, [override])
 
 
@@ -179,15 +182,15 @@ def test_shipped_recipes_are_valid(path, monkeypatch):
 
 
 EPOCH = 1_281_167
-"""Images of ImageNet-1K, on which all of the papers' encoders were distilled."""
+"""Number of training images in ImageNet-1K, on which the papers distill all encoders."""
 TABLES = {
-    # DGMR's released configurations: base and final learning rate, batch, epochs, warm-up, decay, average,
-    # smallest crop, ratio
+    # DGMR's released configurations: base and final learning rate, batch size, epochs, warm-up epochs, weight decay
+    # (first and last), moving average, minimum crop, MLP ratio.
     "ViT-g-14": (1e-4, 1e-6, 8 * 40, 10, 1, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus": (6e-5, 1e-6, 8 * 40, 10, 2, (0.04, 0.2), None, 0.2, 1),
     "EVA02-E-14-plus-r2": (6e-5, 1e-6, 8 * 16, 20, 2, (0.04, 0.2), None, 0.2, 2),
     "DINOv2-g": (7.5e-6, 1e-7, 8 * 64, 10, 1, (0.04, 0.2), 0.997, 0.05, 1),
-    # AMP's table 8; at the end threshold, 1 / temperature and candidates
+    # AMP's table 8, in the same order. The last entry is the threshold, 1 / temperature and the number of candidates.
     "ViT-g-14-amp": (5e-5, 1e-7, 512, 10, 1, (0.0, None), None, 0.2, (0.01, 15, 1024)),
     "ViT-bigG-14-amp": (2e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-4, 15, 1024)),
     "EVA02-E-14-plus-amp": (1e-5, 1e-6, 512, 10, 1, (0.0, None), None, 0.2, (2e-3, 20, 512)),
@@ -200,27 +203,31 @@ TABLES = {
 def test_recipes_have_the_papers_hyper_parameters(name, monkeypatch):
     monkeypatch.setenv("IMAGENET_DIR", "/somewhere")
     monkeypatch.setenv("EVA_CLIP_8B", "/somewhere")
-    found, (base, least, batch, epochs, warm_up, decay, ema, crop, size) = (
+    loaded, (base_lr, final_lr, batch, epochs, warmup_epochs, weight_decay, ema, min_crop, size) = (
         load_recipe(SHIPPED[0].parent / f"{name}.yaml"),
         TABLES[name],
     )
-    given = found.distill
-    assert (given.base_lr, given.min_lr, given.batch_size) == (base, least, batch)
-    assert given.steps == pytest.approx(epochs * EPOCH / batch, rel=1e-3)
-    assert given.warmup_steps == pytest.approx(warm_up * EPOCH / batch, rel=1e-3)
-    assert ((given.weight_decay, given.final_weight_decay), given.ema, given.min_crop) == (decay, ema, crop)
-    assert given.bf16 and given.flip and (given.loss.class_token, given.loss.patches) == (1, 1)
+    distill = loaded.distill
+    assert (distill.base_lr, distill.min_lr, distill.batch_size) == (base_lr, final_lr, batch)
+    assert distill.steps == pytest.approx(epochs * EPOCH / batch, rel=1e-3)
+    assert distill.warmup_steps == pytest.approx(warmup_epochs * EPOCH / batch, rel=1e-3)
+    assert ((distill.weight_decay, distill.final_weight_decay), distill.ema, distill.min_crop) == (
+        weight_decay,
+        ema,
+        min_crop,
+    )
+    assert distill.bf16 and distill.flip and (distill.loss.class_token, distill.loss.patches) == (1, 1)
     if isinstance(size, tuple):
-        search = found.prune.search
-        assert (found.prune.threshold, search.candidates) == (size[0], size[2])
+        search = loaded.prune.search
+        assert (loaded.prune.threshold, search.candidates) == (size[0], size[2])
         assert search.temperature == pytest.approx(1 / size[1], rel=1e-4) and not search.two_sided
     else:
-        assert (found.prune.criterion, found.prune.mlp_ratio) == ("dgmr", size)
-    assert given.augment == ("dinov2" if name.startswith("DINO") else "clip")
+        assert (loaded.prune.criterion, loaded.prune.mlp_ratio) == ("dgmr", size)
+    assert distill.augment == ("dinov2" if name.startswith("DINO") else "clip")
 
 
 def test_a_recipe_reads_back_what_it_writes(tmp_path):
-    """A run directory keeps its recipe with every default written out."""
+    """A run directory stores its recipe with every default written out."""
     for amount in (
         "mlp_ratio: 1",
         "criterion: amp\n  threshold: 0.1\n  search: {candidates: 9}",

@@ -1,4 +1,4 @@
-"""The report as a person sees it: in a browser, without network."""
+"""The report of a run: its page in a browser without network, and its table in a terminal."""
 
 import io
 import os
@@ -18,12 +18,13 @@ CHROMIUM = next(
 
 needs_a_browser = pytest.mark.skipif(
     CHROMIUM is None and "CI" not in os.environ,
-    reason="the report is looked at in Chromium: install it (apt-get install chromium)",
+    reason="the report is tested in Chromium. Install it (apt-get install chromium).",
 )
 
 
 def browse(path, *options):
-    assert CHROMIUM, "no Chromium"
+    """Open a file in headless Chromium and return the finished process."""
+    assert CHROMIUM, "Chromium is not installed"
     flags = [
         "--headless",
         "--no-sandbox",
@@ -39,8 +40,8 @@ def browse(path, *options):
 def test_the_report_shows_its_figures_in_a_browser(small_run):
     directory, printed = small_run
     page = directory / "report.html"
-    shown = browse(page, "--dump-dom").stdout
-    text = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", shown, flags=re.S))
+    dom = browse(page, "--dump-dom").stdout
+    text = re.sub(r"\s+", " ", re.sub(r"<style.*?</style>|<[^>]+>", " ", dom, flags=re.S))
     for heading in (
         "Neurons kept",
         "Distillation",
@@ -52,7 +53,7 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
         "captions image→text R@5",
     ):
         assert heading in text, heading
-    assert "<polyline" in shown and shown.count("data:image/jpeg;base64") == 8
+    assert "<polyline" in dom and dom.count("data:image/jpeg;base64") == 8
     table = re.search(r"^original +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
     assert f"{table[1]} M" in text and table[3] in text
     assert not re.search(r"https?://(?!www\.w3\.org)", page.read_text()), "the report must work without network"
@@ -61,26 +62,26 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
 @needs_a_browser
 @pytest.mark.parametrize("width", [390, 1200])
 def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
-    """A script in a copy of the page measures it: the body does not scroll sideways on a phone."""
+    """The page does not scroll sideways on a phone. A script in a copy of the page measures its width."""
     probe = "<script>onload=()=>{document.title=document.documentElement.scrollWidth+' '+innerWidth}</script>"
     page = tmp_path / "probe.html"
     page.write_text((small_run[0] / "report.html").read_text().replace("</head>", f"{probe}</head>"))
-    done = browse(page, "--dump-dom", f"--window-size={width},900")
-    scroll, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", done.stdout).groups())
+    result = browse(page, "--dump-dom", f"--window-size={width},900")
+    scroll, window = map(int, re.search(r"<title>(\d+) (\d+)</title>", result.stdout).groups())
     assert scroll <= window
-    assert "Uncaught" not in done.stderr
+    assert "Uncaught" not in result.stderr
 
 
 def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
-    distilled = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
-    distilled |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
+    distill_figures = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
+    distill_figures |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
     details = {
         "loss_class_token": [[1, 1.0], [3, 0.1]],
         "loss_patches": [[1, 1.0]],
         "gradient_norm": [[1, 0.1], [3, 1.0]],
     }
-    distilled |= {"details": details}
-    figures = {"prune/a": {}, "distill/a": distilled, "tune_text/a": {"losses": [[1, 2.0]]}}
+    distill_figures |= {"details": details}
+    figures = {"prune/a": {}, "distill/a": distill_figures, "tune_text/a": {"losses": [[1, 2.0]]}}
     figures["evaluate/original"] = {"original": {"k-NN": {"knn@20": 0.5, "images_left_out": 3}}}
     data = collect(tmp_path, "run", figures, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
@@ -91,26 +92,26 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on held-out images; the original: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
-    assert "loss, patches" not in text and "images per second" not in text, "a point alone is no curve"
+    assert "loss, patches" not in text and "images per second" not in text, "a single point is not a curve"
     assert "1 images did not decode in training and were replaced by others, the first: &lt;a&gt;.png." in text
     assert "k-NN: 3 images do not decode and are left out." in text
 
 
 def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
     names = ["imagenet1k", "imagenet-a", "imagenet-r", "imagenetv2", "imagenet_sketch", "objectnet", "mscoco_captions"]
-    measured = {name: {"acc1": 0.101 + i / 10} for i, name in enumerate(names)}
-    cut = {
+    accuracies = {name: {"acc1": 0.101 + i / 10} for i, name in enumerate(names)}
+    prune_figures = {
         "original": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9},
         "pruned": {"parameters": 1237 * 10**6, "flops": 654 * 10**9},
     }
     figures = {
-        "evaluate/original": {"original": measured},
-        "evaluate/mlp_ratio-1": {"recovered": measured},
-        "prune/mlp_ratio-1": cut,
+        "evaluate/original": {"original": accuracies},
+        "evaluate/mlp_ratio-1": {"recovered": accuracies},
+        "prune/mlp_ratio-1": prune_figures,
     }
-    written = io.StringIO()
-    print_table(collect(tmp_path, "run", figures), Console(file=written, width=80))
-    text = written.getvalue()
+    stream = io.StringIO()
+    print_table(collect(tmp_path, "run", figures), Console(file=stream, width=80))
+    text = stream.getvalue()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
     for i, name in enumerate(names):
         assert name in text and text.count(f"{10.1 + 10 * i:.1f}") == 2
@@ -118,13 +119,15 @@ def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):
-    cut = {
+    prune_figures = {
         "original": {"parameters": 10, "flops": 20},
         "pruned": {"parameters": 5, "flops": 10},
         "sites": [{"site": "blocks.0.mlp", "width": 2, "hidden": 8, "kept": 2}],
     }
     data = collect(
-        tmp_path, "<begun>", {"prune/mlp_ratio-1": cut, "recover/mlp_ratio-1": None, "evaluate/original": None}
+        tmp_path,
+        "<begun>",
+        {"prune/mlp_ratio-1": prune_figures, "recover/mlp_ratio-1": None, "evaluate/original": None},
     )
     text = write_html(data, tmp_path / "report.html").read_text()
     assert "−50.0 %" in text and "blocks.0.mlp" in text and "&lt;begun&gt;" in text

@@ -1,4 +1,4 @@
-"""Pruning from file to file gives what pruning in memory gives, and survives being killed."""
+"""Streaming pruning, from file to file: same result as in memory, and a killed run resumes."""
 
 import json
 import signal
@@ -72,7 +72,7 @@ def test_bf16_shards_stream(tmp_path, criterion):
     opened = load_pruned(tmp_path / "out")
     expected, expected_plan, _ = prune(str(source), criterion=criterion, keep=24)
     assert plan == expected_plan
-    assert prune(str(source), plan=plan).plan == plan  # the plan fits the checkpoint that is opened in memory
+    assert prune(str(source), plan=plan).plan == plan  # the plan also applies to the checkpoint in memory
     state = opened.module.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in expected.module.state_dict().items())
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
@@ -81,11 +81,11 @@ def test_bf16_shards_stream(tmp_path, criterion):
 
 def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
     FAMILIES["open_clip"](tmp_path / "source")
-    first = make_plan(open_model(str(tmp_path / "source")), keep=40)
-    decided = []
+    uninterrupted_plan = make_plan(open_model(str(tmp_path / "source")), keep=40)
+    progress = []
 
     def stop(title, done, total):
-        decided.append((title, done))
+        progress.append((title, done))
         if (title, done) == ("select", 1):
             raise KeyboardInterrupt
 
@@ -93,18 +93,20 @@ def test_a_killed_run_leaves_no_directory_and_goes_on(tmp_path):
         prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
     assert not (tmp_path / "out").exists()
     journal = tmp_path / ".out.partial" / JOURNAL
-    left = json.loads(journal.read_text())
-    name = next(iter(first.sites))
-    taken_over = json.loads(left["plan"])
-    assert list(taken_over["sites"]) == [name]
-    # A decision that only the journal can have made, to see that it is taken over and not made again.
-    taken_over["sites"][name]["kept"] = list(range(40))
-    journal.write_text(json.dumps({**left, "plan": json.dumps(taken_over)}))
+    journal_data = json.loads(journal.read_text())
+    name = next(iter(uninterrupted_plan.sites))
+    journal_plan = json.loads(journal_data["plan"])
+    assert list(journal_plan["sites"]) == [name]
+    # Write a choice into the journal that the criterion would not make. If it is in the result, the run has resumed.
+    journal_plan["sites"][name]["kept"] = list(range(40))
+    journal.write_text(json.dumps({**journal_data, "plan": json.dumps(journal_plan)}))
     (tmp_path / ".out.partial" / "left_over").mkdir()
     plan = prune_streaming(str(tmp_path / "source"), tmp_path / "out", keep=40)
     assert not (tmp_path / "out" / "left_over").exists() and not (tmp_path / "out" / JOURNAL).exists()
-    assert plan.sites[name].kept == tuple(range(40)) != first.sites[name].kept
-    assert {n: s for n, s in plan.sites.items() if n != name} == {n: s for n, s in first.sites.items() if n != name}
+    assert plan.sites[name].kept == tuple(range(40)) != uninterrupted_plan.sites[name].kept
+    assert {n: s for n, s in plan.sites.items() if n != name} == {
+        n: s for n, s in uninterrupted_plan.sites.items() if n != name
+    }
 
 
 def test_a_journal_of_another_request_is_not_taken_over(tmp_path):
@@ -130,8 +132,10 @@ def test_killed_from_outside_it_goes_on(tmp_path):
     process.wait()
     assert not (tmp_path / "out").exists()
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
-    got, (expected, _, _) = load_pruned(tmp_path / "out"), prune(str(tmp_path / "source"), keep=40)
-    assert all(torch.equal(a, b) for a, b in zip(got.module.parameters(), expected.module.parameters(), strict=True))
+    resumed, (expected, _, _) = load_pruned(tmp_path / "out"), prune(str(tmp_path / "source"), keep=40)
+    assert all(
+        torch.equal(a, b) for a, b in zip(resumed.module.parameters(), expected.module.parameters(), strict=True)
+    )
 
 
 def test_random_weights_stream_too(tmp_path):
