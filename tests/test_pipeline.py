@@ -290,7 +290,7 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     result = run_command("run", path, "-o", directory, "--until", last)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     if trace.endswith("figures.json"):  # the training was complete, but its directory was not yet in place
-        assert "goes on" not in result.stdout
+        assert "resumes at step" not in result.stdout
     models = [name for name in ("prune", "recover", "distill") if done_stages.index(name) <= done_stages.index(last)]
     for name in models:
         assert same(weights(directory, name), weights(reference_directory, name)), name
@@ -324,7 +324,7 @@ def test_sizes_that_share_the_originals_features_end_where_each_alone_does(small
     path, directory = write_recipe(tmp_path / "small.yaml", **changes), tmp_path / "run"
     result = run_command("run", path, "-o", directory, "--until", "distill")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    files = re.findall(r"the original's features are kept in (\S+),", result.stdout)
+    files = re.findall(r"the teacher's features are cached in (\S+),", result.stdout)
     assert len(files) == 2 and files[0] == files[1] and not list(directory.glob("distill/.features-*"))
     assert same(weights(directory), weights(small_run[0]))
 
