@@ -150,7 +150,7 @@ def call_command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(arguments, exit_info.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def begun(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
+def copy_finished_stages(run: Path, directory: Path, stages: Iterable[str] = BEFORE_DISTILLATION) -> Path:
     """Copy the recipe and the finished ``stages`` of the run directory ``run`` to ``directory``, and return it."""
     directory.mkdir()
     shutil.copy(run / "recipe.json", directory)

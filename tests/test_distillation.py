@@ -25,7 +25,18 @@ import psutil
 import pytest
 import timm
 import torch
-from conftest import BIN, SMALL, begun, command, pictures, recipe, redraw, run_command, timm_tower, write_recipe
+from conftest import (
+    BIN,
+    SMALL,
+    command,
+    copy_finished_stages,
+    pictures,
+    recipe,
+    redraw,
+    run_command,
+    timm_tower,
+    write_recipe,
+)
 from distill_worker import SECTION
 from families import FAMILIES
 from hypothesis import given
@@ -811,7 +822,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
         distill={**SMALL["distill"], "steps": 300, "checkpoint_every": 7, "held_out": 12, "evaluate_every": 5},
     )
     for name in ("whole", "killed"):
-        begun(small_run[0], tmp_path / name)
+        copy_finished_stages(small_run[0], tmp_path / name)
     done = run_command("run", path, "-o", tmp_path / "whole", "--until", "distill")
     assert done.returncode == 0, done.stdout + done.stderr
     directory, chance = tmp_path / "killed", random.Random(0)
@@ -838,7 +849,7 @@ def test_a_run_killed_ten_times_at_random_ends_as_an_unbroken_one(small_run, tmp
 @pytest.mark.slow
 def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(small_run, tmp_path):
     whole, _ = small_run
-    directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml")
+    directory, path = copy_finished_stages(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml")
     resume = command("run", path, "-o", directory, "--until", "distill")
     full = subprocess.run(
         ["bash", "-c", 'ulimit -f 2000; exec "$@"', "x", *resume], capture_output=True, text=True, timeout=300
@@ -859,7 +870,10 @@ def test_a_full_disk_ends_all_processes_with_one_sentence_and_the_run_goes_on(sm
 def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tmp_path):
     whole, _ = small_run
     section = {**SMALL["distill"], "checkpoint_every": 24, "workers": 1}
-    directory, path = begun(whole, tmp_path / "run"), write_recipe(tmp_path / "small.yaml", distill=section)
+    directory, path = (
+        copy_finished_stages(whole, tmp_path / "run"),
+        write_recipe(tmp_path / "small.yaml", distill=section),
+    )
     curve = directory / "distill/.mlp_ratio-1.partial/log/train_loss.csv"
     with (tmp_path / "log").open("w") as stream:
         process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
@@ -886,7 +900,7 @@ def test_a_preempted_run_says_so_saves_and_ends_as_an_unbroken_one(small_run, tm
 def test_a_job_whose_processes_are_all_told_to_stop_saves_too(small_run, tmp_path):
     """As Slurm's scancel and stopping a container do."""
     whole, _ = small_run
-    directory = begun(whole, tmp_path / "run")
+    directory = copy_finished_stages(whole, tmp_path / "run")
     path = write_recipe(tmp_path / "small.yaml", distill={**SMALL["distill"], "checkpoint_every": 24})
     curve = directory / "distill/.mlp_ratio-1.partial/log/train_loss.csv"
     with (tmp_path / "log").open("w") as stream:

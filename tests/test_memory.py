@@ -122,9 +122,9 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
         r"192 images at ([\d.]+) per second \(measured in", estimate_distillation(recipe(), "2x1GB", str(directory))[0]
     )
     assert min(later) * 0.999 <= float(match[1]) <= max(later) * 1.001
-    begun = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
-    begun.mkdir(parents=True)
-    (begun / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
+    copy_finished_stages = tmp_path / "begun/distill/.mlp_ratio-1.partial/log"
+    copy_finished_stages.mkdir(parents=True)
+    (copy_finished_stages / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
     assert "192 images at 0.02 per second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
     for wrong in ("0", "-3", "nan"):
         with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second are more than 0"):

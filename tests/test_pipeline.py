@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import BIN, SMALL, begun, command, recipe, run_command, write_recipe
+from conftest import BIN, SMALL, command, copy_finished_stages, recipe, run_command, write_recipe
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
@@ -113,7 +113,7 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
 
 
 def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate(small_run, tmp_path):
-    directory = begun(small_run[0], tmp_path / "run")
+    directory = copy_finished_stages(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
     step = next(step for step in run.steps if step.stage == "distill")
     checkpoint = run.directory.prepare(step) / "checkpoints" / "step00000003"
@@ -281,7 +281,7 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
     stage = trace.split("/")[0]
     done_stages = ["scenes", "prune", "recover", "distill", "evaluate", "export"]
     if stage != "scenes":  # the stages before this one are finished already
-        begun(reference_directory, directory, done_stages[: done_stages.index(stage)])
+        copy_finished_stages(reference_directory, directory, done_stages[: done_stages.index(stage)])
     kill_when(command("run", path, "-o", directory), (directory / trace).exists, tmp_path / "killed.log")
     assert not (directory / stage / trace.split("/")[1].removeprefix(".").removesuffix(".partial")).exists()
     wait_for_the_end_of_workers(directory)
@@ -305,7 +305,10 @@ def test_a_run_killed_in_any_stage_ends_as_an_unbroken_one(small_run, tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
-    directory, path = begun(small_run[0], tmp_path / "run", ("scenes", "prune")), write_recipe(tmp_path / "small.yaml")
+    directory, path = (
+        copy_finished_stages(small_run[0], tmp_path / "run", ("scenes", "prune")),
+        write_recipe(tmp_path / "small.yaml"),
+    )
     with (tmp_path / "log").open("w") as stream:
         process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
         while not (directory / "evaluate" / ".original.partial").exists():
