@@ -228,7 +228,9 @@ def test_the_search_takes_another_objective():
 
 def test_what_is_missing_or_broken_is_said():
     tower = redraw(timm_tower())
-    with pytest.raises(DgmrError, match=r"compares groups of 512 images, got 20; give more images or fewer candidates"):
+    with pytest.raises(
+        DgmrError, match=r"compares groups of 512 images, got 20\. Give more images or fewer candidates"
+    ):
         search(tower, [pictures(20)], threshold=1e-4)
     with pytest.raises(DgmrError, match=r"criterion taylor looks at calibration images"):
         make_plan(tower, "taylor", keep=8)

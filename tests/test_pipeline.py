@@ -107,7 +107,7 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
     with pytest.raises(DgmrError, match=r"scenes/all .*captions: 40 → 41.*--redo scenes"):
         Run(recipe(scenes={**SMALL["scenes"], "captions": 41}), directory).run()
     run = Run(recipe(), directory)
-    run.directory.versions = {**run.directory.versions, "torch": "0.1"}
+    run.run_directory.versions = {**run.run_directory.versions, "torch": "0.1"}
     with pytest.raises(DgmrError, match=r"versions\.torch: .* → 0\.1"):
         run.run()
 
@@ -116,7 +116,7 @@ def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate
     directory = copy_finished_stages(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
     step = next(step for step in run.steps if step.stage == "distill")
-    checkpoint = run.directory.prepare(step) / "checkpoints" / "step00000003"
+    checkpoint = run.run_directory.prepare(step) / "checkpoints" / "step00000003"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     with pytest.raises(DgmrError, match=r"distill\.base_lr: 0\.001 → 0\.002.*--redo distill"):
@@ -165,17 +165,17 @@ def test_what_is_finished_is_not_done_again_after_a_kill_in_its_last_moment(tmp_
 
     monkeypatch.setattr(os, "rename", kill_now)
     with pytest.raises(KeyboardInterrupt):
-        RunDirectory(tmp_path).do(step)
+        RunDirectory(tmp_path).run_step(step)
     monkeypatch.undo()
     (tmp_path / "prune" / "a").mkdir()  # an output directory that has lost its manifest
     run = RunDirectory(tmp_path)
-    run.do(step)
+    run.run_step(step)
     assert (
         len(calls) == 1
         and run.figures("prune/a") == {"figure": 1}
         and [path.name for path in (tmp_path / "prune").iterdir()] == ["a"]
     )
-    run.do(Step("prune", "a", lambda: {"other": 1}, (), step.work))
+    run.run_step(Step("prune", "a", lambda: {"other": 1}, (), step.work))
     assert len(calls) == 2, "a changed recipe section runs the step again"
 
 

@@ -117,7 +117,7 @@ def test_what_cannot_be_promised_is_said(model, images, tmp_path, monkeypatch):
         with pytest.raises(DgmrError, match=message):
             prune_to_target(model, tmp_path, **options)
     # With more steps, the search would find a size so close to the dense tower that it meets any target.
-    monkeypatch.setattr("dgmr_tp.compression.quality_target.MAX_BISECTIONS", 1)
+    monkeypatch.setattr("dgmr_tp.compression.quality_target.MAX_TRIALS", 1)
     with pytest.raises(DgmrError, match=r"min_cosine = 0.99999 is not met even at .* parameters"):
         prune_to_target(model, images, min_cosine=0.99999, num_calibration_images=160, held_out=80)
 
@@ -164,14 +164,14 @@ def test_a_recipe_finds_the_size_and_its_recovered_encoder_keeps_the_promise(mod
     dense = run.context.dense.tower.eval()
     sizes = {}
     for limit in (0.999, 0.9999):
-        recovered = open_model(str(run.directory.folder(f"recover/min_cosine-{limit}") / "model")).tower.eval()
+        recovered = open_model(str(run.run_directory.folder(f"recover/min_cosine-{limit}") / "model")).tower.eval()
         with torch.no_grad():
             cosine = float(F.cosine_similarity(recovered(pictures[160:]), dense(pictures[160:])).mean())
-        target = run.directory.figures(f"prune/min_cosine-{limit}")["quality_target"]
+        target = run.run_directory.figures(f"prune/min_cosine-{limit}")["quality_target"]
         assert limit <= target["bound"] < target["value"] == pytest.approx(cosine, abs=1e-6)
         sizes[limit] = parameters(recovered)
     assert sizes[0.999] < sizes[0.9999] < parameters(dense)
-    report = collect(run.directory.directory, "small", run.figures)
+    report = collect(run.run_directory.path, "small", run.figures)
     assert (
         f"mean cosine {target['value']:.4f} on held-out images, at least {target['bound']:.4f}"
         in report.sizes[1].quality_target

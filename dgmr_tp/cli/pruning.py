@@ -37,7 +37,10 @@ CalibrationOption = Annotated[
     typer.Option("--calibration-images", min=1, help="Number of calibration images to read [default: 1024]."),
 ]
 DampingOption = Annotated[
-    float | None, typer.Option(help="Ridge of the recovery, relative to the mean squared activation [default: 0.001].")
+    float | None,
+    typer.Option(
+        help="Ridge of the recovery, relative to the mean variance of the hidden activations [default: 0.001]."
+    ),
 ]
 
 

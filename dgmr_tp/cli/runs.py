@@ -163,7 +163,7 @@ def _write_report(this_run: Run) -> None:
     from dgmr_tp.pipeline.report import collect, print_table, write_html
     from dgmr_tp.pipeline.stages.tune_text import not_zero_shot
 
-    recipe, directory = this_run.recipe, this_run.directory.directory
+    recipe, directory = this_run.recipe, this_run.run_directory.path
     content = collect(directory, recipe.name, this_run.figures, not_zero_shot(recipe))
     print_table(content, out)
     path = write_html(content, directory / "report.html")

@@ -29,8 +29,8 @@ def make_plan(
     images: CalibrationImages | None = None,
     *,
     seed: int = 0,
-    done: Plan | None = None,
-    remember: Callable[[Plan], None] = lambda plan: None,
+    previous: Plan | None = None,
+    on_decision: Callable[[Plan], None] = lambda plan: None,
     **amount: Unpack[Amount],
 ) -> Plan:
     """Decide what :func:`dgmr_tp.prune` would cut, and change nothing.
@@ -40,8 +40,8 @@ def make_plan(
         criterion: a name in :data:`dgmr_tp.compression.criteria.CRITERIA`, or a torch-pruning importance.
         images: for criteria that need activations or gradients.
         seed: seeds criteria that draw random numbers, one stream per site.
-        done: decisions of an earlier call with the same arguments. They are reused where the weights are the same.
-        remember: called with all decisions so far after each site.
+        previous: decisions of an earlier call with the same arguments. They are reused where the weights are the same.
+        on_decision: called with all decisions so far after each site.
         amount: see :func:`keep_counts`. Default: ``mlp_ratio=1``.
 
     Raises:
@@ -67,18 +67,18 @@ def make_plan(
             image_size=model.image_size,
             **amount,
         )
-        decided: dict[str, SitePlan] = {}
+        decisions: dict[str, SitePlan] = {}
         for index, site in enumerate(model.sites):
-            earlier = done.sites.get(site.name) if done else None
-            if earlier and earlier.sha256 == model.weight_hashes[site.name]:
-                decided[site.name] = earlier
+            reusable = previous.sites.get(site.name) if previous else None
+            if reusable and reusable.sha256 == model.weight_hashes[site.name]:
+                decisions[site.name] = reusable
             else:
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(int(np.random.SeedSequence((seed, index)).generate_state(1)[0]))
-                    decided[site.name] = pruner.decide(site)
-            remember(pruner.plan_of(decided))
-            report_progress("select", len(decided), len(model.sites))
-    return pruner.plan_of(decided)
+                    decisions[site.name] = pruner.decide(site)
+            on_decision(pruner.plan_of(decisions))
+            report_progress("select", len(decisions), len(model.sites))
+    return pruner.plan_of(decisions)
 
 
 def check_amount(model: OpenedModel, **amount: Unpack[Amount]) -> None:

@@ -27,7 +27,7 @@ class RecoverConfig(Config):
     images: int = Field(NUM_CALIBRATION_IMAGES, ge=10)
     """Number of calibration images. A tenth of them is held out."""
     damping: float = Field(1e-3, ge=0)
-    """Ridge, relative to the mean squared activation."""
+    """Ridge, relative to the mean variance of the MLP's hidden activations."""
 
 
 class SiteRow(NamedTuple):
@@ -71,7 +71,7 @@ def prune(
     seed: int = 0,
     **amount: Unpack[Amount],
 ) -> Pruned:
-    """Prune a copy of a model's MLPs and, if images are given, recover it in closed form. The original is unchanged.
+    """Prune a copy of a model's MLPs and, if images are given, recover it in closed form. The input model is unchanged.
 
     Args:
         model: a name or directory that :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
@@ -82,7 +82,7 @@ def prune(
         criterion: a name in :data:`dgmr_tp.compression.criteria.CRITERIA`, or any torch-pruning importance.
             Default: ``output`` with images, ``dgmr`` without.
         plan: apply this plan and decide nothing.
-        num_calibration_images: number of images. Default: 1,024 from a path, all batches.
+        num_calibration_images: number of images. Default: 1,024 images from a path, or all given batches.
         damping: ridge of the recovery; see :func:`recover`.
         seed: seeds the choice of images and the criterion ``random``.
         amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to``; see
@@ -100,8 +100,8 @@ def prune(
         calibration = CalibrationImages.read(images, dense, num_calibration_images, seed)
     if plan is None:
         plan = make_plan(dense, criterion or default_criterion(images is not None), calibration, seed=seed, **amount)
-    elif way := given_amount(amount):
-        raise DgmrError(f"a plan says how many neurons stay. Leave out {way}.")
+    elif surplus := given_amount(amount) or ("criterion" if criterion else None):
+        raise DgmrError(f"a plan decides which neurons stay. Leave out {surplus}.")
     pruned, table = prune_by_plan(dense, plan, calibration, damping=damping)
     return Pruned(pruned.module if isinstance(model, nn.Module) else pruned, plan, table, calibration)
 
@@ -140,4 +140,6 @@ def recover_pruned(
 def _opened(model: str | OpenedModel | nn.Module, pretrained: str | None) -> OpenedModel:
     if isinstance(model, str):
         return open_model(model, pretrained)
+    if pretrained is not None:
+        raise DgmrError(f"pretrained = {pretrained} belongs to a model given by name. Leave it out.")
     return wrap_tower(model) if isinstance(model, nn.Module) else model

@@ -25,13 +25,14 @@ from dgmr_tp.utils.knn import nearest_classes
 from dgmr_tp.utils.modules import evaluating
 
 QUALITY_TARGETS = ("min_cosine", "max_drop")
-"""The ways to say how much quality stays."""
+"""Names of the quality targets."""
 NUM_HELD_OUT_IMAGES = 512
 MIN_HELD_OUT_IMAGES = 50
 """Minimum number of held-out images."""
 MIN_RECOVERY_IMAGES = 10
-MAX_BISECTIONS = 8
-"""Maximum number of bisection steps. The search ends within 1/128 of the prunable parameters of the optimum."""
+MAX_TRIALS = 8
+"""Maximum number of trials: the smallest size and seven bisection steps. The search ends within 1/128 of the prunable
+parameters of the optimum."""
 NUM_RESAMPLES = 2000
 """Resamples of the bootstrap interval."""
 
@@ -94,7 +95,8 @@ def prune_to_target(
 
     Raises:
         DgmrError: not exactly one target is given, there are too few images (with ``rankings``: fewer than
-            ``num_calibration_images + held_out``), classes are missing, or even the dense model misses the target.
+            ``num_calibration_images + held_out``), classes are missing, or no size that was tried meets
+            the target.
     """
     name, limit = _target(min_cosine, max_drop)
     if held_out < MIN_HELD_OUT_IMAGES:
@@ -136,9 +138,9 @@ def prune_to_target(
     cost = parameter_cost(model.tower, model.sites)
     smallest_widths = minimum_widths(model.sites, round_to)
     smallest = cost.without({site.name: site.hidden - smallest_widths[site.name] for site in model.sites})
-    low, high, count = smallest, cost.total, smallest  # the smallest size may do
+    low, high, count = smallest, cost.total, smallest  # the smallest size may meet the target
     best, trials = None, []
-    for _ in range(MAX_BISECTIONS):
+    for _ in range(MAX_TRIALS):
         pruned, trial = try_size(count)
         trials.append(trial)
         if trial.met:
@@ -154,7 +156,7 @@ def prune_to_target(
         last = trials[-1]
         raise DgmrError(
             f"{name} = {limit} is not met even at {last.parameters:,} of {cost.total:,} parameters: {last.value:.4f}, "
-            f"interval to {last.bound:.4f}. Hold out more images, or set a lower target."
+            f"95 % bound {last.bound:.4f}. Hold out more images, or set a lower target."
         )
     best.model.module.to(next(model.tower.parameters()).device)
     return TargetResult(best, trials)

@@ -80,8 +80,8 @@ def prune_streaming(
         atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
 
     with lock_directory(staging, "dgmr-tp prune is working"):
-        done = _read_journal(journal, request)
-        plan = make_plan(opened, criterion, seed=seed, done=done, remember=remember, **amount)
+        previous = _read_journal(journal, request)
+        plan = make_plan(opened, criterion, seed=seed, previous=previous, on_decision=remember, **amount)
         for leftover in staging.iterdir():  # of a run killed while it wrote
             if leftover.name not in (JOURNAL, LOCK_NAME):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()

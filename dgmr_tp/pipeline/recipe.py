@@ -104,7 +104,9 @@ class Recipe(Config):
                 "distill.keep_features serves several sizes, or fixed_crops: true; this recipe has neither"
             )
         if not self.recover and self.prune.has_quality_target:
-            raise ValueError("prune.min_cosine and prune.max_drop judge the recovered model; add the section recover")
+            raise ValueError(
+                "prune.min_cosine and prune.max_drop are evaluated on the recovered model; add the section recover"
+            )
         for name, section in (("distill", self.distill), ("tune_text", self.tune_text)):
             if section and section.batch_size % section.processes:
                 raise ValueError(
@@ -164,7 +166,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, to_run: bo
 class Layer:
     """One source of keys: a recipe file, or an override of the command line."""
 
-    place: str
+    origin: str
     """Name for error messages."""
     content: dict[str, Any]
     text: str = field(default="", repr=False)
@@ -205,8 +207,8 @@ def _read_layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
     if BASE not in content:
         return [layer]
     base = str(content[BASE])
-    beside = path.parent / base
-    base_layers = _read_layers(beside if beside.is_file() else find_recipe(base), (*extended_by, path))
+    sibling = path.parent / base
+    base_layers = _read_layers(sibling if sibling.is_file() else find_recipe(base), (*extended_by, path))
     base_layers[0].content.pop("name", None)  # a recipe that extends another has a name of its own
     return [layer, *base_layers]
 
@@ -240,45 +242,45 @@ def _merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
 
 def _explain(path: Path, layers: Sequence[Layer], problem: Any) -> str:
     is_type = ("list[", "float", "literal[", "function-after")
-    where = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(is_type))]
-    key = ".".join(map(str, where)) or "recipe"
-    place = _place(path, layers, where)
+    key_path = [part for part in problem["loc"] if not (isinstance(part, str) and part.startswith(is_type))]
+    key = ".".join(map(str, key_path)) or "recipe"
+    origin = _origin(path, layers, key_path)
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1])
-        close = difflib.get_close_matches(str(where[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: unknown key {key}. " + (
+        known = _known_keys(key_path[:-1])
+        close = difflib.get_close_matches(str(key_path[-1]), known, n=1, cutoff=0.5)
+        return f"{origin}: unknown key {key}. " + (
             f"Did you mean {close[0]}?" if close else f"Keys: {', '.join(known)}."
         )
     if problem["type"] == "missing":
-        return f"{place}: the key {key} is missing. Add it."
+        return f"{origin}: the key {key} is missing. Add it."
     given = "" if isinstance(problem["input"], dict | BaseModel) else f", got {problem['input']!r}"
-    return f"{place}: {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    return f"{origin}: {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _place(path: Path, layers: Sequence[Layer], where: list[Any]) -> str:
+def _origin(path: Path, layers: Sequence[Layer], key_path: list[Any]) -> str:
     """The source of a key, with its line if it is known."""
     for layer in layers:
-        line, depth = _line(layer.text, where)
-        if layer.text and depth == len(where) and line:
-            return f"{layer.place}, line {line}"
-        if not layer.text and _has(layer.content, where):
-            return layer.place
-    line, _ = _line(layers[0].text, where) if layers else (None, 0)
+        line, depth = _line(layer.text, key_path)
+        if layer.text and depth == len(key_path) and line:
+            return f"{layer.origin}, line {line}"
+        if not layer.text and _has(layer.content, key_path):
+            return layer.origin
+    line, _ = _line(layers[0].text, key_path) if layers else (None, 0)
     return f"{path}, line {line}" if line else str(path)
 
 
-def _has(content: Any, where: list[Any]) -> bool:
-    for part in where:
+def _has(content: Any, key_path: list[Any]) -> bool:
+    for part in key_path:
         if not isinstance(content, dict) or part not in content:
             return False
         content = content[part]
     return True
 
 
-def _known_keys(where: list[Any]) -> list[str]:
+def _known_keys(key_path: list[Any]) -> list[str]:
     """The keys of the section at a path of keys and list indices."""
     section: type[BaseModel] = Recipe
-    for part in where:
+    for part in key_path:
         if part in section.model_fields:
             section = _section_of(section.model_fields[part].annotation) or section
     return list(section.model_fields)
@@ -291,11 +293,11 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
 
 
-def _line(text: str, where: list[Any]) -> tuple[int | None, int]:
-    """The line, from 1, of the deepest key of ``where`` in the text, and how many keys of ``where`` are there."""
+def _line(text: str, key_path: list[Any]) -> tuple[int | None, int]:
+    """The line, from 1, of the deepest key of ``key_path`` in the text, and how many keys of ``key_path`` are there."""
     node = yaml.compose(text) if text else None
     line, depth = None, 0
-    for part in where:
+    for part in key_path:
         if isinstance(node, yaml.MappingNode):
             pair = next(((key, value) for key, value in node.value if key.value == str(part)), None)
             if pair is None:

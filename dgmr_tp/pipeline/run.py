@@ -41,9 +41,9 @@ class Run:
     def __init__(self, recipe: Recipe, directory: str | Path, overrides: tuple[str, ...] = ()) -> None:
         self.recipe = recipe
         self.overrides = overrides
-        self.directory = RunDirectory(directory)
-        self.context = RunContext(recipe, self.directory, STAGES)
-        path = self.directory.directory
+        self.run_directory = RunDirectory(directory)
+        self.context = RunContext(recipe, self.run_directory, STAGES)
+        path = self.run_directory.path
         is_new = not path.exists() or all(file.name == LOCK_NAME for file in path.iterdir())
         if not is_new and not (path / RECIPE).exists():
             raise DgmrError(
@@ -65,14 +65,14 @@ class Run:
 
     @cached_property
     def steps(self) -> list[Step]:
-        """All steps of the recipe in the order in which they run. Early steps come first."""
+        """All steps of the recipe in the order in which they run. Steps with ``runs_first`` come first."""
         steps = [step for stage in STAGES for step in stage.steps(self.context)]
-        return sorted(steps, key=lambda step: not step.early)
+        return sorted(steps, key=lambda step: not step.runs_first)
 
     @property
     def figures(self) -> dict[str, dict[str, Any] | None]:
         """The figures of every step, by key; None for a step that has not run."""
-        return {step.key: self.directory.figures(step.key) for step in self.steps}
+        return {step.key: self.run_directory.figures(step.key) for step in self.steps}
 
     def run(self, redo: str | None = None, until: str | None = None, say: Callable[[str], None] = print) -> None:
         """Do every step that is not done yet, in order.
@@ -90,12 +90,12 @@ class Run:
             if name is not None and name not in STAGE_NAMES:
                 raise DgmrError(f"unknown stage {name!r}. Use one of {', '.join(STAGE_NAMES)}.")
         run_preflight(self.context)
-        root = self.directory.directory
+        root = self.run_directory.path
         with lock_directory(root, "dgmr-tp run is working"):
             dropped = STAGE_NAMES[STAGE_NAMES.index(redo) :] if redo else ()
             for step in self.steps:
                 if step.stage not in dropped:
-                    self.directory.check_unchanged(step)
+                    self.run_directory.check_unchanged(step)
             for stage in dropped:
                 shutil.rmtree(root / stage, ignore_errors=True)
             atomic_write(root / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")
@@ -103,15 +103,15 @@ class Run:
             last = STAGE_NAMES.index(until) if until else len(STAGE_NAMES)
             for step in self.steps:
                 if STAGE_NAMES.index(step.stage) <= last:
-                    self._do(step, say)
+                    self._run_step(step, say)
 
-    def _do(self, step: Step, say: Callable[[str], None]) -> None:
-        if self.directory.is_done(step):
+    def _run_step(self, step: Step, say: Callable[[str], None]) -> None:
+        if self.run_directory.is_done(step):
             say(f"{step.key}: done before")
             return
         say(f"{step.key}: running")
         started = time.monotonic()
-        self.directory.do(step)
+        self.run_directory.run_step(step)
         say(f"{step.key}: done in {time.monotonic() - started:.1f} s")
 
     def train_worker(self, name: str, size: str) -> None:
@@ -127,16 +127,16 @@ class Run:
         if step is None:
             sizes = ", ".join(self.recipe.prune.sizes)
             raise DgmrError(f"this run's recipe has no {name} for a size {size!r}. Its sizes are {sizes}.")
-        if self.directory.is_done(step):
+        if self.run_directory.is_done(step):
             print(f"{step.key}: done before", flush=True)
             return
-        if unfinished := [key for key in step.inputs if self.directory.figures(key) is None]:
+        if unfinished := [key for key in step.inputs if self.run_directory.figures(key) is None]:
             raise DgmrError(
                 f"{unfinished[0]} is not finished, which {step.key} reads. Run dgmr-tp run RECIPE -o "
-                f"{self.directory.directory} --until {unfinished[0].split('/')[0]}."
+                f"{self.run_directory.path} --until {unfinished[0].split('/')[0]}."
             )
-        staging = self.directory.staging(step)
+        staging = self.run_directory.staging(step)
         if os.environ.get("RANK", "0") == "0":  # the other processes wait for rank 0 in the first collective
-            self.directory.check_unchanged(step)
-            staging = self.directory.prepare(step)
+            self.run_directory.check_unchanged(step)
+            staging = self.run_directory.prepare(step)
         stage.train_worker(self.context, step, staging)

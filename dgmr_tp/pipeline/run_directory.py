@@ -38,7 +38,7 @@ PACKAGES = (
 """Packages whose versions a manifest records."""
 MANIFEST = "manifest.json"
 REQUEST = "made_from.json"
-"""In a staging directory: what the step is being made from."""
+"""File in a staging directory that records the step's inputs."""
 JOURNAL = "search.json"
 """The decisions of AMP's search so far. An interrupted step resumes from it."""
 
@@ -56,8 +56,8 @@ class Step:
     """Keys of the steps whose results it reads."""
     work: Callable[[Path], dict[str, Any]] = field(compare=False)
     """Fills the folder and returns figures."""
-    early: bool = False
-    """Runs before all steps that are not early, to fail before anything expensive is computed."""
+    runs_first: bool = False
+    """Run before all other steps, to detect errors before expensive work."""
     has_checkpoints: bool = False
     """Leaves checkpoints that another start resumes from."""
 
@@ -75,12 +75,12 @@ class RunDirectory:
     """The manifests and staging directories of a run."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.path = Path(directory)
         self.versions = package_versions()
 
     def folder(self, key: str) -> Path:
         """Return the output directory of a finished step."""
-        return self.directory / key
+        return self.path / key
 
     def staging(self, step: Step) -> Path:
         """Return the directory in which a step works until it is finished."""
@@ -97,37 +97,37 @@ class RunDirectory:
 
     def check_unchanged(self, step: Step) -> None:
         """Raise DgmrError if a finished step, or one with checkpoints, was made from something else."""
-        manifest, request = self.folder(step.key) / MANIFEST, self.staging(step) / REQUEST
-        try:
-            if manifest.exists():
-                stored = json.loads(manifest.read_text())["made_from"]
-            elif step.has_checkpoints and any(request.parent.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")):
-                stored = json.loads(request.read_text())
-            else:
+        source, request = self.folder(step.key) / MANIFEST, self.staging(step) / REQUEST
+        if not source.exists():
+            source = request
+            if not step.has_checkpoints or not any(request.parent.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")):
                 return
+        try:
+            content = json.loads(source.read_text())
+            stored = content if source == request else content["made_from"]
         except (ValueError, KeyError, OSError) as error:
-            raise DgmrError(f"{manifest} is damaged. Run again with --redo {step.stage}.") from error
+            raise DgmrError(f"{source} is damaged. Run again with --redo {step.stage}.") from error
         if changed := _differences(stored, self._made_from(step)):
             raise DgmrError(
-                f"{step.key} in {self.directory} was made from something else: {'; '.join(changed)}. Either redo it "
+                f"{step.key} in {self.path} was made from something else: {'; '.join(changed)}. Either redo it "
                 f"and what comes after it (--redo {step.stage}), or name a new directory (-o)."
             )
 
     def prepare(self, step: Step) -> Path:
-        """Return the step's staging directory. Leftovers of an interrupted attempt stay only if they can be resumed."""
+        """Return the step's staging directory, without the files of an interrupted attempt that cannot be resumed."""
         staging = self.staging(step)
         made_from = self._made_from(step)
         request = staging / REQUEST
         resumable = step.has_checkpoints or (staging / JOURNAL).exists() or (staging / MANIFEST).exists()
-        if staging.exists() and not (resumable and request.exists() and json.loads(request.read_text()) == made_from):
+        if staging.exists() and not (resumable and _read_json(request) == made_from):
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
         if not request.exists():
             atomic_write(request, json.dumps(made_from, indent=1) + "\n")
         return staging
 
-    def do(self, step: Step) -> None:
-        """Do the step's work and give its folder the final name."""
+    def run_step(self, step: Step) -> None:
+        """Do the work of a step and give its folder the final name."""
         staging = self.prepare(step)
         manifest = staging / MANIFEST
         if not manifest.exists():  # otherwise only the rest of this method is left to do
@@ -145,6 +145,14 @@ class RunDirectory:
         inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
         made_from = {"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}
         return json.loads(json.dumps(made_from))
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a JSON file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Amount(TypedDict, total=False):
 
 
 AMOUNTS = ("mlp_ratio", "keep_ratio", "keep", "budget")
-"""The ways to say how many neurons stay."""
+"""Names of the options that set the size."""
 BUDGETS = ("params", "flops", "latency")
 """What a budget can limit."""
 

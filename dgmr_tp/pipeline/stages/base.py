@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
+from dgmr_tp.errors import DgmrError
+
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
     from dgmr_tp.pipeline.recipe import Recipe
@@ -31,3 +33,12 @@ class Stage(ABC):
     @abstractmethod
     def steps(self, context: RunContext) -> list[Step]:
         """Return the stage's steps, in the order in which they run. Does not look at files."""
+
+
+def require_adapter(context: RunContext, stage: str) -> None:
+    """Raise DgmrError if no adapter is known for the tower, which ``stage`` runs block by block."""
+    if not context.shapes.has_adapter:
+        raise DgmrError(
+            f"{stage}: no adapter is known for the tower of {context.recipe.model.source}. Leave this stage out, or "
+            "add an adapter (docs/extending.md)."
+        )

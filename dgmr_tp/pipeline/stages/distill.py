@@ -10,6 +10,7 @@ from dgmr_tp.distillation.distill import distill
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step, digest, package_versions
+from dgmr_tp.pipeline.stages.base import require_adapter
 from dgmr_tp.pipeline.stages.training import TrainingStage
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class DistillStage(TrainingStage):
 
     def preflight(self, context: RunContext) -> None:
         super().preflight(context)
+        require_adapter(context, self.name)
         if is_url(context.recipe.images):
             for key, off in NEEDS_NUMBERED_IMAGES.items():
                 if getattr(context.recipe.distill, key):
@@ -50,7 +52,7 @@ class DistillStage(TrainingStage):
                 other.unlink()
         figures = super().launch(context, size, folder)
         others = [f"{self.name}/{other}" for other in context.recipe.prune.sizes if other != size]
-        if cache and all(context.run.figures(key) for key in others):
+        if cache and all(context.run_directory.figures(key) for key in others):
             cache.unlink(missing_ok=True)
         return figures
 
@@ -64,5 +66,5 @@ class DistillStage(TrainingStage):
     def _feature_cache(self, context: RunContext) -> Path:
         """The file in which the sizes share the teacher's features. Its name depends on all that decides them."""
         packages = package_versions(("torchvision", "pillow", "transformers"))  # they crop, or hold the teacher
-        made_from = [self.describe(context), context.describe_model(), context.run.versions | packages]
-        return context.run.directory / self.name / f".features-{digest(made_from)[:16]}"
+        made_from = [self.describe(context), context.describe_model(), context.run_directory.versions | packages]
+        return context.run_directory.path / self.name / f".features-{digest(made_from)[:16]}"

@@ -80,8 +80,8 @@ class EvaluateStage(Stage):
             with context.dense_on_device() as dense:
                 return {DENSE: _measure_model(context, dense, folder, DENSE)}
 
-        # Early: a model or data set that cannot be evaluated shows before anything is computed.
-        steps = [Step(self.name, DENSE, describe_dense, context.scenes_steps, evaluate_dense, early=True)]
+        # First: a model or data set that cannot be evaluated shows before anything is computed.
+        steps = [Step(self.name, DENSE, describe_dense, context.scenes_steps, evaluate_dense, runs_first=True)]
         for size in context.recipe.prune.sizes:
             inputs = (*context.model_steps(size).values(), *context.scenes_steps)
             steps.append(Step(self.name, size, describe, inputs, partial(_evaluate_size, context, size)))

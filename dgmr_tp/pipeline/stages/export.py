@@ -65,7 +65,7 @@ def _export_dense(context: RunContext, folder: Path) -> dict[str, Any]:
     dense = context.dense
     source = context.recipe.model.source
     if dense.source:
-        final = context.run.folder(f"export/{DENSE}").resolve()
+        final = context.run_directory.folder(f"export/{DENSE}").resolve()
         source = os.path.relpath(Path(dense.source).resolve(), final)
     return _write(context, dense, folder, source, latency_batches=())
 
@@ -74,7 +74,7 @@ def _export(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     assert context.recipe.export
     step = context.last_model_step(size)
     model = context.open_model_of(step)
-    dense_files = context.run.folder(f"export/{DENSE}")
+    dense_files = context.run_directory.folder(f"export/{DENSE}")
     figures = _write(context, model, folder, f"../../{step}/model", dense=dense_files)
     figures["metrics"] = {}
     if context.recipe.evaluate and context.recipe.export.measure:

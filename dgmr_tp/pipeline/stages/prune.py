@@ -212,7 +212,7 @@ def _prune(context: RunContext, size: str, amount: dict[str, Any], folder: Path)
     plan, extra = _decide(context, amount, folder)
     pruned, table = prune_by_plan(dense, plan)
     shutil.rmtree(folder / "model", ignore_errors=True)
-    pruned.save(folder / "model", plan, final=context.run.folder(f"prune/{size}") / "model")
+    pruned.save(folder / "model", plan, final=context.run_directory.folder(f"prune/{size}") / "model")
     sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in table]
     return {"original": _cost(dense), "pruned": _cost(pruned), "sites": sites, **extra}
 

@@ -9,7 +9,7 @@ from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.criteria import criterion_named
 from dgmr_tp.compression.rankings import Rankings, rank
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import Stage, require_adapter
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
@@ -25,6 +25,9 @@ class RankStage(Stage):
 
     def is_planned(self, recipe: Recipe) -> bool:
         return criterion_named(recipe.prune.criterion).needs == "activations"
+
+    def preflight(self, context: RunContext) -> None:
+        require_adapter(context, self.name)
 
     def steps(self, context: RunContext) -> list[Step]:
         recipe = context.recipe
@@ -49,4 +52,4 @@ class RankStage(Stage):
 
 def read_rankings(context: RunContext) -> Rankings:
     """Read the rankings of a run."""
-    return Rankings.read(context.run.folder(RANKINGS_STEP) / "rankings.safetensors")
+    return Rankings.read(context.run_directory.folder(RANKINGS_STEP) / "rankings.safetensors")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.prune import recover_pruned
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import Stage, require_adapter
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
@@ -20,6 +20,9 @@ class RecoverStage(Stage):
 
     name = "recover"
     model_label = "recovered"
+
+    def preflight(self, context: RunContext) -> None:
+        require_adapter(context, self.name)
 
     def steps(self, context: RunContext) -> list[Step]:
         section = context.recipe.recover
@@ -46,6 +49,6 @@ def _recover(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
         images = CalibrationImages.read(context.images_source, dense, section.images, context.recipe.seed)
         table = recover_pruned(dense, pruned, plan, images, damping=section.damping)
     pruned.module.cpu()
-    pruned.save(folder / "model", plan, final=context.run.folder(f"recover/{size}") / "model")
+    pruned.save(folder / "model", plan, final=context.run_directory.folder(f"recover/{size}") / "model")
     sites = [row._asdict() for row in table]
     return {"sites": sites, "broken_images": images.broken, "other_files": images.other_files}

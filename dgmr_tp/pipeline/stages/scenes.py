@@ -50,4 +50,4 @@ class ScenesStage(Stage):
                 scenes.write_retrieval(folder / "pairs", section.pairs, SCENE_SEEDS["pairs"])
             return {}
 
-        return [Step(self.name, "all", section.model_dump, (), work, early=True)]
+        return [Step(self.name, "all", section.model_dump, (), work, runs_first=True)]

@@ -46,7 +46,9 @@ class TrainingStage(Stage):
         """
         config = getattr(context.recipe, self.name)
         if config is None:
-            raise DgmrError(f"the recipe of {context.run.directory} has no section {self.name}. Add one and run again.")
+            raise DgmrError(
+                f"the recipe of {context.run_directory.path} has no section {self.name}. Add one and run again."
+            )
         return config
 
     def preflight(self, context: RunContext) -> None:
@@ -77,7 +79,7 @@ class TrainingStage(Stage):
         config = self.config(context)
         context.release_dense()  # the memory belongs to the training
         if not (folder / FIGURES).exists():
-            arguments = [self.command, str(context.run.directory), "--size", size]
+            arguments = [self.command, str(context.run_directory.path), "--size", size]
             launch(arguments, config.processes, config.batch_size, folder / STOP_FILE, config.hostfile)
         if not (folder / FIGURES).exists():
             raise DgmrError("the deepspeed launcher was killed. Run again to resume from the last checkpoint.")
@@ -92,7 +94,9 @@ class TrainingStage(Stage):
         figures = self.train(context, model, folder, step)
         if figures is not None:
             shutil.rmtree(folder / "model", ignore_errors=True)
-            model.save(folder / "model", context.plan(step.size), final=context.run.folder(step.key) / "model")
+            model.save(
+                folder / "model", context.plan(step.size), final=context.run_directory.folder(step.key) / "model"
+            )
             atomic_write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
 
 
