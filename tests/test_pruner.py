@@ -137,9 +137,9 @@ def test_patterns_that_match_nothing_are_refused():
 
 def test_batches_that_are_none_are_refused():
     tower = redraw(timm_tower())
-    with pytest.raises(DgmrError, match=r"this is a list; leave out labels"):
+    with pytest.raises(DgmrError, match=r"this is a list\. Leave out labels"):
         prune(tower, [[pictures(4), torch.zeros(4)]], keep=8)
-    with pytest.raises(DgmrError, match=r"shape \[3, 32, 32\]; .* put a lone batch into a list"):
+    with pytest.raises(DgmrError, match=r"shape \[3, 32, 32\]\. .* put a single batch into a list"):
         prune(tower, pictures(20), keep=8)
 
 
