@@ -78,7 +78,7 @@ class Task:
     count: int | None
     """Samples in an epoch; None for a stream."""
     describe_position: Callable[[Checkpoint], str] = lambda _: ""
-    """Return the data position for the resume message."""
+    """Returns the data position for the resume message."""
     flops: Callable[[], float] | None = None
     """Returns the floating point operations of a sample of the last step, backward pass included."""
     scores: Callable[[Callable[..., Any]], dict[str, float]] | None = None
@@ -303,9 +303,8 @@ def _run_steps(
                 shard = min(positions.values()) if complete else resume_point.shard
                 new_checkpoint = Checkpoint(step, world, config.zero_stage, broken=broken, shard=shard)
                 save_start = time.monotonic()
-                checkpoints.save(
-                    engine, folder, new_checkpoint, average.full() if average else (), config.keep_checkpoints
-                )
+                average_weights = average.full() if average else ()
+                checkpoints.save(engine, folder, new_checkpoint, average_weights, config.keep_checkpoints)
                 if is_first_step and is_main_process():
                     save_end = time.monotonic()
                     text = describe_save(folder / new_checkpoint.tag, save_end - save_start, save_end - step_start)

@@ -1,6 +1,6 @@
 """The algorithms: score the hidden neurons of MLPs, choose the ones to keep, prune the rest, and refit.
 
-They work on modules and tensors and depend on torch, torch-pruning and scipy only.
+They work on modules and tensors and depend on torch, torch-pruning, numpy and scipy only.
 """
 
 from dgmr_tp.pruning.adapter import Block, ImageEncoder, TowerAdapter, last_state
