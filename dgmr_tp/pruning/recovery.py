@@ -62,9 +62,9 @@ Rounding in bfloat16 is below it, and a norm is above it.
 def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
     """Minimize the objective of this module for one Linear.
 
-    The activations are centered, so that the bias is not penalized. A layer without bias is fitted without centering. Without
-    damping, the normal equations can be singular (dead or duplicate neurons, fewer tokens than neurons). The solution
-    nearest to ``weight`` is then returned.
+    The activations are centered, so that the bias is not penalized. A layer without bias is fitted without centering.
+    Without damping, the normal equations can be singular (dead or duplicate neurons, fewer tokens than neurons). The
+    solution nearest to ``weight`` is then returned.
 
     Args:
         moments: of the inputs ``h`` ``[k]`` and the targets ``y`` ``[d]``.
