@@ -1,4 +1,4 @@
-# make quickstart   the whole product on a trained demo CLIP, a few minutes, no network
+# make quickstart   the complete pipeline on a trained demo CLIP, a few minutes, no network
 # make test         the tests that every change has to pass
 # make test-all     every test, the slow ones too
 # make check        formatting, lint, types, import rules

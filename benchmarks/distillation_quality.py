@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from methods import TESTED, Subject, cifar, demo, distilling, embeddings, measured, on_cifar
 from torch import Tensor
-from train_cifar10_clip import load_split, normalise
+from train_cifar10_clip import load_split, normalize
 
 from dgmr_tp import prune
 from dgmr_tp.compression.planning import make_plan
@@ -58,7 +58,7 @@ def main() -> None:
             images = subject.train[TESTED:]
         else:
             photographs, _ = load_split(Path(os.environ["CIFAR10_DIR"]), "train")
-            images = normalise(photographs)[TESTED:]
+            images = normalize(photographs)[TESTED:]
         images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
         width = subject.tower.patch_embed.proj.out_channels if name == "cifar" else subject.tower.conv1.out_channels
         plan = make_plan(wrap_tower(subject.tower), "dgmr", keep=width)

@@ -19,7 +19,7 @@ import timm
 import torch
 import torch_pruning as tp
 from timm.layers import SwiGLUPacked
-from train_cifar10_clip import load_split, normalise, train
+from train_cifar10_clip import load_split, normalize, train
 
 from dgmr_tp import prune
 from dgmr_tp.pruning.importance import producer_rows, selection_scores
@@ -74,12 +74,12 @@ def main() -> None:
     def accuracy(tower: torch.nn.Module) -> float:
         with torch.no_grad():
             correct = sum(
-                int((tower(normalise(x)).argmax(1) == y).sum())
+                int((tower(normalize(x)).argmax(1) == y).sum())
                 for x, y in zip(test.split(500), labels_test.split(500), strict=True)
             )
         return 100 * correct / len(test)
 
-    calibration = [normalise(batch) for batch in images[:1024].split(128)]
+    calibration = [normalize(batch) for batch in images[:1024].split(128)]
     rows = []
     for keep in (256, 128, 64):
         for name, rule in RULES.items():

@@ -44,7 +44,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
-from train_cifar10_clip import load_split, normalise, train
+from train_cifar10_clip import load_split, normalize, train
 
 from dgmr_tp import prune
 from dgmr_tp.compression.amp_search import SearchConfig, search
@@ -122,7 +122,7 @@ def on_cifar(model: nn.Module) -> Subject:
     (images, labels), (test, answers) = load_split(root, "train"), load_split(root, "test")
     head, limit = model.get_classifier(), TESTED + 8192
     model.reset_classifier(0)
-    pictures = normalise(images[:limit]), labels[:limit], normalise(test[:TESTED]), answers[:TESTED]
+    pictures = normalize(images[:limit]), labels[:limit], normalize(test[:TESTED]), answers[:TESTED]
     return Subject(model.eval(), head, *pictures)
 
 

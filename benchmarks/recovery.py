@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from methods import cifar, on_cifar
 from torch import Tensor, nn
 from torchvision.transforms.functional import resize
-from train_cifar10_clip import normalise
+from train_cifar10_clip import normalize
 
 from dgmr_tp import prune
 from dgmr_tp.compression.calibration import CalibrationImages
@@ -151,9 +151,9 @@ def main() -> None:
         "towards the residual stream alone": patched("INTERPOLATION_WEIGHTS", (1.0,)),
         "towards the dense MLP's answers alone": patched("_gain", to_the_dense_mlp),
         "first Linear's bias and the norm's scale too": patched("_site_moments", first_layer),
-        "generated scenes": plain(images=batches(normalise(resize(scenes, [32, 32], antialias=True)))),
-        "coloured noise": plain(images=batches(normalise(blurred))),
-        "white noise": plain(images=batches(normalise(noise))),
+        "generated scenes": plain(images=batches(normalize(resize(scenes, [32, 32], antialias=True)))),
+        "coloured noise": plain(images=batches(normalize(blurred))),
+        "white noise": plain(images=batches(normalize(noise))),
     }
 
     @torch.no_grad()

@@ -63,7 +63,7 @@ def load_split(directory: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]
     return torch.stack(images), torch.tensor(labels)
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalize(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - MEAN) / STD
 
 
@@ -74,7 +74,7 @@ def train(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, ep
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
     for step in range(steps):
         chosen = torch.randint(len(images), (256,))
-        x = F.pad(normalise(images[chosen]), (4, 4, 4, 4))
+        x = F.pad(normalize(images[chosen]), (4, 4, 4, 4))
         dx, dy = torch.randint(9, (2,)).tolist()
         x = x[..., dy : dy + 32, dx : dx + 32]
         x = torch.where(torch.rand(256, 1, 1, 1) < 0.5, x.flip(-1), x)
@@ -144,14 +144,14 @@ def main() -> None:
     clip = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False).eval()
     into_open_clip(vit, clip)
     with torch.no_grad():
-        x = normalise(images[:32])
+        x = normalize(images[:32])
         difference = (clip.visual(x) - vit.forward_features(x)[:, 0] @ vit.head.weight.T).abs().max()
     assert difference < 1e-3, difference
 
     # The embedding is the ten logits. The text tower learns the classifier's rows, and the vision tower is unchanged.
     tokenizer = open_clip.get_tokenizer(f"local-dir:{args.out.resolve()}")
     with torch.no_grad():
-        features = torch.cat([clip.encode_image(normalise(batch)) for batch in images[:20000].split(500)])
+        features = torch.cat([clip.encode_image(normalize(batch)) for batch in images[:20000].split(500)])
     tokens = tokenizer([template.format(c=name) for name in classnames for template in templates])
     clip.visual.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in clip.parameters() if p.requires_grad], lr=5e-4)

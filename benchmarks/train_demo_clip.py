@@ -101,7 +101,7 @@ def captions(labels: torch.Tensor, full: bool, rng: torch.Generator) -> list[str
     return texts
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
+def normalize(images: torch.Tensor) -> torch.Tensor:
     mean, std = (torch.tensor(CONFIG["preprocess_cfg"][key]).view(3, 1, 1) for key in ("mean", "std"))
     return (images.float() / 255 - mean) / std
 
@@ -114,7 +114,7 @@ def augment(images: torch.Tensor, labels: torch.Tensor, rng: torch.Generator) ->
     column = list(ATTRIBUTES).index("column")
     labels[mirror, column] = FLIPPED[labels[mirror, column]]
     dx, dy = (int(torch.randint(5, (), generator=rng)) for _ in range(2))
-    images = F.pad(normalise(images), (2, 2, 2, 2), mode="replicate")[..., dy : dy + 64, dx : dx + 64]
+    images = F.pad(normalize(images), (2, 2, 2, 2), mode="replicate")[..., dy : dy + 64, dx : dx + 64]
     light = 1 + 0.1 * torch.randn(len(images), 1, 1, 1, generator=rng)
     return images * light, labels
 
@@ -174,7 +174,7 @@ def main() -> None:
     started = time.time()
     images, labels = training_images(args.images)
     test = list(distinct(Scene.draw(TEST_SEED, i) for i in range(1100)))[:1000]
-    test_images = normalise(torch.from_numpy(np.stack([scene.image() for scene in test])).permute(0, 3, 1, 2))
+    test_images = normalize(torch.from_numpy(np.stack([scene.image() for scene in test])).permute(0, 3, 1, 2))
     print(f"{len(images)} images drawn in {time.time() - started:.0f} s", flush=True)
 
     mlps = [p for name, p in model.visual.named_parameters() if ".mlp." in name and p.ndim > 1]

@@ -22,7 +22,7 @@ from torch import nn
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.encoders import adapt
-from dgmr_tp.pruning import GivenScores, MLPPruner
+from dgmr_tp.pruning import MLPPruner, PrecomputedScores
 from dgmr_tp.pruning.amp import contrastive, entropy, gate_scores, search_widths
 from dgmr_tp.utils.progress import listen_to_progress
 
@@ -126,7 +126,7 @@ def brute_force(tower, scores, groups, threshold, trials, two_sided=False):
 
     def evaluate(widths):
         nonlocal forwards
-        plan = MLPPruner(tower, GivenScores(tower, scores, "amp"), keep=widths).plan()
+        plan = MLPPruner(tower, PrecomputedScores(tower, scores, "amp"), keep=widths).plan()
         pruned = prune(tower, plan=plan).model
         forwards += sum(len(batch) for group in groups for batch in group)
         with torch.no_grad():

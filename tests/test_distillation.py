@@ -127,7 +127,7 @@ def test_a_loss_is_added_by_one_entry_of_the_registry(monkeypatch):
     assert terms.keys() == {"cosine"}
     expected = 0.5 * cosine_distance(student(images), teacher(images))
     assert torch.allclose(loss.total(terms), expected, rtol=1e-5)
-    with pytest.raises(DgmrError, match="terms names patches, which is a key of its own"):
+    with pytest.raises(DgmrError, match="terms names patches, which is a separate key"):
         recipe(distill={**SMALL["distill"], "loss": {"terms": {"patches": 1.0}}})
 
 

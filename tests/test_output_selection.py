@@ -19,7 +19,7 @@ from dgmr_tp.cli import app
 from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt
-from dgmr_tp.pruning import GivenScores, MLPPruner, find_sites, last_state, rank_tower
+from dgmr_tp.pruning import MLPPruner, PrecomputedScores, find_sites, last_state, rank_tower
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.output_selection import rank_neurons
@@ -137,7 +137,7 @@ def test_it_works_in_a_stock_pruner():
     pruner = tp.pruner.BasePruner(
         pruned,
         (pictures(1),),
-        importance=GivenScores(pruned, scores, "output"),
+        importance=PrecomputedScores(pruned, scores, "output"),
         pruning_ratio=1 - 48.5 / 192,
         ignored_layers=ignored,
         in_channel_groups={},
@@ -148,7 +148,7 @@ def test_it_works_in_a_stock_pruner():
     for name, ranking in rankings.items():
         kept = sorted(ranking.order[:48].tolist())
         assert torch.equal(pruned.get_submodule(name).fc1.weight, tower.get_submodule(name).fc1.weight[kept])
-    plan = MLPPruner(tower, GivenScores(tower, scores, "output"), keep=48).plan()
+    plan = MLPPruner(tower, PrecomputedScores(tower, scores, "output"), keep=48).plan()
     assert all(list(plan.sites[name].kept) == sorted(ranking.order[:48].tolist()) for name, ranking in rankings.items())
 
 

@@ -100,7 +100,7 @@ def evaluate(
     """
     from dgmr_tp.evaluation.linear_head import read_head
     from dgmr_tp.evaluation.loading import load_encoder
-    from dgmr_tp.evaluation.zero_shot import tabulate, task_of
+    from dgmr_tp.evaluation.zero_shot import default_task, tabulate
     from dgmr_tp.utils.distributed import is_main_process, join_processes
 
     kind = _evaluation_kind(dataset, root, knn_train, knn_test, head_test, suite, data_root)
@@ -121,7 +121,7 @@ def evaluate(
         "save_classifier": save_classifier,
         "load_classifiers": load_classifier or [],
     }
-    dataset_task = task_of(dataset, root) if dataset and root and task == "auto" else task
+    dataset_task = default_task(dataset, root) if dataset and root and task == "auto" else task
     linear_head = read_head(head) if head else None
     files: list[Path] = []
     rows: dict[str, Metrics] = {}
@@ -401,12 +401,12 @@ def _run(measure: Callable[..., Any], loaded: LoadedEncoder, loading: _Loading) 
 
 def _write_result(metrics: Metrics, label: str, task: str, file: Path, test: Images, *others: Images) -> None:
     """Write metrics that are not clip_benchmark's in its JSON form, with the number of images that were left out."""
-    from dgmr_tp.evaluation.zero_shot import result_form
+    from dgmr_tp.evaluation.zero_shot import result_json
     from dgmr_tp.utils.distributed import is_main_process
 
     if is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
-        result = result_form(str(test.source), label, task, metrics, language="")
+        result = result_json(str(test.source), label, task, metrics, language="")
         result["images_left_out"] = _report_broken_images(test, *others)
         atomic_write(file, json.dumps(result, indent=1) + "\n")
 

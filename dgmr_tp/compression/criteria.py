@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import DGMRImportance, GivenScores
+from dgmr_tp.pruning import DGMRImportance, PrecomputedScores
 from dgmr_tp.pruning.amp import gate_scores, weight_gradients
 
 Needs = Literal["weights", "activations", "gradients"]
@@ -63,7 +63,7 @@ Criterion = WeightCriterion | ActivationCriterion | GradientCriterion
 
 @contextmanager
 def _amp_scores(model: OpenedModel, groups: Groups) -> Iterator[tp.importance.Importance]:
-    yield GivenScores(model.tower, gate_scores(model.adapter, groups), "amp")
+    yield PrecomputedScores(model.tower, gate_scores(model.adapter, groups), "amp")
 
 
 @contextmanager

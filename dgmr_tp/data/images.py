@@ -153,7 +153,7 @@ class Images:
         if None in names:
             unlabeled = self.records[names.index(None)].name
             raise DgmrError(
-                f"{unlabeled} has no class. Put each class in a folder of its own, or give tars with .cls next to the "
+                f"{unlabeled} has no class. Put each class in a separate folder, or give tars with .cls next to the "
                 "images."
             )
         return [str(name) for name in names]

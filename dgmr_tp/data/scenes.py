@@ -31,6 +31,7 @@ SIZES = {"small": 8.0, "medium": 11.0, "large": 15.5}
 """Radius, pixels of an image of 64 × 64."""
 TEXTURES = ("solid", "striped", "dotted", "checked")
 ROWS = {"top": 0.25, "middle": 0.5, "bottom": 0.75}
+# The demo CLIP was trained on captions with this spelling of "centre".
 COLUMNS = {"left": 0.25, "centre": 0.5, "right": 0.75}
 BACKGROUNDS = ("plain", "grainy", "shaded")
 

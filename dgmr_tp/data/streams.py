@@ -37,7 +37,7 @@ class Stream:
     """The images in the shards of a URL.
 
     Args:
-        source: a webdataset URL. ``{000..099}`` stands for several shards, ``::`` joins URLs.
+        source: a webdataset URL. ``{000..099}`` means several shards, ``::`` joins URLs.
     """
 
     def __init__(self, source: str) -> None:

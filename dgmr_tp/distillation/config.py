@@ -36,13 +36,13 @@ class LoopOptions(Config):
     """Options of the training loop that only ``distill`` sets. ``tune_text`` trains with the defaults."""
 
     micro_batch: int | None = Field(default=None, ge=1)
-    """Maximum number of images a process works on at a time. Gradients are accumulated. Default: its whole share."""
+    """Maximum number of images a process works on at a time. Gradients are accumulated. Default: its share."""
     evaluate_every: int = Field(default=100, ge=1)
     """Steps between two evaluations on the held-out images."""
     ema: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights. With it, the average is the result."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What is kept in CPU memory: the optimizer states, or the parameters too (``all``, which needs zero_stage: 3)."""
+    """State in CPU memory: the optimizer states, or the parameters too (``all``, which needs zero_stage: 3)."""
     compile: bool = False
     """Use ``torch.compile`` for student and teacher. It needs a C++ compiler."""
 
@@ -78,7 +78,7 @@ class TrainingConfig(Config):
     gradient_clipping: float = Field(default=0.0, ge=0)
     """Maximum norm of the gradient. 0: no clipping."""
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What DeepSpeed shards over the processes: 1 the optimizer states, 2 also the gradients, 3 also the parameters."""
+    """State that DeepSpeed shards over the processes: 1 optimizer states, 2 also gradients, 3 also parameters."""
     bf16: bool = False
     """Compute in bfloat16. Master weights, losses and averages are always float32."""
     deepspeed: Annotated[str | None, DataPath()] = None
@@ -221,7 +221,7 @@ class TuneTextConfig(TrainingConfig):
     first_caption: bool = False
     """Always use the first of several captions, as in the paper, instead of drawing one for every epoch."""
     zero_stage: Literal[1, 2] = 1
-    """What DeepSpeed shards over the processes: 1 the optimizer states, 2 also the gradients."""
+    """State that DeepSpeed shards over the processes: 1 optimizer states, 2 also gradients."""
 
 
 def _cosine(first: float, last: float, step: int, steps: int) -> float:

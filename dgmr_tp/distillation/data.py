@@ -159,7 +159,10 @@ def global_batch(count: int, batch: int, seed: int, step: int) -> list[SampleKey
 
 
 def distinct_global_batch(count: int, batch: int, seed: int, step: int) -> list[SampleKey]:
-    """As :func:`global_batch`, but without repetitions inside a batch: the rest of an epoch is not used."""
+    """Return global batch ``step`` without repeated samples.
+
+    Unlike in :func:`global_batch`, the samples at the end of an epoch that do not fill a batch are not used.
+    """
     epoch, position = divmod(step, count // batch)
     return [(epoch, int(index)) for index in _order(count, seed, epoch)[position * batch : (position + 1) * batch]]
 

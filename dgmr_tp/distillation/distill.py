@@ -25,7 +25,7 @@ from dgmr_tp.distillation.data import (
 )
 from dgmr_tp.distillation.engine import current_device, deepspeed_config, register_external_parameters
 from dgmr_tp.distillation.feature_cache import FeatureCache
-from dgmr_tp.distillation.loop import Losses, Task, train, training_session
+from dgmr_tp.distillation.loop import LossTerms, Task, train, training_session
 from dgmr_tp.distillation.losses import Features, FeatureTap
 from dgmr_tp.distillation.validation import HeldOutSet
 from dgmr_tp.encoders import OpenedModel
@@ -77,7 +77,7 @@ def distill(
         )
         teacher_ran = True  # for the last batch; false if its features were cached
 
-        def losses(engine: FeatureFunction, sample: Sample) -> Losses:
+        def losses(engine: FeatureFunction, sample: Sample) -> LossTerms:
             batch = sample.images.to(device, precision, non_blocking=True)
             return config.loss(engine(batch), teacher_features(batch, sample.rows))
 

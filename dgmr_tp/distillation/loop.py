@@ -44,7 +44,7 @@ from dgmr_tp.distillation.processes import (
 from dgmr_tp.distillation.throughput import Throughput, format_throughput, measure_peak_flops
 from dgmr_tp.distillation.validation import BestWeights
 from dgmr_tp.errors import DgmrError, Preempted, first_line
-from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
+from dgmr_tp.utils.distributed import all_gather_dict, get_world_size, is_main_process
 from dgmr_tp.utils.files import lock_directory
 from dgmr_tp.utils.lazy_imports import require
 from dgmr_tp.utils.progress import Meter
@@ -54,10 +54,10 @@ CHECKPOINT_FOLDER = "checkpoints"
 OUT_OF_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 """Phrases in the out-of-memory errors of torch, CUDA's libraries and NCCL."""
 MIN_STREAM_IMAGES = 1000
-"""Minimum number of images of a stream to which the share of broken ones is compared."""
+"""Minimum image count used as the denominator of the broken-image share of a stream."""
 CURVE_PREFIX = "train"
 """Common name of the curves in DeepSpeed's monitor."""
-Losses = dict[str, Tensor]
+LossTerms = dict[str, Tensor]
 """Loss terms by name, unweighted."""
 
 
@@ -71,14 +71,14 @@ class Task:
     """Input of one sample. Parameters that no output depends on are frozen."""
     samples: Callable[[Checkpoint], Generator[Sample]]
     """Returns this process's samples after a checkpoint, one micro-batch each."""
-    losses: Callable[[Callable[..., Any], Sample], Losses]
+    losses: Callable[[Callable[..., Any], Sample], LossTerms]
     """Returns the loss terms of a sample. The first argument is the module as DeepSpeed wraps it."""
-    total: Callable[[Losses], Tensor]
+    total: Callable[[LossTerms], Tensor]
     """Returns the weighted sum of the loss terms."""
     count: int | None
     """Samples in an epoch; None for a stream."""
     describe_position: Callable[[Checkpoint], str] = lambda _: ""
-    """Returns where the data resume, for the message that also names the step."""
+    """Returns the data position for the resume message."""
     flops: Callable[[], float] | None = None
     """Returns the floating point operations of a sample of the last step, backward pass included."""
     scores: Callable[[Callable[..., Any]], dict[str, float]] | None = None
@@ -86,7 +86,7 @@ class Task:
 
 
 class TrainingResult(NamedTuple):
-    """Result of a training, besides the weights."""
+    """Result of a training, other than the weights."""
 
     step: int
     """Step after which the weights were taken: the best one if the task has a score, otherwise the last one."""
@@ -109,7 +109,7 @@ def training_session(directory: Path, config: TrainingConfig) -> Iterator[Callab
             if is_main_process():
                 stack.enter_context(lock_directory(directory, f"{config.title} is running"))
                 (directory / FAILURE_FILE).unlink(missing_ok=True)
-            distributed.barrier()  # until rank 0 has prepared the directory
+            distributed.barrier()  # until the main process has prepared the directory
             stop = stack.enter_context(stop_requested(directory / STOP_FILE))
             stack.enter_context(fail_together(directory / FAILURE_FILE))
             yield stop
@@ -145,7 +145,7 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         Preempted: the training was asked to stop, and has written a checkpoint.
     """
     deepspeed = require("deepspeed", "distill")
-    rank, world, device = get_rank(), get_world_size(), current_device()
+    world, device = get_world_size(), current_device()
     engine_config = deepspeed_config(config, world, directory)
     # Without dropout and stochastic depth: the teacher's features are deterministic, and so are the student's for any
     # micro-batch.
@@ -157,7 +157,7 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         if not tensor.requires_grad
     }
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    # DeepSpeed allocates the whole bucket.
+    # DeepSpeed allocates the full bucket.
     engine_config["zero_optimization"].setdefault("reduce_bucket_size", min(MAX_REDUCE_BUCKET, trained))
     module.to(device, torch.float32)
     if config.zero_stage == 3:
@@ -167,7 +167,7 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
 
     folder = directory / CHECKPOINT_FOLDER
     checkpoint, damaged = checkpoints.newest(folder)
-    if rank == 0:
+    if is_main_process():
         _delete_unusable(folder, checkpoint, damaged, config.title)
     loading = checkpoints.prepare_for_loading(folder, checkpoint) if checkpoint else nullcontext((None, False))
     with loading as (tag, universal):
@@ -181,10 +181,10 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         if universal:  # ZeRO-3 loads one step counter for all groups, which each of them would advance
             for state in optimizer.state.values():
                 state["step"] = state["step"].clone()
-    start = checkpoint or Checkpoint(0, world, config.zero_stage)
-    if rank == 0 and start.step:
-        position = task.describe_position(start)
-        print(f"  {config.title}: resumes at step {start.step} of {config.steps}{position}", flush=True)
+    resume_point = checkpoint or Checkpoint(0, world, config.zero_stage)
+    if is_main_process() and resume_point.step:
+        position = task.describe_position(resume_point)
+        print(f"  {config.title}: resumes at step {resume_point.step} of {config.steps}{position}", flush=True)
     options = config.options
     average = None
     if options.ema:
@@ -194,14 +194,14 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         engine.compile()
 
     best = BestWeights(folder)
-    broken = _run_steps(task, engine, optimizer, config, average, best, start, directory, stop)
+    broken = _run_steps(task, engine, optimizer, config, average, best, resume_point, directory, stop)
     result = average.full() if average else full_parameters(engine.module)
-    weights = {name: value.cpu().clone() for name, value in result if rank == 0}
+    weights = {name: value.cpu().clone() for name, value in result if is_main_process()}
     step = config.steps
     if not average and best.step >= 0:
-        step, weights = best.step, best.load() if rank == 0 else {}
+        step, weights = best.step, best.load() if is_main_process() else {}
     engine.destroy()
-    if rank == 0:
+    if is_main_process():
         tensors = {**frozen, **weights}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
             tensor.data = tensors[name]
@@ -215,18 +215,18 @@ def _run_steps(
     config: TrainingConfig,
     average: WeightAverage | None,
     best: BestWeights,
-    start: Checkpoint,
+    resume_point: Checkpoint,
     directory: Path,
     stop: Callable[[], bool],
 ) -> dict[str, str]:
-    """Run the steps after ``start`` and return the broken images."""
-    rank, world, device = get_rank(), get_world_size(), current_device()
+    """Run the steps after ``resume_point`` and return the broken images."""
+    world, device = get_world_size(), current_device()
     folder = directory / CHECKPOINT_FOLDER
     accumulation_steps = engine.gradient_accumulation_steps()
-    loader = task.samples(start)
+    loader = task.samples(resume_point)
     peak = world * measure_peak_flops(device, config.precision) if task.flops else 0.0
     throughput = Throughput(config.batch_size, peak)
-    broken, shards = dict(start.broken), {}
+    broken, shards = dict(resume_point.broken), {}
 
     def evaluate(step: int) -> dict[str, float]:
         if task.scores is None or (step % config.options.evaluate_every and step < config.steps):
@@ -234,7 +234,7 @@ def _run_steps(
         scores = task.scores(engine)
         if average is None:
             best.update(scores["score"], step, full_parameters(engine.module))
-            distributed.barrier()  # while rank 0 writes; the next collective may have a shorter timeout
+            distributed.barrier()  # while the main process writes; the next collective may have a shorter timeout
         return scores
 
     def write_curves(step: int, values: dict[str, float]) -> None:
@@ -243,18 +243,18 @@ def _run_steps(
                 [(f"{CURVE_PREFIX}/{name.replace(' ', '_')}", value, step) for name, value in values.items()]
             )
 
-    if start.step == 0:
+    if resume_point.step == 0:
         write_curves(0, evaluate(0))
     with (
         contextlib.closing(loader),
-        Meter(config.title, config.steps, done=start.step) if rank == 0 else nullcontext() as meter,
+        Meter(config.title, config.steps, done=resume_point.step) if is_main_process() else nullcontext() as meter,
     ):
-        for step in range(start.step + 1, config.steps + 1):
+        for step in range(resume_point.step + 1, config.steps + 1):
             step_start = time.monotonic()
-            losses: Losses = {}
+            losses: LossTerms = {}
             new_broken: dict[str, str] = {}
             names: list[str] = []
-            for piece in range(accumulation_steps):
+            for micro_step in range(accumulation_steps):
                 sample = next(loader)
                 new_broken |= {name: error for name, error in sample.broken.items() if name not in broken}
                 names += sample.names
@@ -263,7 +263,7 @@ def _run_steps(
                 engine.backward(task.total(terms))
                 for name, term in terms.items():
                     losses[name] = losses.get(name, 0) + term.detach().float() / accumulation_steps
-                if piece < accumulation_steps - 1:
+                if micro_step < accumulation_steps - 1:
                     engine.step()
             means, stopping, any_broken = _synchronize(losses, stop(), bool(new_broken), device)
             total = float(task.total(means))
@@ -282,8 +282,8 @@ def _run_steps(
                 check_broken_images(broken, task.count or max(MIN_STREAM_IMAGES, config.batch_size * step), config)
             rates = throughput.step(task.flops() if task.flops else None)
             if meter:
-                each = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
-                meter.step(step, f"loss {total:.4f} {format_throughput(rates)}", f"{each}, gradient {norm:.3g}")
+                term_text = ", ".join(f"{name.replace('_', ' ')} {float(value):.4f}" for name, value in means.items())
+                meter.step(step, f"loss {total:.4f} {format_throughput(rates)}", f"{term_text}, gradient {norm:.3g}")
             curves = evaluate(step)
             if step % config.log_every == 0 or step == config.steps:
                 curves |= {
@@ -295,21 +295,22 @@ def _run_steps(
                 }
             write_curves(step, curves)
             # A checkpoint after the first step shows at once whether the disk has room, and how long saving takes.
-            first = step == start.step + 1
-            if step % config.checkpoint_every == 0 or step == config.steps or stopping or first:
+            is_first_step = step == resume_point.step + 1
+            if step % config.checkpoint_every == 0 or step == config.steps or stopping or is_first_step:
                 positions = all_gather_dict(shards)
                 # A reader that has not delivered an image yet may still be at the first shard.
                 complete = len(positions) == world * max(1, config.workers)
-                shard = min(positions.values()) if complete else start.shard
-                here = Checkpoint(step, world, config.zero_stage, broken=broken, shard=shard)
+                shard = min(positions.values()) if complete else resume_point.shard
+                new_checkpoint = Checkpoint(step, world, config.zero_stage, broken=broken, shard=shard)
                 save_start = time.monotonic()
-                checkpoints.save(engine, folder, here, average.full() if average else (), config.keep_checkpoints)
-                if first and rank == 0:
+                average_weights = average.full() if average else ()
+                checkpoints.save(engine, folder, new_checkpoint, average_weights, config.keep_checkpoints)
+                if is_first_step and is_main_process():
                     save_end = time.monotonic()
-                    text = describe_save(folder / here.tag, save_end - save_start, save_end - step_start)
+                    text = describe_save(folder / new_checkpoint.tag, save_end - save_start, save_end - step_start)
                     print(f"  {config.title}: {text}", flush=True)
             if stopping and step < config.steps:
-                if rank == 0:
+                if is_main_process():
                     (directory / STOP_FILE).unlink(missing_ok=True)
                 raise Preempted(f"preempted at step {step} of {config.steps}. Run again to resume from there.")
     return broken
@@ -351,7 +352,7 @@ def _optimizer_step(engine: Any, config: TrainingConfig) -> float:
     return float(norm if config.zero_stage == 0 else engine.get_global_grad_norm())
 
 
-def _synchronize(losses: Losses, stop: bool, broken: bool, device: torch.device) -> tuple[Losses, bool, bool]:
+def _synchronize(losses: LossTerms, stop: bool, broken: bool, device: torch.device) -> tuple[LossTerms, bool, bool]:
     """Return the mean losses of all processes, whether any must stop, and whether any met a new broken image.
 
     One all-reduce a step.

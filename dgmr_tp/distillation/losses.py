@@ -40,7 +40,7 @@ class Loss:
 
 
 LOSSES: dict[str, Loss] = {name: Loss(name, F.mse_loss) for name in ("class_token", "patches", "embedding")}
-"""Terms of the distillation loss by name. These three have recipe keys of their own, others go under ``terms``."""
+"""Terms of the distillation loss by name. These three have separate recipe keys, others go under ``terms``."""
 
 
 class DistillationLoss(Config):
@@ -62,7 +62,7 @@ class DistillationLoss(Config):
     @model_validator(mode="after")
     def _check_weights(self) -> DistillationLoss:
         if double := sorted(self.terms.keys() & type(self).model_fields.keys()):
-            raise ValueError(f"terms names {double[0]}, which is a key of its own. Use loss.{double[0]}")
+            raise ValueError(f"terms names {double[0]}, which is a separate key. Use loss.{double[0]}")
         if not self.losses:
             raise ValueError("every weight is 0. Give a weight to one of class_token, patches, embedding, layers")
         return self

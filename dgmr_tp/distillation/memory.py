@@ -95,7 +95,7 @@ class MemoryEstimator:
         """Return the memory that ``world`` processes need, with a device each."""
         stage, itemsize, trained = config.zero_stage, self.itemsize, self.trained
         shards = world if stage else 1
-        # Every stage but 0 has float32 master weights of its own, also when it computes in float32.
+        # Every stage but 0 stores separate float32 master weights, also when it computes in float32.
         moments, master, copy, average = 8, 4 if stage else 0, 4 if stage else 0, 4 if config.ema else 0
         optimizer = (moments + master + copy) * trained / shards
         weights, gradients = float(itemsize * self.student), float(itemsize * trained)

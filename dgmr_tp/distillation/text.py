@@ -26,7 +26,7 @@ from dgmr_tp.distillation.data import Sample, check_same_files, distinct_global_
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.distillation.loop import (
     CHECKPOINT_FOLDER,
-    Losses,
+    LossTerms,
     Task,
     check_broken_images,
     train,
@@ -84,7 +84,7 @@ def tune_text(
             gather_with_grad=True, cache_labels=True, rank=rank, world_size=world
         )
 
-        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> Losses:
+        def losses(engine: Callable[[Tensor], dict[str, Tensor]], sample: Sample) -> LossTerms:
             outputs = engine(sample.texts.to(device))
             return {"contrastive": loss(sample.images.to(device), outputs["text"].float(), outputs["scale"].float())}
 

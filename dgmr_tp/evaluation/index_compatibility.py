@@ -139,13 +139,13 @@ def compare_embeddings(
     query_rows, index_rows = np.split(order, [min(queries, len(old) // 2)])
     neighbors = _search({"old": old, "new": new}, query_rows, index_rows)
     reference = neighbors["old", "old"]
-    many = len(index_rows) >= MIN_INDEX_FOR_MANY
+    has_large_index = len(index_rows) >= MIN_INDEX_FOR_MANY
     ways: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
         first = neighbors[way][:, :NEIGHBORS]
         ways[name] = {
             f"overlap@{NEIGHBORS}": _overlap(reference[:, :NEIGHBORS], first),
-            f"overlap@{MANY_NEIGHBORS}": _overlap(reference, neighbors[way]) if many else None,
+            f"overlap@{MANY_NEIGHBORS}": _overlap(reference, neighbors[way]) if has_large_index else None,
             f"recall@{NEIGHBORS}": float((first == reference[:, :1]).any(1).mean()),
         }
     scores = [figures[f"recall@{NEIGHBORS}"] for name, figures in ways.items() if name != REEMBEDDED]

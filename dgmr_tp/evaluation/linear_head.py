@@ -150,9 +150,7 @@ def check_classifier(model: OpenedModel) -> None:
         DgmrError: it does not.
     """
     if not isinstance(getattr(model.module, "get_classifier", lambda: None)(), nn.Linear):
-        raise DgmrError(
-            f"{model.name} has no classifier of its own. Give the weights of a linear head, or images to fit one."
-        )
+        raise DgmrError(f"{model.name} has no classifier. Give the weights of a linear head, or images to fit one.")
 
 
 def _apply_head(head: LinearHead, embeddings: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def evaluate(
         root: directory of the data set.
         output: the JSON file. Its directory is created.
         name: name of the model in the file.
-        task: one of :data:`TASKS`, or ``auto`` for the data set's default; see :func:`task_of`.
+        task: one of :data:`TASKS`, or ``auto`` for the data set's default; see :func:`default_task`.
         annotations: caption file of data sets such as ``mscoco_captions`` and ``flickr30k``.
         classnames, templates: JSON files with custom class names and prompts, keyed by the data set's name.
         save_classifier: file to which the class embeddings are saved.
@@ -132,13 +132,13 @@ def evaluate(
 
     Raises:
         DgmrError: the task is unknown, the model lacks a text tower that the task needs, a file is missing, the data
-            set cannot be read, or a linear probe runs on several GPUs.
+            set cannot be read, or a linear probe on a GPU was started by torchrun.
     """
     require("clip_benchmark", "eval")
     root = Path(root)
     if not root.is_dir():
         raise DgmrError(f"the data set directory {root} does not exist. Check --root, or the root in the recipe.")
-    task = task_of(dataset, root) if task == "auto" else task
+    task = default_task(dataset, root) if task == "auto" else task
     device = _device_of(model)
     _check_request(name, model, tokenizer, task, load_classifiers, device)
     for path in (annotations, classnames, templates, *load_classifiers):
@@ -147,7 +147,7 @@ def evaluate(
     if distributed.is_initialized():
         model = CLIPWithEncoder(model, split_over_processes(model.encode_image))
     output.parent.mkdir(parents=True, exist_ok=True)
-    data = _Data(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
+    data = _DatasetLoader(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
     try:
         with _progress_on_terminal_only():
             torch.manual_seed(SEED)
@@ -164,11 +164,11 @@ def evaluate(
             f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if is_main_process():
-        atomic_write(output, json.dumps(result_form(dataset, name, task, metrics)))
+        atomic_write(output, json.dumps(result_json(dataset, name, task, metrics)))
     return metrics
 
 
-def result_form(
+def result_json(
     dataset: str, model: str, task: str, metrics: dict[str, float], *, language: str = "en"
 ) -> dict[str, Any]:
     """Return a result with the keys of clip_benchmark's JSON files."""
@@ -182,7 +182,7 @@ def result_form(
     }
 
 
-def task_of(dataset: str, root: Path) -> str:
+def default_task(dataset: str, root: Path) -> str:
     """Return the default task of a data set.
 
     A webdataset directory states it in ``dataset_type.txt``. For other data sets clip_benchmark knows it.
@@ -203,7 +203,7 @@ def tabulate(files: Iterable[Path], table: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Data:
+class _DatasetLoader:
     """A data set and the options to load it."""
 
     dataset: str
@@ -278,7 +278,7 @@ def _device_of(model: nn.Module) -> str:
 def _zero_shot(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor] | None,
-    data: _Data,
+    data: _DatasetLoader,
     device: str,
     save_classifier: Path | None,
     load_classifiers: Sequence[Path],
@@ -311,7 +311,7 @@ def _zero_shot(
     )
 
 
-def _linear_probe(model: nn.Module, data: _Data, device: str, scratch: Path) -> dict[str, float]:
+def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: Path) -> dict[str, float]:
     """Return clip_benchmark's metrics of a linear probe on a GPU, or those of our own on a CPU.
 
     On a GPU we compute the features and store them where clip_benchmark looks for features of an earlier run. It would

@@ -1,11 +1,11 @@
 """The algorithms: score the hidden neurons of MLPs, choose the ones to keep, prune the rest, and refit.
 
-They work on modules and tensors and depend on torch, torch-pruning and scipy only.
+They work on modules and tensors and depend on torch, torch-pruning, numpy and scipy only.
 """
 
 from dgmr_tp.pruning.adapter import Block, ImageEncoder, TowerAdapter, last_state
 from dgmr_tp.pruning.allocation import Amount
-from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
+from dgmr_tp.pruning.importance import DGMRImportance, PrecomputedScores
 from dgmr_tp.pruning.output_selection import Ranking, rank_tower
 from dgmr_tp.pruning.plan import Plan, SitePlan
 from dgmr_tp.pruning.pruner import MLPPruner
@@ -17,10 +17,10 @@ __all__ = [
     "Amount",
     "Block",
     "DGMRImportance",
-    "GivenScores",
     "ImageEncoder",
     "MLPPruner",
     "Plan",
+    "PrecomputedScores",
     "Ranking",
     "Selection",
     "Site",

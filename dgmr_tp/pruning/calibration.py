@@ -1,7 +1,7 @@
 """Record MLP inputs and outputs on calibration images, and weight the tokens.
 
 Works on modules and on the states of a :class:`TowerAdapter`. Returns tensors and their moments. This is the only
-module of the package with forward hooks. A block maps a state to a state, and a hook reads what a Linear inside it
+module of ``pruning/`` with forward hooks. A block maps a state to a state, and a hook reads what a Linear inside it
 receives without a copy of the block's forward.
 """
 
@@ -156,7 +156,7 @@ class Moments:
     def relative_error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Return the mean squared error of ``y ≈ weight h + bias`` over the variance of ``y``.
 
-        0 is a perfect fit, 1 is as good as the mean of ``y``, and infinity stands for weights that are not finite.
+        0 is a perfect fit, 1 is as good as the mean of ``y``, and infinity means that the weights are not finite.
         """
         mean_h, mean_y = self.means()
         hh, yh, yy = self.second_moments(mean_h, mean_y)

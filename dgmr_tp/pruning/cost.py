@@ -84,8 +84,8 @@ def costs(model: nn.Module, sites: Sequence[Site], image_size: int | None) -> di
 
 
 def _count_flops(module: nn.Module, image_size: int) -> FlopCounterMode:
-    like = next(module.parameters())
-    images = torch.empty(1, 3, image_size, image_size, dtype=like.dtype, device="meta")
+    reference = next(module.parameters())
+    images = torch.empty(1, 3, image_size, image_size, dtype=reference.dtype, device="meta")
     state: dict[str, Tensor] = {
         name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()
     }

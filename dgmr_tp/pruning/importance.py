@@ -107,7 +107,7 @@ def selection_scores(selection: Selection) -> torch.Tensor:
     return scores
 
 
-class GivenScores(tp.importance.Importance):
+class PrecomputedScores(tp.importance.Importance):
     """torch-pruning importance from existing scores, for criteria that evaluate a whole encoder at once.
 
     Args:

@@ -117,7 +117,7 @@ class Plan:
                     f"{site.hidden} × {site.width}. Make a new plan for this encoder."
                 )
             if any(type(index) is not int for index in kept):
-                raise DgmrError(f"the plan's kept indices of site {name} are not all whole numbers. Correct the plan.")
+                raise DgmrError(f"the plan's kept indices of site {name} are not all integers. Correct the plan.")
             if not kept or list(kept) != sorted(set(kept)):
                 raise DgmrError(
                     f"the plan's kept indices of site {name} are not ascending, contain a duplicate, or there are "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
 from dgmr_tp.pruning.cost import costs
-from dgmr_tp.pruning.importance import DGMRImportance, GivenScores
+from dgmr_tp.pruning.importance import DGMRImportance, PrecomputedScores
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
 from dgmr_tp.utils.modules import evaluating
@@ -106,8 +106,8 @@ class MLPPruner:
         """
         rows = site.hidden * (2 if site.fused else 1)
         mlp = self.model.get_submodule(site.name)
-        # GivenScores identifies layers by object and computes nothing, so it must see the model's own modules.
-        has_scores = isinstance(self.importance, GivenScores)
+        # PrecomputedScores identifies layers by object and computes nothing, so it must see the model's own modules.
+        has_scores = isinstance(self.importance, PrecomputedScores)
         if not has_scores and next(mlp.parameters()).dtype in (torch.bfloat16, torch.float16):
             gradients = [
                 None if p.grad is None else p.grad.float() for p in mlp.parameters()

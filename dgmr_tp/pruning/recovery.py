@@ -11,7 +11,7 @@ where ``U_K`` are the columns that pruning kept, ``k`` is their number and ``Σ_
 
 There are two targets:
 
-- *residual stream*: the MLP output for which the pruned block ends where the dense tower's block ends. The blocks are
+- *residual stream*: the MLP output that makes the pruned block's output equal the dense block's output. The blocks are
   processed in order, and each is fitted on the states that the recovered blocks before it produce. The fit therefore
   also compensates for errors from earlier blocks. With few images it fits noise.
 - *dense MLP*: the output of the dense MLP on the same input. Errors from earlier blocks remain.
@@ -62,9 +62,9 @@ Rounding in bfloat16 is below it, and a norm is above it.
 def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float) -> tuple[Tensor, Tensor | None]:
     """Minimize the objective of this module for one Linear.
 
-    The activations are centered, so that the bias is not penalized. A layer without bias is fitted about zero. Without
-    damping, the normal equations can be singular (dead or duplicate neurons, fewer tokens than neurons). The solution
-    nearest to ``weight`` is then returned.
+    The activations are centered, so that the bias is not penalized. A layer without bias is fitted without centering.
+    Without damping, the normal equations can be singular (dead or duplicate neurons, fewer tokens than neurons). The
+    solution nearest to ``weight`` is then returned.
 
     Args:
         moments: of the inputs ``h`` ``[k]`` and the targets ``y`` ``[d]``.

@@ -44,7 +44,8 @@ class PruneSection(Config):
 
     criterion: Annotated[str, NameIn(CRITERIA)] = "dgmr"
     """Criterion of selection. ``output``, ``activation``, ``taylor`` and ``amp`` run ``recover.images`` of the images
-    through the tower. ``output`` and ``activation`` also fit the widths to a budget."""
+    through the tower. With ``threshold``, ``search.images`` applies instead. ``output`` and ``activation`` also fit the
+    widths to a budget."""
     mlp_ratio: float | list[float] | None = None
     """Hidden width as a multiple of the token width, in every block."""
     keep_ratio: float | list[float] | None = None
