@@ -69,8 +69,8 @@ class CalibrationImages:
 
     def on(self, model: OpenedModel) -> Iterator[Tensor]:
         """Yield the batches on the device and in the dtype of the model's tower."""
-        like = next(model.tower.parameters())
-        return (batch.to(like.device, like.dtype) for batch in self.batches)
+        reference = next(model.tower.parameters())
+        return (batch.to(reference.device, reference.dtype) for batch in self.batches)
 
     def groups(self, model: OpenedModel, candidates: int) -> list[list[Tensor]]:
         """Return whole groups of ``candidates`` images for AMP's entropy, each in batches on the model's device.
