@@ -317,7 +317,7 @@ def recover(
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that were given; for the others the library's defaults apply."""
+    """Return the options that were given. The library's defaults apply for the others."""
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -407,7 +407,7 @@ def _print_plans(model: OpenedModel, names: list[str], plans: list[Plan]) -> Non
 
 
 def _table(*columns: str, title: str | None = None) -> Table:
-    """A table whose columns but the first are aligned to the right."""
+    """Return a table whose columns, except the first, are aligned to the right."""
     table = Table(*columns, title=title, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -417,7 +417,7 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def _amounts(
     mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int
 ) -> list[Amount]:
-    """The options that say how many neurons stay, as the library takes them: one size, or one per budget."""
+    """Return the size options as the library takes them: one size, or one per budget."""
     limits = [_budget(text) for text in budgets] if budgets else [None]
     return [
         {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": limit, "round_to": round_to}

@@ -174,7 +174,7 @@ def _write_report(this_run: Run) -> None:
 
 
 def _summary(path: Path) -> str:
-    """The first clause of a recipe's leading comment."""
+    """Return the first clause of a recipe's leading comment."""
     words = []
     for line in path.read_text("utf-8").splitlines():
         if not line.startswith("#"):

@@ -127,7 +127,7 @@ def search(
 
 
 def _read_journal(path: Path | None, request: dict[str, object]) -> SearchState | None:
-    """The state of an interrupted search for the same request; None on the first start or if the file is damaged."""
+    """Return the state of an interrupted search for the same request; None without one or if the file is damaged."""
     try:
         journal = json.loads(path.read_text()) if path else None
         if not journal or journal["request"] != json.loads(json.dumps(request)):

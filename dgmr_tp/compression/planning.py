@@ -100,7 +100,7 @@ def check_amount(model: OpenedModel, **amount: Unpack[Amount]) -> None:
 def _importance(
     model: OpenedModel, criterion: str | tp.importance.Importance, images: CalibrationImages | None
 ) -> Iterator[tp.importance.Importance]:
-    """The torch-pruning importance of a criterion; valid inside the context."""
+    """Yield the torch-pruning importance of a criterion, which is valid inside the context."""
     if not isinstance(criterion, str):
         yield criterion
         return

@@ -197,7 +197,7 @@ def _embeddings(model: OpenedModel, images: CalibrationImages) -> Tensor:
 
 
 def _interval(values: np.ndarray, seed: int) -> Sequence[float]:
-    """The 95 % bootstrap interval of the mean: its lower and its upper end."""
+    """Return the lower and the upper end of the 95 % bootstrap interval of the mean."""
     bootstrap = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=NUM_RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
     )

@@ -96,7 +96,7 @@ def prune_streaming(
 
 
 def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
-    """The decisions of an interrupted call for the same request; None on the first start or if the file is damaged."""
+    """Return the decisions of an interrupted call for the same request; None without one or if the file is damaged."""
     try:
         journal = json.loads(path.read_text())
         return Plan.from_json(journal["plan"]) if journal["request"] == json.loads(json.dumps(request)) else None

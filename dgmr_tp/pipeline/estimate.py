@@ -78,7 +78,7 @@ def _hours(num_images: int, rate: str | None, size: str) -> str:
 
 
 def _measured_rate(run: Path, size: str) -> float:
-    """The median over the later half of a distillation, finished or not."""
+    """Return the median rate over the later half of a distillation, finished or not."""
     final = run / "distill" / size
     rates = [value for folder in (final, staging_path(final)) for _, value in read_curve(folder, "samples_per_second")]
     if not rates:

@@ -183,7 +183,7 @@ def parse_recipe(data: dict[str, Any], path: Path, layers: Sequence[Layer] = ())
 
 
 def _read_layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
-    """The recipe's own layer and those of the recipes that it extends."""
+    """Return the recipe's layer and those of the recipes that it extends."""
     if path in extended_by:
         raise DgmrError(f"{path}: base: the recipe extends itself. Remove one of the base keys.")
     try:
@@ -258,7 +258,7 @@ def _explain(path: Path, layers: Sequence[Layer], problem: Any) -> str:
 
 
 def _origin(path: Path, layers: Sequence[Layer], key_path: list[Any]) -> str:
-    """The source of a key, with its line if it is known."""
+    """Return the source of a key, with its line if it is known."""
     for layer in layers:
         line, depth = _line(layer.text, key_path)
         if layer.text and depth == len(key_path) and line:
@@ -278,7 +278,7 @@ def _has(content: Any, key_path: list[Any]) -> bool:
 
 
 def _known_keys(key_path: list[Any]) -> list[str]:
-    """The keys of the section at a path of keys and list indices."""
+    """Return the keys of the section at a path of keys and list indices."""
     section: type[BaseModel] = Recipe
     for part in key_path:
         if part in section.model_fields:
@@ -287,14 +287,14 @@ def _known_keys(key_path: list[Any]) -> list[str]:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as ``list[DatasetConfig]`` or ``KNNConfig | None``."""
+    """Return the section class inside an annotation such as ``list[DatasetConfig]`` or ``KNNConfig | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
 
 
 def _line(text: str, key_path: list[Any]) -> tuple[int | None, int]:
-    """The line, from 1, of the deepest key of ``key_path`` in the text, and how many keys of ``key_path`` are there."""
+    """Return the line, from 1, of the deepest key of ``key_path`` in the text, and how many of the keys are there."""
     node = yaml.compose(text) if text else None
     line, depth = None, 0
     for part in key_path:

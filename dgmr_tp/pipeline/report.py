@@ -152,7 +152,7 @@ def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curves(training: dict[str, Any]) -> list[Curve]:
-    """The main curves of a training."""
+    """Return the main curves of a training."""
     teacher = training.get("original", {}).get("knn")
     teacher_note = "" if teacher is None else f"; the original: {percent(teacher)} %"
     curves = [
@@ -164,7 +164,7 @@ def _curves(training: dict[str, Any]) -> list[Curve]:
 
 
 def _details(training: dict[str, Any]) -> list[Curve]:
-    """The curves of the parts of the loss, the gradient, and the speed."""
+    """Return the curves of the parts of the loss, the gradient, and the speed."""
     details = training.get("details", {})
     parts = [name for name in details if name.startswith("loss_")]
     curves = []
@@ -250,7 +250,7 @@ def write_html(content: Report | Mapping[str, Any], path: Path, template: str = 
 
 
 def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row per exported file, from the figures of an export."""
+    """Return a row per exported file, from the figures of an export."""
     rows = []
     for tower, entries in exported.get("towers", {}).items():
         for name, entry in entries["files"].items():
@@ -273,7 +273,7 @@ def _files(exported: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _extreme(by_batch: dict[str, float | None], pick: Callable[[Iterable[float]], float]) -> float | None:
-    """The extreme value over the batch sizes; None if one of them has no value."""
+    """Return the extreme value over the batch sizes; None if one of them has no value."""
     values = list(by_batch.values())
     return None if None in values else pick(value for value in values if value is not None)
 

@@ -148,7 +148,7 @@ class RunDirectory:
 
 
 def _read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is missing or damaged."""
+    """Return the content of a JSON file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -180,7 +180,7 @@ def digest(value: Any) -> str:
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
-    """Every leaf that differs, as ``key: old → new``."""
+    """Return every leaf that differs, as ``key: old → new``."""
     if isinstance(before, dict) and isinstance(now, dict):
         lines = []
         for key in [*before, *(key for key in now if key not in before)]:

@@ -171,6 +171,6 @@ def measure_datasets(
 
 
 def _with_skipped(figures: dict[str, float], *images: Images) -> dict[str, float]:
-    """The figures, with the number of images that did not decode, if there are any."""
+    """Add the number of images that did not decode to the figures, if there are any."""
     skipped = sum(len(source.broken) for source in images)
     return {**figures, "images_left_out": skipped} if skipped else figures

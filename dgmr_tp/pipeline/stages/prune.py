@@ -148,7 +148,7 @@ class PruneStage(Stage):
         elif section.threshold is None:
             for size, amount in section.sizes.items():
                 if amount.get("budget") and criterion_named(section.criterion).needs != "activations":
-                    continue  # met or refused at once, without images
+                    continue  # the stage checks such a budget before it reads images
                 try:
                     check_amount(context.shapes, **amount)
                 except DgmrError as error:
@@ -210,23 +210,23 @@ def _describe(context: RunContext, amount: dict[str, Any]) -> dict[str, Any]:
 
 def _prune(context: RunContext, size: str, amount: dict[str, Any], folder: Path) -> dict[str, Any]:
     dense = context.dense
-    plan, extra = _decide(context, amount, folder)
+    plan, search_figures = _plan_of_size(context, amount, folder)
     pruned, table = prune_by_plan(dense, plan)
     shutil.rmtree(folder / "model", ignore_errors=True)
     pruned.save(folder / "model", plan, final=context.run_directory.folder(f"prune/{size}") / "model")
     sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in table]
-    return {"original": _cost(dense), "pruned": _cost(pruned), "sites": sites, **extra}
+    return {"original": _cost(dense), "pruned": _cost(pruned), "sites": sites, **search_figures}
 
 
-def _decide(context: RunContext, amount: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a size, and what its search measured."""
+def _plan_of_size(context: RunContext, amount: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Any]]:
+    """Make the plan of a size, and return it with the figures of its search."""
     recipe = context.recipe
     needs = criterion_named(recipe.prune.criterion).needs
     if needs == "weights":
         return make_plan(context.dense, recipe.prune.criterion, seed=recipe.seed, **amount), {}
     with context.dense_on_device() as dense:  # runs images there, and measures a budget of latency there
         if recipe.prune.has_quality_target:
-            return _meet_target(context, dense, amount)
+            return _plan_for_target(context, dense, amount)
         if needs == "activations":
             return read_rankings(context).plan(dense, **amount), {}
         search_config = recipe.prune.search
@@ -242,8 +242,8 @@ def _decide(context: RunContext, amount: dict[str, Any], folder: Path) -> tuple[
         return result.plan, {"entropy": result.entropy, "image_forwards": forward_passes}
 
 
-def _meet_target(context: RunContext, dense: OpenedModel, amount: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
-    """The widths that meet the target. The recovery stage then makes exactly the model that was evaluated."""
+def _plan_for_target(context: RunContext, dense: OpenedModel, amount: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """Make the plan that meets the target. The recovery stage then makes exactly the model that was evaluated."""
     recipe = context.recipe
     assert recipe.recover
     result = prune_to_target(
