@@ -98,6 +98,7 @@ def evaluate(
 
     The processes of a torchrun launch share the images.
     """
+    from dgmr_tp.encoders import is_library_name
     from dgmr_tp.evaluation.linear_head import read_head
     from dgmr_tp.evaluation.loading import load_encoder
     from dgmr_tp.evaluation.zero_shot import default_task, tabulate
@@ -127,7 +128,7 @@ def evaluate(
     rows: dict[str, Metrics] = {}
     for source in models:
         loaded = load_encoder(source, pretrained, text=text, trusted=trust_file, device=device())
-        is_name = source.startswith(("open_clip:", "timm:"))
+        is_name = is_library_name(source)
         label = _label(f"{source}-{Path(pretrained).name}" if pretrained and is_name else source, list(rows))
         if kind == "dataset":
             assert dataset and root

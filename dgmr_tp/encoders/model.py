@@ -35,6 +35,8 @@ from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
 """Model directory of the small CLIP that ships with the package."""
+NAMED_LIBRARIES = ("open_clip", "timm")
+"""Libraries whose models open by name, as ``LIBRARY:NAME``."""
 SIDECAR_NAME = "dgmr_tp.json"
 """File of a model directory with the library, the encoder's name and the hidden widths."""
 TOKENIZER_FILE_PREFIXES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "spiece", "sentencepiece")
@@ -338,6 +340,12 @@ def wrap_tower(tower: nn.Module) -> OpenedModel:
     return OpenedModel("", tower, "", type(tower).__name__, preprocess, {})
 
 
+def is_library_name(source: str) -> bool:
+    """Return whether ``source`` names a library's model: ``open_clip:NAME`` or ``timm:NAME``."""
+    library, _, name = source.partition(":")
+    return library in NAMED_LIBRARIES and bool(name)
+
+
 def open_model(
     source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory"
 ) -> OpenedModel:
@@ -359,7 +367,7 @@ def open_model(
         DgmrError: the name is unknown, no weights are named, or a file cannot be read; names the file and the remedy.
     """
     library, _, name = source.partition(":")
-    if library in ("open_clip", "timm") and name:
+    if is_library_name(source):
         if pretrained is None and weights != "none":
             raise DgmrError(
                 f"{source} needs weights. Name them with --pretrained (a tag or a file, or 'none' for random weights)."

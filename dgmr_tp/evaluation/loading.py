@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dgmr_tp.encoders import OpenedModel, open_model
+from dgmr_tp.encoders import OpenedModel, is_library_name, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import MANIFEST
@@ -49,7 +49,7 @@ def load_encoder(
     """
     exported = open_exported(Path(source), trusted=trusted) if is_exported_file(source) else None
     name = (text or _model_of_file(Path(source))) if exported else source
-    model = open_model(name, pretrained if name.startswith(("open_clip:", "timm:")) else None)
+    model = open_model(name, pretrained if is_library_name(name) else None)
     model.module.to(device).eval()
     return LoadedEncoder(model, as_clip(model, exported), exported or ImageEncoder(model.adapter), device)
 

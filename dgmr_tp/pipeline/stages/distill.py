@@ -64,7 +64,7 @@ class DistillStage(TrainingStage):
         return distill(context.dense, model, context.find_images(), config, folder, seed=seed, features=cache)
 
     def _feature_cache(self, context: RunContext) -> Path:
-        """Return the file in which the sizes share the teacher's features. Its name is a hash of all that decides them."""
+        """Return the file in which the sizes share the teacher's features. Its name is a hash of what decides them."""
         packages = package_versions(("torchvision", "pillow", "transformers"))  # they crop, or hold the teacher
         made_from = [self.describe(context), context.describe_model(), context.run_directory.versions | packages]
         return context.run_directory.path / self.name / f".features-{digest(made_from)[:16]}"
