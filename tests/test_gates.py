@@ -10,7 +10,7 @@ from timm.layers import GluMlp, RmsNorm, SwiGLU, SwiGLUPacked
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner
-from dgmr_tp.compression.criteria import CRITERIA
+from dgmr_tp.compression.criteria import CRITERIA, names_needing
 from dgmr_tp.pruning import find_sites
 from dgmr_tp.pruning.selection import select_diverse_rows
 
@@ -117,11 +117,11 @@ def test_dgmr_judges_the_pair_and_both_halves_keep_the_same_neurons(model):
     assert not torch.equal(rows_of(pruned, site), rows_of(model, site)[:KEEP])
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", names_needing("weights"))
 def test_the_pruned_gate_computes_what_the_kept_neurons_compute(model, criterion):
     [site] = find_sites(model)
     pruned = copy.deepcopy(model)
-    pruner = MLPPruner(pruned, CRITERIA[criterion](), keep=KEEP)
+    pruner = MLPPruner(pruned, CRITERIA[criterion].importance(), keep=KEEP)
     pruner.apply(plan := pruner.plan())
     tokens = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
     got = pruned["mlp"](tokens)
