@@ -127,9 +127,9 @@ def test_hours_are_counted_with_the_rate_of_a_run_that_has_begun(small_run, tmp_
     (copy_finished_stages / log.name).write_text("step,rate\n1,9\n2,0.02\n3,0.01\n4,0.03\n5,half")
     assert "192 images at 0.02 per second" in estimate_distillation(recipe(), "2x1GB", str(tmp_path / "begun"))[0]
     for wrong in ("0", "-3", "nan"):
-        with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second are more than 0"):
+        with pytest.raises(DgmrError, match=f"--rate {wrong}: images per second must be above 0"):
             estimate_distillation(recipe(), "2x1GB", wrong)
-    with pytest.raises(DgmrError, match="or the directory of a run that has begun to distil mlp_ratio-1"):
+    with pytest.raises(DgmrError, match="or the directory of a run that has started to distill mlp_ratio-1"):
         estimate_distillation(recipe(), "2x1GB", str(tmp_path))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
-from compress import block_sites, make_plan, rank
+from compress import block_sites, make_plan, opened, rank
 from conftest import call_command, pictures, redraw, timm_tower, write_recipe
 from families import FAMILIES, FORMS, plain_output
 from hypothesis import given, settings
@@ -216,18 +216,18 @@ def test_rankings_on_disk_give_the_plans_of_a_fresh_search_at_any_size(tmp_path)
     rank(tower, "output", images).save(tmp_path / "r.safetensors")
     stored = Rankings.read(tmp_path / "r.safetensors")
     for amount in ({"budget": {"params": 0.7}}, {"keep_ratio": 0.25}, {}, {"keep": 24, "round_to": 8}):
-        plan = stored.plan(tower, **amount)
+        plan = stored.plan(opened(tower), **amount)
         assert plan == make_plan(tower, "output", images, **amount)
         assert prune(tower, plan=plan).plan == plan
-    widths = [len(site.kept) for site in stored.plan(tower, budget={"params": 0.7}).sites.values()]
+    widths = [len(site.kept) for site in stored.plan(opened(tower), budget={"params": 0.7}).sites.values()]
     assert len(set(widths)) > 1
     with torch.device("meta"):
         shadow = timm_tower()
-    assert stored.plan(shadow, budget={"params": 0.7}) == stored.plan(tower, budget={"params": 0.7})
+    assert stored.plan(opened(shadow), budget={"params": 0.7}) == stored.plan(opened(tower), budget={"params": 0.7})
     with pytest.raises(DgmrError, match="another encoder or checkpoint"):
-        stored.plan(redraw(timm_tower(), seed=5), keep=8)
+        stored.plan(opened(redraw(timm_tower(), seed=5)), keep=8)
     with pytest.raises(DgmrError, match="exactly one of"):
-        stored.plan(tower, budget={"params": 0.7}, keep=8)
+        stored.plan(opened(tower), budget={"params": 0.7}, keep=8)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     for path in ("bad.safetensors", "missing.safetensors"):
         with pytest.raises(DgmrError, match=rf"cannot read the rankings .*{path}.*dgmr-tp rank"):
