@@ -316,14 +316,14 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
     assert both.returncode == 0 and "params=0.6" in both.stdout and "params=0.5,flops=0.52" in both.stdout, both.stderr
     for command, says in (
         (("prune", "--criterion", "output", "-o", tmp_path / "out"), "looks at calibration images"),
-        (("plan", "--rankings", ranked, "--budget", "params"), "write it as params=0.5"),
-        (("plan", "--rankings", ranked, "--images", images), "leave out --images"),
+        (("plan", "--rankings", ranked, "--budget", "params"), "Write it as params=0.5"),
+        (("plan", "--rankings", ranked, "--images", images), "Leave out --images"),
         (
             ("plan", "--rankings", ranked, "--budget", "params=0.6", "--budget", "params=0.5", "-o", plan_path),
-            "one plan can be written",
+            "--out writes one plan",
         ),
-        (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "give one --budget"),
-        (("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"), "either --plan or --rankings"),
+        (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "Give one --budget"),
+        (("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"), "--plan and --rankings both choose"),
         (("rank", "--images", images, "-o", ranked), "exists already"),
     ):
         with pytest.raises(DgmrError, match=says):
