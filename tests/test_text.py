@@ -318,7 +318,7 @@ def test_the_example_tunes_evaluates_and_warns(tmp_path):
     done = run_command("run", path, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the text tower was tuned on captions of this kind: tuned is not" in done.stdout
-    figures = Run.open(tmp_path / "run").figures("evaluate/mlp_ratio-0.25")
+    figures = Run.open(tmp_path / "run").figures["evaluate/mlp_ratio-0.25"]
     recall = "text_retrieval_recall@1"
     assert figures["tuned"]["wds/captions"][recall] > figures["pruned"]["wds/captions"][recall] + 0.05
     page = (tmp_path / "run/report.html").read_text()
