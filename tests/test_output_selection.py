@@ -323,7 +323,10 @@ def test_a_recipe_and_the_command_line_take_it(tmp_path):
             "--out writes one plan",
         ),
         (("prune", "--budget", "params=0.6", "--budget", "params=0.5", "-o", tmp_path / "out"), "Give one --budget"),
-        (("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"), "--plan and --rankings both choose"),
+        (
+            ("prune", "--rankings", ranked, "--plan", plan_path, "-o", tmp_path / "out"),
+            "--plan and --rankings both choose",
+        ),
         (("rank", "--images", images, "-o", ranked), "exists already"),
     ):
         with pytest.raises(DgmrError, match=says):
