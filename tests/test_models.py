@@ -356,3 +356,23 @@ def test_a_bare_tower_is_an_opened_model_without_preprocessing(tmp_path):
     assert not list(tmp_path.iterdir())
     unknown = wrap_tower(nn.Sequential(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))))
     assert not unknown.has_adapter and [site.hidden for site in unknown.sites] == [32]
+
+
+def test_one_prune_finds_the_sites_and_hashes_each_weight_once(monkeypatch):
+    calls = {"find_sites": 0, "weight_sha256": 0}
+
+    def counting(function):
+        def count(*arguments):
+            calls[function.__name__] += 1
+            return function(*arguments)
+
+        return count
+
+    for function in (find_sites, weight_sha256):
+        for module in [module for name, module in sys.modules.items() if name.startswith("dgmr_tp.")]:
+            if getattr(module, function.__name__, None) is function:
+                monkeypatch.setattr(module, function.__name__, counting(function))
+    model = open_model("demo")
+    calls.update(dict.fromkeys(calls, 0))
+    table = prune(model, [pictures(16, size=model.image_size)], mlp_ratio=1).table
+    assert calls == {"find_sites": 1, "weight_sha256": len(table)}
