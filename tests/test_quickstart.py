@@ -10,6 +10,7 @@ from conftest import run_command
 from dgmr_tp import open_model, prune
 from dgmr_tp.data import scenes
 from dgmr_tp.evaluation.zero_shot import evaluate
+from dgmr_tp.pipeline.stages.scenes import SCENE_SEEDS
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +63,5 @@ def test_random_selection_loses_twenty_points(tmp_path):
 
 
 def test_the_images_of_the_quickstart_are_not_those_of_the_training():
-    from dgmr_tp.pipeline.run import SCENE_SEEDS
-
     assert not {1, 2} & set(SCENE_SEEDS.values()) and len(set(SCENE_SEEDS.values())) == len(SCENE_SEEDS)
     assert not np.array_equal(scenes.Scene.draw(1, 0).image(), scenes.Scene.draw(SCENE_SEEDS["classes"], 0).image())
