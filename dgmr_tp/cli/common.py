@@ -1,4 +1,4 @@
-"""What the commands share: the console, options that several take, and checks of output paths."""
+"""Parts shared by the commands: the console, options that several take, and checks of output paths."""
 
 from __future__ import annotations
 

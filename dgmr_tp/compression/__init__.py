@@ -1,1 +1,1 @@
-"""What a user calls on a model: choose neurons, prune, recover, search for widths, meet a quality target."""
+"""Operations on a model: choose neurons, prune, recover, search for widths, meet a quality target."""

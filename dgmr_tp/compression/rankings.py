@@ -124,7 +124,7 @@ def rank(
     *,
     picks: Mapping[str, int] | None = None,
 ) -> Rankings:
-    """Rank all neurons of a model by what they do on images. The order serves plans of any size.
+    """Rank all neurons of a model by their activations on images. The order serves plans of any size.
 
     Args:
         model: the dense model; unchanged.

@@ -1,4 +1,4 @@
-"""What the stages of a run share: the recipe, the run directory, and the dense model, which is opened once."""
+"""State shared by the stages of a run: the recipe, the run directory, and the dense model, which is opened once."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class TrainingReport(NamedTuple):
 
 @dataclass(frozen=True)
 class SizeReport:
-    """What the report shows of one size."""
+    """Content of the report for one size."""
 
     name: str
     cost: dict[str, int] | None
@@ -72,7 +72,7 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What the report shows."""
+    """Content of the report."""
 
     name: str
     directory: str
