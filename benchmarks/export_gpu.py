@@ -81,7 +81,7 @@ def main() -> None:
     args = parser.parse_args()
     dtype = torch.float16 if args.device == "cuda" else torch.float32
     dense = open_model(f"open_clip:{args.model}", "none")
-    models = {"original": dense, "pruned": prune(dense, criterion="random", mlp_ratio=1).model}
+    models = {"dense": dense, "pruned": prune(dense, criterion="random", mlp_ratio=1).model}
     ideal = flops(dense.tower, dense.image_size) / flops(models["pruned"].tower, dense.image_size)
     images = torch.randn(32, 3, dense.image_size, dense.image_size, device=args.device, dtype=dtype)
     builders: dict[str, Callable] = {"torch.compile": torch_compile, "AOTInductor": aotinductor}
@@ -99,7 +99,7 @@ def main() -> None:
 
             for batch in (8, 32):
                 times = latencies({label: partial(run_and_wait, run, images[:batch]) for label, run in runs.items()})
-                speedup = times["original"]["median"] / times["pruned"]["median"]
+                speedup = times["dense"]["median"] / times["pruned"]["median"]
                 rows[f"{name}, batch {batch}"] = {"faster": speedup, "ideal": ideal, "share": speedup / ideal, **times}
                 print(f"| {name} | {batch} | {ideal:.2f} | {speedup:.2f} | {speedup / ideal:.2f} |", flush=True)
     result = {

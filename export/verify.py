@@ -58,7 +58,7 @@ def verify(
         ``status`` (``verified``, or the problem) and, as far as the process came: ``relative_error``, the largest of an
         example, and ``cosine``, the lowest of a vector (for ``patches``: of a patch), each per output and batch size;
         ``peak_memory_mb``, the increase of the process's peak memory while it opens and runs the file; ``latency_ms``
-        per batch size for ``pruned`` and ``original`` (the dense model).
+        per batch size for ``pruned`` and ``dense``.
     """
     with tempfile.TemporaryDirectory(prefix="dgmr-verify-") as name:
         scratch = Path(name)
@@ -112,7 +112,7 @@ def _main(scratch: Path) -> None:
         return
     functions = {"pruned": run}
     if request["dense"]:
-        functions = {"original": read(Path(request["dense"]), threads), "pruned": run}
+        functions = {"dense": read(Path(request["dense"]), threads), "pruned": run}
     result["latency_ms"] = {}
     for batch_size in request["latency_batches"]:
         inputs = examples.repeat(math.ceil(batch_size / len(examples)), *[1] * (examples.ndim - 1))[:batch_size]

@@ -90,7 +90,7 @@ def test_every_format_computes_what_the_model_computes_at_any_batch(exported, fi
     assert 0 < max(entry["relative_error"]["embedding"].values()) <= FORMATS[file_format].tolerance
     assert 0.97 < min(entry["cosine"]["patches"].values()) <= 1.000001
     assert entry["sha256"] == {entry["file"]: hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest()}
-    assert entry["latency_ms"]["2"].keys() == ({"original", "pruned"} if file_format == "onnx" else {"pruned"})
+    assert entry["latency_ms"]["2"].keys() == ({"dense", "pruned"} if file_format == "onnx" else {"pruned"})
     assert (
         entry["latency_ms"]["2"]["pruned"]["low"] <= entry["latency_ms"]["2"]["pruned"]["median"]
         and entry["peak_memory_mb"] > 0

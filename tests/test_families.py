@@ -193,7 +193,7 @@ def test_recovery_lowers_every_sites_error_and_the_towers(model):
     cut, _, _ = prune(model, keep=keep)
     recovered, _, table = prune(model, pictures(200).split(50), keep=keep)
     assert [row.site for row in table] == [site.name for site in block_sites(model)]
-    assert all(row.recovered_error < row.cut_error or row.kept_cut for row in table)
+    assert all(row.recovered_error < row.cut_error or row.fit_rejected for row in table)
     assert moved(dense, plain_output(recovered.tower, new)) < 0.9 * moved(dense, plain_output(cut.tower, new))
 
 

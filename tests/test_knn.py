@@ -119,8 +119,8 @@ def test_a_recipe_evaluates_an_encoder_without_text_tower_by_knn(tmp_path):
     small = {"images": 400, "classes": 20, "captions": 10}
     run = Run(recipe(scenes=small, evaluate={"knn": knn}, distill=None, export=None), tmp_path / "run")
     run.run(say=lambda line: None)
-    original, sized = run.run_directory.figures("evaluate/original"), run.run_directory.figures("evaluate/mlp_ratio-1")
-    assert 0 < original["original"]["k-NN"]["knn@20"] <= 1
+    original, sized = run.run_directory.figures("evaluate/dense"), run.run_directory.figures("evaluate/mlp_ratio-1")
+    assert 0 < original["dense"]["k-NN"]["knn@20"] <= 1
     assert sized["recovered"]["k-NN"]["knn@10"] >= sized["pruned"]["k-NN"]["knn@10"]
     with pytest.raises(DgmrError, match="nothing is evaluated; give datasets, knn or head"):
         recipe(evaluate={})

@@ -209,8 +209,8 @@ def test_a_recipe_evaluates_by_a_head(demo, data, tmp_path):
     run = Run(by_head, tmp_path / "run")
     run.run(say=lambda line: None)
     expected = {**accuracy(demo, read_head(tmp_path / "head.safetensors"), data[1]), "images_left_out": 1}
-    assert run.run_directory.figures("evaluate/original")["original"]["linear head"] == expected
-    assert json.loads((tmp_path / "run/evaluate/original/original-head.json").read_text()) == expected
+    assert run.run_directory.figures("evaluate/dense")["dense"]["linear head"] == expected
+    assert json.loads((tmp_path / "run/evaluate/dense/dense-head.json").read_text()) == expected
     assert run.run_directory.figures("evaluate/mlp_ratio-1")["pruned"]["linear head"] != expected
     save_file({"weight": torch.zeros(10, width), "bias": torch.zeros(10)}, tmp_path / "head.safetensors")
     with pytest.raises(DgmrError, match="head_sha256"):

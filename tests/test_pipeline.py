@@ -43,14 +43,14 @@ def test_a_run_leaves_every_stage_and_a_table(small_run):
         "prune/mlp_ratio-1",
         "recover/mlp_ratio-1",
         "distill/mlp_ratio-1",
-        "evaluate/original",
+        "evaluate/dense",
         "export/mlp_ratio-1",
     ):
         assert (directory / key / "manifest.json").exists(), key
     assert not list(directory.rglob("*.partial"))
     for model in directory.glob("*/*/model"):
         assert f"'local-dir:{model}'" in (model / "README.md").read_text(), "the README names another directory"
-    for word in ("original", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html", "a checkpoint is"):
+    for word in ("dense", "pruned", "recovered", "distilled", "onnx", "top-1", "report.html", "a checkpoint is"):
         assert word in printed
     assert max(map(len, printed.splitlines())) <= 80 + len(str(directory))
     assert "Traceback" not in printed
@@ -80,7 +80,7 @@ def test_clip_benchmarks_own_files_are_kept_and_the_onnx_file_scores_what_the_mo
     }
     assert {
         f"{label}-wds_{name}.json"
-        for label in ("original", "pruned", "recovered", "distilled", "onnx")
+        for label in ("dense", "pruned", "recovered", "distilled", "onnx")
         for name in ("scenes", "captions")
     } <= names
     read = lambda path: json.loads((directory / path).read_text())["metrics"]  # noqa: E731
@@ -202,7 +202,7 @@ def test_redo_checks_before_it_drops(small_run, tmp_path):
     shutil.copytree(small_run[0], directory)
     with pytest.raises(DgmrError, match="--redo recover"):
         Run(recipe(recover={"images": 61}), directory).run(redo="evaluate")
-    assert (directory / "evaluate/original/manifest.json").exists()
+    assert (directory / "evaluate/dense/manifest.json").exists()
 
 
 def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
@@ -215,7 +215,7 @@ def test_redo_drops_the_stage_and_those_after_it(small_run, tmp_path):
         f"{key}: done before"
         for key in ("scenes/all", "prune/mlp_ratio-1", "recover/mlp_ratio-1", "distill/mlp_ratio-1")
     ]
-    assert not (directory / "evaluate/original/original-wds_captions.json").exists()
+    assert not (directory / "evaluate/dense/dense-wds_captions.json").exists()
     with pytest.raises(DgmrError, match="unknown stage"):
         Run(changed, directory).run(redo="everything")
 
@@ -311,14 +311,14 @@ def test_a_run_told_to_stop_between_trainings_says_so(small_run, tmp_path):
     )
     with (tmp_path / "log").open("w") as stream:
         process = subprocess.Popen(command("run", path, "-o", directory), stdout=stream, stderr=stream)
-        while not (directory / "evaluate" / ".original.partial").exists():
+        while not (directory / "evaluate" / ".dense.partial").exists():
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) == 143
     output = (tmp_path / "log").read_text()
     assert "preempted. Run again to resume" in output and "Traceback" not in output
-    assert not (directory / "evaluate" / "original").exists()
+    assert not (directory / "evaluate" / "dense").exists()
 
 
 @pytest.mark.slow

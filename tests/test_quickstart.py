@@ -31,21 +31,21 @@ def top1(directory, size, label):
 
 def test_the_teacher_is_good(quickstart):
     directory = quickstart
-    assert top1(directory, "original", "original") >= 0.9
-    retrieval = json.loads((directory / "evaluate/original/original-wds_captions.json").read_text())["metrics"]
+    assert top1(directory, "dense", "dense") >= 0.9
+    retrieval = json.loads((directory / "evaluate/dense/dense-wds_captions.json").read_text())["metrics"]
     assert retrieval["text_retrieval_recall@5"] >= 0.8
 
 
 def test_at_hidden_equal_to_width(quickstart):
     directory = quickstart
-    teacher = top1(directory, "original", "original")
+    teacher = top1(directory, "dense", "dense")
     assert top1(directory, "mlp_ratio-1", "recovered") >= 0.97 * teacher
     assert top1(directory, "mlp_ratio-1", "distilled") >= teacher - 0.005
     assert top1(directory, "mlp_ratio-1", "onnx") == top1(directory, "mlp_ratio-1", "distilled")
 
 
 def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstart):
-    teacher = top1(quickstart, "original", "original")
+    teacher = top1(quickstart, "dense", "dense")
     recovered, distilled = (top1(quickstart, "mlp_ratio-0.25", label) for label in ("recovered", "distilled"))
     assert recovered < teacher - 0.01, "there is no gap to close"
     assert distilled - recovered >= 0.5 * (teacher - recovered)
@@ -54,12 +54,12 @@ def test_distillation_closes_half_of_the_gap_at_a_quarter_of_the_width(quickstar
 def test_random_selection_loses_twenty_points(tmp_path):
     scenes.write_classification(tmp_path / "classes", 500, seed=77)
     dense = open_model("demo")
-    models = {"original": dense, "random": prune(dense, criterion="random", mlp_ratio=1, seed=0).model}
+    models = {"dense": dense, "random": prune(dense, criterion="random", mlp_ratio=1, seed=0).model}
     scores = {}
     for name, model in models.items():
         options = {"dataset": "wds/x", "root": tmp_path / "classes", "output": tmp_path / f"{name}.json", "name": name}
         scores[name] = evaluate(model.module, model.preprocess, model.tokenizer, **options)["acc1"]
-    assert scores["original"] - scores["random"] >= 0.2
+    assert scores["dense"] - scores["random"] >= 0.2
 
 
 def test_the_images_of_the_quickstart_are_not_those_of_the_training():

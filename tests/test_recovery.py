@@ -141,7 +141,7 @@ def test_recovery_brings_the_embedding_back_on_new_images(tower):
     cut = drift(dense, pruned, pictures(40, seed=9))
     report = recover(dense, pruned, pictures(300).split(50))
     assert [entry.site for entry in report] == [f"{block.name}.mlp" for block in dense.blocks()]
-    assert all(entry.recovered_error < entry.cut_error or entry.kept_cut for entry in report)
+    assert all(entry.recovered_error < entry.cut_error or entry.fit_rejected for entry in report)
     assert drift(dense, pruned, pictures(40, seed=9)) < 0.7 * cut
 
 
@@ -253,7 +253,7 @@ def test_a_layer_whose_held_out_error_does_not_fall_keeps_its_cut_weights(honest
         before = copy.deepcopy(layer.state_dict())
         held_out = moments_of(h, y if honest else h @ weight.T + bias + 0.1 * y, w)
         entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments_of(h, y, w), held_out, damping=1e-3)
-    assert entry.kept_cut != honest
+    assert entry.fit_rejected != honest
     assert (entry.recovered_error < entry.cut_error) == honest
     assert torch.equal(layer.weight, before["weight"]) != honest
     assert torch.equal(layer.bias, before["bias"]) != honest
@@ -285,14 +285,16 @@ def test_half_precision_keeps_faint_channels_finite():
             scale_of(block)[::3] = 1e-7
     dense, pruned = pruned_pair(tower.half(), keep=24)
     report = recover(dense, pruned, [pictures(60).half()])
-    assert any(not entry.kept_cut for entry in report)
+    assert any(not entry.fit_rejected for entry in report)
     assert all(torch.isfinite(parameter).all() for parameter in pruned.tower.parameters())
     assert all(np.isfinite(entry.recovered_error) for entry in report)
     layer = nn.Linear(12, 5).half()
     h, y, w, *_ = problem(3)
     moments = moments_of(h, 1e9 * y, w)
     entry = _refit_layer("blocks.0.mlp", layer, torch.ones(5).double(), moments, moments, damping=1e-3)
-    assert entry.kept_cut and torch.isfinite(layer.weight).all(), "weights were written that the dtype cannot represent"
+    assert entry.fit_rejected and torch.isfinite(layer.weight).all(), (
+        "weights were written that the dtype cannot represent"
+    )
 
 
 def test_recovery_touches_nothing_but_the_last_linears(tower):
@@ -339,7 +341,7 @@ def test_prune_in_one_call_leaves_the_original(tower):
     before = copy.deepcopy(tower.state_dict())
     model, plan, table = prune(tower, pictures(60).split(20), mlp_ratio=1)
     assert all(torch.equal(tensor, before[name]) for name, tensor in tower.state_dict().items())
-    assert [row.kept for row in table] == [48] * 3
+    assert [row.num_kept for row in table] == [48] * 3
     assert {row.site for row in table} == set(plan.sites)
     assert all(row.recovered_error is not None for row in table)
     again = prune(tower, pictures(60).split(20), plan=plan)

@@ -54,7 +54,7 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
     ):
         assert heading in text, heading
     assert "<polyline" in dom and dom.count("data:image/jpeg;base64") == 8
-    table = re.search(r"^original +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
+    table = re.search(r"^dense +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
     assert f"{table[1]} M" in text and table[3] in text
     assert not re.search(r"https?://(?!www\.w3\.org)", page.read_text()), "the report must work without network"
 
@@ -74,7 +74,7 @@ def test_nothing_is_wider_than_the_window(small_run, tmp_path, width):
 
 def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     distill_figures = {"losses": [[1, 1.0], [2, 0.1], [3, 0.01]], "scores": [[1, 0.5], [2, 0.9], [3, 0.7]]}
-    distill_figures |= {"knn": [[1, 0.25], [3, 0.5]], "original": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
+    distill_figures |= {"knn": [[1, 0.25], [3, 0.5]], "teacher": {"knn": 0.625}, "broken_images": {"<a>.png": "cut"}}
     details = {
         "loss_class_token": [[1, 1.0], [3, 0.1]],
         "loss_patches": [[1, 1.0]],
@@ -82,14 +82,14 @@ def test_curves_are_drawn_and_where_they_come_from_is_said(tmp_path):
     }
     distill_figures |= {"details": details}
     figures = {"prune/a": {}, "distill/a": distill_figures, "tune_text/a": {"losses": [[1, 2.0]]}}
-    figures["evaluate/original"] = {"original": {"k-NN": {"knn@20": 0.5, "images_left_out": 3}}}
+    figures["evaluate/dense"] = {"dense": {"k-NN": {"knn@20": 0.5, "images_left_out": 3}}}
     data = collect(tmp_path, "run", figures, ["wds/flickr30k"])
     text = write_html(data, tmp_path / "report.html").read_text()
     assert 'points="186.7,1.0 373.3,75.5 560.0,150.0"' in text, "losses on a logarithmic scale"
     assert (
-        'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the original on held-out images" in text
+        'points="186.7,150.0 373.3,1.0 560.0,75.5"' in text and "mean cosine to the teacher on held-out images" in text
     )
-    assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on held-out images; the original: 62.5 %" in text
+    assert 'points="186.7,150.0 560.0,1.0"' in text and "k-NN accuracy on held-out images; the teacher: 62.5 %" in text
     assert "tuned is not zero-shot on flickr30k." in text
     assert "loss, class token, logarithmic" in text and "norm of the gradient" in text
     assert "loss, patches" not in text and "images per second" not in text, "a single point is not a curve"
@@ -101,11 +101,11 @@ def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
     names = ["imagenet1k", "imagenet-a", "imagenet-r", "imagenetv2", "imagenet_sketch", "objectnet", "mscoco_captions"]
     accuracies = {name: {"acc1": 0.101 + i / 10} for i, name in enumerate(names)}
     prune_figures = {
-        "original": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9},
+        "dense": {"parameters": 4350 * 10**6, "flops": 2264 * 10**9},
         "pruned": {"parameters": 1237 * 10**6, "flops": 654 * 10**9},
     }
     figures = {
-        "evaluate/original": {"original": accuracies},
+        "evaluate/dense": {"dense": accuracies},
         "evaluate/mlp_ratio-1": {"recovered": accuracies},
         "prune/mlp_ratio-1": prune_figures,
     }
@@ -120,14 +120,14 @@ def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     prune_figures = {
-        "original": {"parameters": 10, "flops": 20},
+        "dense": {"parameters": 10, "flops": 20},
         "pruned": {"parameters": 5, "flops": 10},
-        "sites": [{"site": "blocks.0.mlp", "width": 2, "hidden": 8, "kept": 2}],
+        "sites": [{"site": "blocks.0.mlp", "width": 2, "hidden": 8, "num_kept": 2}],
     }
     data = collect(
         tmp_path,
         "<begun>",
-        {"prune/mlp_ratio-1": prune_figures, "recover/mlp_ratio-1": None, "evaluate/original": None},
+        {"prune/mlp_ratio-1": prune_figures, "recover/mlp_ratio-1": None, "evaluate/dense": None},
     )
     text = write_html(data, tmp_path / "report.html").read_text()
     assert "−50.0 %" in text and "blocks.0.mlp" in text and "&lt;begun&gt;" in text

@@ -159,5 +159,5 @@ def _print_file(directory: Path, entry: dict[str, Any]) -> None:
     cosine = min(value for by_batch in entry["cosine"].values() for value in by_batch.values())
     out.print(f"  relative error {error:.0e}, cosine {cosine:.6f}, {entry['peak_memory_mb']:.0f} MB of memory")
     for batch, times in entry["latency_ms"].items():
-        dense = f"dense {times['original']['median']:.1f} ms, " if "original" in times else ""
+        dense = f"dense {times['dense']['median']:.1f} ms, " if "dense" in times else ""
         out.print(f"  batch {batch}: {dense}this {times['pruned']['median']:.1f} ms")

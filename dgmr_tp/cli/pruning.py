@@ -351,9 +351,9 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
     has_errors = any(row.cut_error is not None for row in pruned.table)
     table = Table("site", "hidden", "kept", *(("error cut", "recovered") if has_errors else ()), box=None)
     for row in pruned.table:
-        cells = [row.site, str(row.hidden), str(row.kept)]
+        cells = [row.site, str(row.hidden), str(row.num_kept)]
         if row.cut_error is not None:
-            note = " (kept cut)" if row.kept_cut else ""
+            note = " (fit rejected)" if row.fit_rejected else ""
             cells += [f"{row.cut_error:.4f}", f"{row.recovered_error:.4f}{note}"]
         table.add_row(*cells)
     out.print(table)

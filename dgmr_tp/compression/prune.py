@@ -36,11 +36,11 @@ class SiteRow(NamedTuple):
     site: str
     width: int
     hidden: int
-    kept: int
+    num_kept: int
     cut_error: float | None
     """Relative squared error of the pruned MLP on held-out images, before recovery."""
     recovered_error: float | None
-    kept_cut: bool
+    fit_rejected: bool
     """The refit did not lower the held-out error, so the cut weights stayed."""
 
 
@@ -130,10 +130,10 @@ def recover_pruned(
     table = []
     for name, site in plan.sites.items():
         entry = errors.get(name)
-        cut, recovered, kept_cut = (None, None, False)
+        cut, recovered, fit_rejected = (None, None, False)
         if entry is not None:
-            cut, recovered, kept_cut = entry.cut_error, entry.recovered_error, entry.kept_cut
-        table.append(SiteRow(name, site.width, site.hidden, len(site.kept), cut, recovered, kept_cut))
+            cut, recovered, fit_rejected = entry.cut_error, entry.recovered_error, entry.fit_rejected
+        table.append(SiteRow(name, site.width, site.hidden, len(site.kept), cut, recovered, fit_rejected))
     return table
 
 

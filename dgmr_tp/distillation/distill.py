@@ -137,7 +137,7 @@ def distill(
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     figures = {"processes": get_world_size(), "images": count, "broken_images": broken, "best_step": step}
     settings = config.model_dump(exclude={"hostfile", "keep_features"})
-    return {**settings, "seed": seed, **figures, "original": teacher_scores}
+    return {**settings, "seed": seed, **figures, "teacher": teacher_scores}
 
 
 def _split_held_out(images: Images | Stream, config: DistillConfig, seed: int) -> tuple[Images, Images]:

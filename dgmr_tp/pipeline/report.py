@@ -78,7 +78,7 @@ class Report:
     directory: str
     columns: list[dict[str, str]]
     """``dataset`` and ``metric`` of every column of metrics."""
-    original: dict[str, Any]
+    dense: dict[str, Any]
     """``metrics`` and ``cost`` of the dense model."""
     left_out: dict[str, int]
     """Images that did not decode in the evaluation, by data set."""
@@ -99,12 +99,12 @@ def collect(directory: Path, name: str, figures: Figures, not_zero_shot: Iterabl
     columns = [(dataset, metric) for dataset, metrics in dense.items() for metric in METRIC_TITLES if metric in metrics]
     titles = [{"dataset": dataset.removeprefix("wds/"), "metric": METRIC_TITLES[metric]} for dataset, metric in columns]
     names = [key.split("/")[1] for key in figures if key.startswith("prune/")]
-    costs = [cost for size in names if (cost := done.get(f"prune/{size}", {}).get("original"))]
+    costs = [cost for size in names if (cost := done.get(f"prune/{size}", {}).get("dense"))]
     return Report(
         name=name,
         directory=str(directory),
         columns=titles,
-        original={"metrics": _pick(dense, columns), "cost": costs[-1] if costs else None},
+        dense={"metrics": _pick(dense, columns), "cost": costs[-1] if costs else None},
         left_out={name: metrics["images_left_out"] for name, metrics in dense.items() if "images_left_out" in metrics},
         sizes=[_size_report(size, done, columns, not_zero_shot) for size in names],
     )
@@ -148,16 +148,16 @@ def _pick(metrics: Mapping[str, dict[str, float]], columns: list[tuple[str, str]
 
 
 def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("cut_error", "recovered_error", "kept_cut") if key in row}
+    return {key: row[key] for key in ("cut_error", "recovered_error", "fit_rejected") if key in row}
 
 
 def _curves(training: dict[str, Any]) -> list[Curve]:
     """Return the main curves of a training."""
-    teacher = training.get("original", {}).get("knn")
-    teacher_note = "" if teacher is None else f"; the original: {percent(teacher)} %"
+    teacher = training.get("teacher", {}).get("knn")
+    teacher_note = "" if teacher is None else f"; the teacher: {percent(teacher)} %"
     curves = [
         Curve("loss, logarithmic", training.get("losses", []), True),
-        Curve("mean cosine to the original on held-out images", training.get("scores", []), False),
+        Curve("mean cosine to the teacher on held-out images", training.get("scores", []), False),
         Curve(f"k-NN accuracy on held-out images{teacher_note}", training.get("knn", []), False),
     ]
     return [curve for curve in curves if len(curve.points) > 1]
@@ -203,8 +203,8 @@ def _print_file(size: SizeReport, entry: dict[str, Any], console: Console) -> No
     if not entry["verified"]:
         console.print(f"{size.name}, {entry['file']}: {entry['status']}", highlight=False)
     for batch, times in entry["latency"].items():
-        if "original" in times:
-            before, after = times["original"]["median"], times["pruned"]["median"]
+        if "dense" in times:
+            before, after = times["dense"]["median"], times["pruned"]["median"]
             console.print(
                 f"{size.name}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
                 f"({before / after:.2f} ×, {size.threads} threads)"
@@ -219,8 +219,8 @@ def _table(report: Report, metrics: slice, with_cost: bool) -> Table:
     metric_titles = [f"{column['dataset']}\n{column['metric']}" for column in report.columns[metrics]]
     for title in (*cost_titles, *metric_titles):
         table.add_column(title, justify="right")
-    cost = _cost(report.original["cost"])[: len(cost_titles)]
-    table.add_row(DENSE, "", *cost, *map(percent, report.original["metrics"][metrics]))
+    cost = _cost(report.dense["cost"])[: len(cost_titles)]
+    table.add_row(DENSE, "", *cost, *map(percent, report.dense["metrics"][metrics]))
     for size in report.sizes:
         name, cost = size.name, _cost(size.cost)[: len(cost_titles)]
         for row in size.rows or [{"label": "pruned", "metrics": []}]:

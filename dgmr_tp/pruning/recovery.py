@@ -105,7 +105,7 @@ class SiteRecovery:
     """Error after pruning, before the refit."""
     recovered_error: float
     """Error after the refit."""
-    kept_cut: bool
+    fit_rejected: bool
     """True if the refit did not reduce the held-out error. The layer then keeps its weights from before the refit."""
 
 
@@ -291,4 +291,4 @@ def _refit_layer(
         layer.weight.copy_(new_weight)
         if new_bias is not None:
             layer.bias.copy_(new_bias)
-    return SiteRecovery(name, cut_error, recovered_error, kept_cut=not improved)
+    return SiteRecovery(name, cut_error, recovered_error, fit_rejected=not improved)

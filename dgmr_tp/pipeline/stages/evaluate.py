@@ -26,7 +26,7 @@ from dgmr_tp.utils.lazy_imports import require_installed
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
 
-DENSE = "original"
+DENSE = "dense"
 """In place of a size: the dense model. It is also the label of its figures."""
 KNN_TITLE, HEAD_TITLE = "k-NN", "linear head"
 """Headings of figures that clip_benchmark does not compute."""

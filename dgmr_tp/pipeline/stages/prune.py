@@ -214,8 +214,8 @@ def _prune(context: RunContext, size: str, amount: dict[str, Any], folder: Path)
     pruned, table = prune_by_plan(dense, plan)
     shutil.rmtree(folder / "model", ignore_errors=True)
     pruned.save(folder / "model", plan, final=context.run_directory.folder(f"prune/{size}") / "model")
-    sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "kept": row.kept} for row in table]
-    return {"original": _cost(dense), "pruned": _cost(pruned), "sites": sites, **search_figures}
+    sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "num_kept": row.num_kept} for row in table]
+    return {"dense": _cost(dense), "pruned": _cost(pruned), "sites": sites, **search_figures}
 
 
 def _plan_of_size(context: RunContext, amount: dict[str, Any], folder: Path) -> tuple[Plan, dict[str, Any]]:
