@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no network; without this, every refusal waits for retries
+
 import pytest
 import timm
 import torch

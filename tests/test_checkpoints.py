@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, open_model
-from dgmr_tp.encoders.checkpoint import load_by_shape, read_tensors
-from dgmr_tp.encoders.open_clip_models import _load_release
+from dgmr_tp.encoders.checkpoint import load_by_shape
+from dgmr_tp.encoders.checkpoint_file import read_tensors
+from dgmr_tp.encoders.open_clip_models import _load_release, _report_activation, _tag_and_file
 from dgmr_tp.encoders.timm_models import to_timm_keys
 from dgmr_tp.pruning import find_sites
 
@@ -251,7 +252,7 @@ def test_a_pickle_is_never_executed(tmp_path):
     with pytest.raises(DgmrError, match=r"evil\.pt"):
         open_model("timm:vit_tiny_patch16_224", str(tmp_path / "evil.pt"))
     torch.save({"weight": Harmful()}, tmp_path / "evil2.pt")
-    with pytest.raises(DgmrError, match=r"evil2\.pt holds Python objects, which are never executed"):
+    with pytest.raises(DgmrError, match=r"evil2\.pt holds Python objects \(\w+\.mkdir\), which are never executed"):
         open_model("timm:vit_tiny_patch16_224", str(tmp_path / "evil2.pt"))
     assert not (tmp_path / "executed").exists()
 
@@ -360,3 +361,89 @@ def test_a_cut_that_transformers_cannot_reopen_is_refused(tmp_path):
     with pytest.raises(DgmrError, match=r"text_model.* is outside the vision tower"):
         model.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_moving_average_is_preferred(tiny_clip, tmp_path, caplog):
+    average = {name: tensor + 1 for name, tensor in tiny_clip.state_dict().items()}
+    torch.save({"state_dict": tiny_clip.state_dict(), "state_dict_ema": average, "epoch": 3}, tmp_path / "both.pth")
+    with caplog.at_level("INFO"):
+        tensors = read_tensors(tmp_path / "both.pth")
+    assert all(torch.equal(tensor, average[name]) for name, tensor in tensors.items())
+    assert "took 'state_dict_ema', a moving average of the weights; left state_dict, epoch" in caplog.text
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "teacher.backbone."])
+def test_names_of_training_programs_open_in_every_format(tmp_path, save, prefix):
+    tensors = {"blocks.0.mlp.fc1.weight": torch.ones(2), "norm.bias": torch.zeros(2)}
+    save({f"{prefix}{name}": tensor for name, tensor in tensors.items()}, tmp_path / "file")
+    assert {name: tensor.tolist() for name, tensor in read_tensors(tmp_path / "file").items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }
+
+
+def test_a_name_that_only_resembles_a_wrapper_stays(tmp_path):
+    names = {"encoder.layer.0.weight", "embeddings.weight", "module_list.weight"}
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "file.safetensors")
+    assert read_tensors(tmp_path / "file.safetensors").keys() == names
+
+
+def test_a_file_for_another_image_size_gets_its_positions_interpolated(tmp_path):
+    config = {"embed_dim": 24, "vision_cfg": {"timm_model_name": "vit_tiny_patch16_224", "image_size": 64}}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    for size in (64, 96):
+        config["vision_cfg"] = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "image_size": size}
+        (tmp_path / f"eva-{size}.json").write_text(json.dumps({**config, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path)
+    module = redraw(open_clip.create_model("eva-64", force_image_size=224))
+    save_file(module.state_dict(), tmp_path / "eva.safetensors")
+    larger = open_model("open_clip:eva-64", str(tmp_path / "eva.safetensors"), image_size=280)
+    expected = open_clip.create_model("eva-64", force_image_size=280)
+    tower = timm.models.eva.checkpoint_filter_fn(module.visual.trunk.state_dict(), expected.visual.trunk)
+    assert torch.equal(larger.tower.trunk.pos_embed, tower["pos_embed"])
+    assert larger.tower.trunk.pos_embed.shape[1] == 1 + 20 * 20 and larger.tower(pictures(1, size=280)).isfinite().all()
+
+
+def test_a_folder_of_that_name_does_not_hide_a_tag(tmp_path, monkeypatch):
+    (tmp_path / "openai").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert _tag_and_file("openai", ["openai", "laion400m_e32"]) == ("openai", None)
+    assert _tag_and_file("laion400m-e32", ["openai", "laion400m_e32"]) == ("laion400m_e32", None)
+    assert _tag_and_file("openai+tower.pt", ["openai"]) == ("openai", "tower.pt")
+    assert _tag_and_file("openai", []) == (None, "openai")
+
+
+def opens_without_network(name):
+    config = open_clip.get_model_config(name)
+    return config is not None and "hf_model_name" not in config["text_cfg"]
+
+
+@pytest.mark.parametrize("name", filter(opens_without_network, dict(open_clip.list_pretrained())))
+@pytest.mark.slow
+def test_every_tag_gets_its_activation_function(name):
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
+        opened = open_model(f"open_clip:{name}", tag, weights="none")
+        text = opened.module.text if hasattr(opened.module, "text") else opened.module.transformer
+        activations = {type(layer).__name__ for layer in text.modules() if "GELU" in type(layer).__name__}
+        if not hasattr(opened.tower, "trunk"):  # timm's trunks have GELU whatever the tag says
+            activations |= {type(layer).__name__ for layer in opened.tower.modules() if "GELU" in type(layer).__name__}
+        assert activations <= {"QuickGELU" if quick else "GELU"}, tag
+        assert opened.config.get("quick_gelu", False) == quick
+
+
+def test_openais_weights_get_quick_gelu_and_others_do_not():
+    for tag, expected in (("openai", "QuickGELU"), ("laion2b_s34b_b79k", "GELU")):
+        opened = open_model("open_clip:ViT-B-32", tag, weights="none")
+        assert {type(block.mlp.gelu).__name__ for block in opened.tower.transformer.resblocks} == {expected}
+        assert {type(block.mlp.gelu).__name__ for block in opened.module.transformer.resblocks} == {expected}
+
+
+def test_weights_from_a_file_say_what_the_file_does_not(tmp_path, caplog):
+    module = open_clip.create_model("ViT-S-32-alt")
+    assert not open_clip.list_pretrained_tags_by_model("ViT-S-32-alt")
+    save_file(module.state_dict(), tmp_path / "small.safetensors")
+    open_model("open_clip:ViT-S-32-alt", str(tmp_path / "small.safetensors"))
+    assert not [record for record in caplog.records if record.name.startswith("dgmr_tp")]
+    _report_activation("ViT-B-32", {})
+    assert "computes GELU" in caplog.text and "use open_clip:ViT-B-32-quickgelu" in caplog.text

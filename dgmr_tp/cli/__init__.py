@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 
 import typer
 
@@ -30,7 +32,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with show_progress():
+        with _show_log(), show_progress():
             app(standalone_mode=True)
     except Preempted as error:
         _exit(str(error), error.code)
@@ -44,6 +46,20 @@ def main() -> None:
             "recover.images), a smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
             2,
         )
+
+
+@contextlib.contextmanager
+def _show_log() -> Iterator[None]:
+    """Print what the package logs, in the main process (rank 0) only."""
+    logger = logging.getLogger("dgmr_tp")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("dgmr-tp: %(message)s"))
+    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _exit(message: str, code: int) -> None:

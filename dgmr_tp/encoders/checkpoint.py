@@ -1,78 +1,33 @@
-"""Read checkpoints as data, and load them into modules of other hidden widths.
+"""Load the tensors of a checkpoint into a module of other hidden widths.
 
-Works on files and ``nn.Module``, and executes nothing from a file. Does not know any model library.
+Works on ``nn.Module``. Does not know any model library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.encoders.checkpoint_file import HEADS
+from dgmr_tp.errors import DgmrError
 
+logger = logging.getLogger(__name__)
 Weights = Literal["memory", "disk", "none"]
 """Location of an opened model's weights: in memory, memory-mapped on disk, or none (shapes on the meta device)."""
-WRAPPER_KEYS = ("state_dict", "model_ema", "model", "module", "teacher")
-"""Keys under which training programs store the weights."""
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint file by name.
-
-    Pickles are read by torch's weights-only loader, which executes nothing. Keys that training programs wrap around the
-    weights (``state_dict``, ``model``) and the prefix ``module.`` are removed.
-
-    Args:
-        path: a ``.safetensors`` file, the ``.index.json`` of shards, or a ``.pt``, ``.pth`` or ``.bin`` file.
-
-    Raises:
-        DgmrError: the file is missing, damaged, or contains more than tensors; names the file.
-    """
-    path = Path(path)
-    try:
-        if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            tensors: dict[str, Tensor] = {}
-            for shard in shards:
-                tensors |= read_tensors(path.parent / shard)
-            return tensors
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = _unpickle(path)
-    except Exception as error:  # a damaged file fails in many ways
-        if "weights_only" in str(error) or "Weights only load" in str(error):
-            raise DgmrError(
-                f"{path} holds Python objects, which are never executed. Save its state_dict alone."
-            ) from error
-        reason = first_line(error).removesuffix(".")
-        raise DgmrError(f"cannot read {path}: {reason}. The file is missing, truncated or damaged.") from error
-    while isinstance(content, Mapping) and (
-        inner := next((content[key] for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping)), None)
-    ):
-        content = inner
-    if not isinstance(content, Mapping) or not content:
-        raise DgmrError(f"{path} is not a checkpoint: it does not hold tensors by name. Name a file with a state_dict.")
-    if not all(isinstance(value, Tensor) for value in content.values()):
-        raise DgmrError(f"{path} is not a checkpoint: it holds more than tensors by name. Save its state_dict alone.")
-    prefix = "module." if all(name.startswith("module.") for name in content) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in content.items()}
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap can only be used" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+HARMLESS_BUFFERS = re.compile(
+    r"(^|\.)(position_ids|attn_mask|relative_position_index|relative_coords_table|input_resolution|context_length|"
+    r"vocab_size|n_averaged)$"
+)
+"""Names of buffers that some releases store and that every model computes itself."""
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def weights_file(directory: Path) -> Path:
@@ -96,8 +51,10 @@ def build_device(weights: Weights) -> AbstractContextManager[Any]:
 def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Resize every Linear and norm to its tensors, and load ``tensors`` strictly.
 
-    A module on the meta device takes the memory-mapped tensors themselves, so that weights stay on disk until they are
-    read. Buffers that the checkpoint does not contain stay on the meta device. Such a module cannot be run.
+    Buffers that every model computes itself (:data:`HARMLESS_BUFFERS`) may be missing or unknown. Heads that the module
+    does not have are left. A module on the meta device takes the memory-mapped tensors themselves, so that weights stay
+    on disk until they are read. Buffers that the checkpoint does not contain stay on the meta device. Such a module
+    cannot be run.
 
     Args:
         module: the module to load into.
@@ -105,8 +62,9 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         source: name of the checkpoint in messages.
 
     Raises:
-        DgmrError: a tensor is missing, unknown or of another shape; names the first one and ``source``.
+        DgmrError: a tensor is missing, unknown, of another shape, or quantized; names the first one and ``source``.
     """
+    tensors = _expected_by(module, tensors, source)
     for name, layer in module.named_modules():
         weight = tensors.get(f"{name}.weight")
         if weight is not None and weight.ndim > 0:
@@ -128,6 +86,26 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
                 f"{tuple(expected[key].shape)}. Check that it is a checkpoint of this model."
             )
     module.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in module.parameters()))
+
+
+def _expected_by(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Return ``tensors`` without heads that ``module`` does not have, and with its own harmless buffers."""
+    expected = module.state_dict()
+    unknown = [name for name in tensors if name not in expected]
+    heads = {name for name in unknown if HEADS.match(name)}
+    if heads:
+        logger.info(
+            "%s: left %d tensors of heads that the model does not have, such as %s", source, len(heads), min(heads)
+        )
+    ignored = heads | {name for name in unknown if HARMLESS_BUFFERS.search(name)}
+    for name, tensor in tensors.items():
+        if name in expected and expected[name].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
+            raise DgmrError(
+                f"{source} holds {name!r} as {str(tensor.dtype).removeprefix('torch.')}, which means nothing without "
+                "its scales. Give the checkpoint before quantization."
+            )
+    buffers = {name: tensor for name, tensor in expected.items() if HARMLESS_BUFFERS.search(name)}
+    return {**buffers, **{name: tensor for name, tensor in tensors.items() if name not in ignored}}
 
 
 def _resize_layer(layer: nn.Module, weight: Tensor) -> None:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dgmr_tp.encoders.checkpoint import weights_file
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.utils.lazy_imports import require
 
@@ -23,18 +24,21 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 
 def is_file_name(name: str) -> bool:
-    """Return whether ``name`` is a checkpoint file and not a library's tag."""
-    return name.endswith(CHECKPOINT_SUFFIXES) or Path(name).exists()
+    """Return whether ``name``, which is not a known tag, means a checkpoint: a file, or a folder that contains one."""
+    return name.endswith(CHECKPOINT_SUFFIXES) or Path(name).expanduser().exists()
 
 
 def local_file(name: str) -> Path:
     """Return the path of a checkpoint file. A hub name is downloaded to the cache, with its shards if it is an index.
 
+    A local folder stands for the checkpoint in it.
+
     Raises:
-        DgmrError: a hub name contains no file, or the download fails.
+        DgmrError: a hub name contains no file, a folder contains no checkpoint, or the download fails.
     """
     if not name.startswith(HUB):
-        return Path(name)
+        path = Path(name).expanduser()
+        return weights_file(path) if path.is_dir() else path
     parts = name.removeprefix(HUB).split("/", 2)
     if len(parts) < 3:
         raise DgmrError(f"{name} names no file. Write it as hf-hub:ORG/REPO/FILE.")

@@ -352,8 +352,9 @@ def open_model(
     """Open an encoder.
 
     Args:
-        source: ``open_clip:NAME``, ``timm:NAME``, a model directory of any of the three libraries (also as
-            ``local-dir:PATH`` or ``hf-hub:org/repo``), or ``demo``, the small CLIP that ships with the package.
+        source: ``open_clip:NAME``, ``timm:NAME``, ``timm:NAME.TAG``, a model directory of any of the three libraries
+            (also as ``local-dir:PATH`` or ``hf-hub:org/repo``), or ``demo``, the small CLIP that ships with the
+            package.
         pretrained: for a NAME: the library's tag, or a published checkpoint file (``.safetensors``, the ``.index.json``
             of shards, a ``.pt``, ``.pth`` or ``.bin`` that contains only tensors, or ``hf-hub:org/repo/file``). The
             checkpoint may have other hidden widths. ``none`` means random weights. open_clip also takes ``TAG+FILE``:
@@ -368,11 +369,15 @@ def open_model(
     """
     library, _, name = source.partition(":")
     if is_library_name(source):
+        if library == "timm" and pretrained is None:  # timm:NAME.TAG names its weights
+            name, _, tag = name.partition(".")
+            pretrained = tag or None
         if pretrained is None and weights != "none":
             raise DgmrError(
                 f"{source} needs weights. Name them with --pretrained (a tag or a file, or 'none' for random weights)."
             )
-        return _loader(library).by_name(name, None if pretrained == "none" else pretrained, weights, image_size)
+        given = None if pretrained == "none" else pretrained
+        return _checked(_loader(library).by_name(name, given, weights, image_size), weights)
     if image_size is not None:
         raise DgmrError(
             f"image_size {image_size} cannot change {source}, which has its own. Use it with open_clip:NAME or "
@@ -415,7 +420,28 @@ def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weig
         opened = _loader("timm").from_directory(directory, name, weights)
     else:
         opened = _loader("transformers").from_directory(directory, name, weights, sidecar.get("hidden"))
-    return replace(opened, source=directory)
+    return _checked(replace(opened, source=directory), weights)
+
+
+def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
+    """Return ``model``.
+
+    Raises:
+        DgmrError: a weight is not finite.
+    """
+    tensors = {} if weights == "none" else model.module.state_dict()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+            raise DgmrError(
+                f"the weights of {model.name} contain NaN or infinity in {name!r}, so every embedding would be wrong. "
+                "Take another checkpoint, such as one saved before the training diverged."
+            )
+    return model
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Minimum and maximum need no copy of a large tensor."""
+    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,20 +5,24 @@ Imported by ``dgmr_tp.encoders.model`` for the library ``open_clip``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
 from open_clip.convert import convert_state_dict
-from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, set_model_preprocess_cfg
+from open_clip.transform import merge_preprocess_dict
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, read_tensors
+from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape
+from dgmr_tp.encoders.checkpoint_file import read_tensors
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, read_json, suggest_names
 from dgmr_tp.encoders.timm_models import config_arguments, to_timm_keys
@@ -28,15 +32,7 @@ from dgmr_tp.pruning import Site
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.files import atomic_write
 
-BUFFER_NAMES = (
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "attn_mask",
-    "text.attn_mask",
-    "text.transformer.embeddings.position_ids",
-)
-"""Buffers in older checkpoints, which are not weights."""
+logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "open_clip_model.safetensors"
 WEIGHTS_NAMES = (
     WEIGHTS_NAME,
@@ -45,6 +41,11 @@ WEIGHTS_NAMES = (
     "open_clip_pytorch_model.pt",
 )
 """Names of the weights file in open_clip's repositories."""
+PREPROCESS_KEYS = ("mean", "std", "interpolation", "resize_mode")
+"""Preprocessing that a checkpoint depends on, except the image size."""
+INIT_LOGIT_BIAS = -10.0
+"""SigLIP's initial bias. The value in the weights replaces it."""
+QUICK_GELU_SUFFIX = "-quickgelu"
 TRUNK_FOLDER = "trunk"
 """Folder of a model directory with the timm config of the trunk, for trunks that no timm name describes."""
 
@@ -54,32 +55,80 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
     config = open_clip.get_model_config(name)
     if config is None:
         raise DgmrError(f"unknown model open_clip:{name}.{suggest_names(name, open_clip.list_models())}")
-    tag, file = _tag_and_file(pretrained if weights != "none" else None)
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if weights == "none" and pretrained and not is_file_name(pretrained) and pretrained not in tags:
-        raise DgmrError(f"open_clip:{name} has no weights {pretrained!r}. Its tags are: {', '.join(tags) or 'none'}.")
-    try:
-        module = _create(
-            name, weights if file or weights == "none" else "memory", pretrained=tag, force_image_size=image_size
-        )
-    except Exception as error:  # unknown tag or no network: open_clip raises exceptions of many types
-        raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
-    if file:
-        _load_release(module, file, tower_only=tag is not None)
+    tag, file = _tag_and_file(pretrained, tags)
+    if tag and tag not in tags:
+        raise DgmrError(f"open_clip:{name} has no weights {tag!r}. Its tags are: {', '.join(tags) or 'none'}.")
     config = copy.deepcopy(config)
     if image_size is not None:
         config["vision_cfg"]["image_size"] = image_size
-    if any(type(layer).__name__ == "QuickGELU" for layer in module.modules()):
-        config["quick_gelu"] = True  # some pretrained weights set it, whatever the config says
+    if tag:  # whatever the config says
+        config["quick_gelu"] = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    try:
+        module = _create(
+            name,
+            weights if file or weights == "none" else "memory",
+            pretrained=None if weights == "none" else tag,
+            force_image_size=image_size,
+            quick_gelu=config.get("quick_gelu", False),
+        )
+    except Exception as error:  # no network: open_clip raises exceptions of many types
+        raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
+    if file and weights != "none":
+        _load_release(module, file, tower_only=tag is not None)
+    if file and not tag:
+        _apply_common_preprocessing(module, name, tags)
+        _report_activation(name, config)
     return _opened(module, config, name, f"open_clip:{name}", weights)
 
 
-def _tag_and_file(pretrained: str | None) -> tuple[str | None, str | None]:
+def _tag_and_file(pretrained: str | None, tags: Sequence[str]) -> tuple[str | None, str | None]:
     """Split ``TAG``, ``FILE`` or ``TAG+FILE``, whose file contains the vision tower alone."""
-    if pretrained is None or not is_file_name(pretrained):
-        return pretrained, None
-    tag, _, file = pretrained.partition("+")
-    return (tag, file) if file and not Path(pretrained).exists() else (None, pretrained)
+    if pretrained is None:
+        return None, None
+    whole, (tag, _, file) = _clean_tag(pretrained), pretrained.partition("+")
+    if whole in tags:
+        return whole, None
+    if file and _clean_tag(tag) in tags:
+        return _clean_tag(tag), file
+    return (None, pretrained) if is_file_name(pretrained) else (pretrained, None)
+
+
+def _clean_tag(tag: str) -> str:
+    """Return a tag in open_clip's spelling."""
+    return tag.lower().replace("-", "_")
+
+
+def _apply_common_preprocessing(module: nn.Module, name: str, tags: Sequence[str]) -> None:
+    """Set the preprocessing that all tags of a model have in common, for weights that are named by their file."""
+    default = dict(module.visual.preprocess_cfg)
+    settings = [
+        {key: cfg[key] for key in PREPROCESS_KEYS if key in cfg}
+        for cfg in (open_clip.get_pretrained_cfg(name, tag) for tag in tags)
+    ]
+    if settings and all(setting == settings[0] for setting in settings):
+        set_model_preprocess_cfg(module, merge_preprocess_dict(default, settings[0]))
+    elif settings:
+        used = {key: default[key] for key in PREPROCESS_KEYS}
+        logger.warning(
+            "the weights of open_clip:%s differ in their preprocessing, and a file does not say its own. Used: %s. If "
+            "that is wrong, give a model directory with an open_clip_config.json.",
+            name,
+            used,
+        )
+
+
+def _report_activation(name: str, config: dict[str, Any]) -> None:
+    """Log which activation function weights from a file get, if the model exists with both."""
+    twin = name.removesuffix(QUICK_GELU_SUFFIX) if name.endswith(QUICK_GELU_SUFFIX) else f"{name}{QUICK_GELU_SUFFIX}"
+    if twin in open_clip.list_models():
+        logger.warning(
+            "open_clip:%s computes %s, and a file does not say what its weights were trained with. For the other "
+            "activation function use open_clip:%s.",
+            name,
+            "QuickGELU" if config.get("quick_gelu") else "GELU",
+            twin,
+        )
 
 
 def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
@@ -116,10 +165,10 @@ def _to_open_clip_keys(tensors: dict[str, Tensor], module: nn.Module, file: str)
     if not hasattr(module.visual, "trunk"):
         resize_pos_embed(tensors, module)
     tower = {name.removeprefix("visual."): tensor for name, tensor in tensors.items() if name.startswith("visual.")}
-    others = {
-        name: tensor for name, tensor in tensors.items() if not name.startswith("visual.") and name not in BUFFER_NAMES
-    }
+    others = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     tower = _to_tower_keys(tower, module.visual, file)
+    if "logit_bias" in others and module.logit_bias is None:  # trained with the sigmoid loss
+        module.logit_bias = nn.Parameter(others["logit_bias"].reshape(module.logit_scale.shape).float())
     for name in ("logit_scale", "logit_bias"):
         if name in others:
             others[name] = others[name].reshape(getattr(module, name).shape)
@@ -128,9 +177,16 @@ def _to_open_clip_keys(tensors: dict[str, Tensor], module: nn.Module, file: str)
 
 def _to_tower_keys(tower: dict[str, Tensor], visual: nn.Module, file: str) -> dict[str, Tensor]:
     tower = {name.removeprefix("visual."): tensor for name, tensor in tower.items()}
-    if not hasattr(visual, "trunk") or any(name.startswith("trunk.") for name in tower):
+    if not hasattr(visual, "trunk"):
         return tower
-    return {f"trunk.{name}": tensor for name, tensor in to_timm_keys(tower, visual.trunk, file).items()}
+    trunk = {name.removeprefix("trunk."): tensor for name, tensor in tower.items() if name.startswith("trunk.")}
+    if not trunk:
+        return {f"trunk.{name}": tensor for name, tensor in to_timm_keys(tower, visual.trunk, file).items()}
+    outside = {name: tensor for name, tensor in tower.items() if not name.startswith("trunk.")}
+    expected = visual.trunk.state_dict()
+    if any("pos" in name and name in expected and trunk[name].shape != expected[name].shape for name in trunk):
+        trunk = to_timm_keys(trunk, visual.trunk, file)  # interpolates the positions
+    return {**outside, **{f"trunk.{name}": tensor for name, tensor in trunk.items()}}
 
 
 def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
@@ -150,10 +206,22 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
 
 
 def _create(name: str, weights: Weights, **options: Any) -> nn.Module:
-    with build_device(weights):  # open_clip also moves the model to ``device``, whose default is the CPU
+    with build_device(weights), _without_warnings():
+        # open_clip also moves the model to ``device``, whose default is the CPU
         return open_clip.create_model(
             name, device="cpu" if weights == "memory" else "meta", pretrained_text=False, **options
         )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Hide open_clip's messages that the weights are random. They are loaded afterwards."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
 
 
 def _build(directory: Path, config: dict[str, Any], weights: Weights) -> nn.Module:
@@ -225,6 +293,8 @@ def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequenc
         Python expression by which open_clip opens ``{path}``, or None if the config cannot express the hidden widths.
     """
     config = copy.deepcopy(model.config)
+    if model.module.logit_bias is not None:  # without this key, open_clip builds a model that has none
+        config.setdefault("init_logit_bias", INIT_LOGIT_BIAS)
     vision = config["vision_cfg"]
     expressible = True
     if "timm_model_name" in vision:

@@ -5,6 +5,7 @@ Imported by ``dgmr_tp.encoders.model`` for the library ``timm``.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,40 +17,77 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
-from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, weights_file
+from dgmr_tp.encoders.checkpoint_file import read_tensors
 from dgmr_tp.encoders.hub import is_file_name, local_file
 from dgmr_tp.encoders.model import OpenedModel, read_json, suggest_names
 from dgmr_tp.encoders.widths import config_arguments_for
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import Site
 
+logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 
 
 def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int | None) -> OpenedModel:
-    """Open ``timm:name``; see :func:`dgmr_tp.encoders.open_model`. ``pretrained`` None means random weights."""
+    """Open ``timm:name``; see :func:`dgmr_tp.encoders.open_model`. ``pretrained`` None means random weights.
+
+    A tag in the name gives the preprocessing of weights from a file.
+    """
     size = {} if image_size is None else {"img_size": image_size}
     if not timm.is_model(name):
         raise DgmrError(f"unknown model timm:{name}.{suggest_names(name, timm.list_models())}")
-    tag = f".{pretrained}" if pretrained and not is_file_name(pretrained) else ""
-    if tag and not timm.is_model_pretrained(f"{name}{tag}"):
-        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
-        raise DgmrError(f"timm:{name} has no weights {pretrained!r}. Its tags are: {', '.join(tags) or 'none'}.")
-    if weights == "none" or (pretrained and is_file_name(pretrained)):
+    architecture, _, tag = name.partition(".")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    is_file = pretrained is not None and pretrained not in tags and is_file_name(pretrained)
+    if pretrained and not is_file:
+        if tag:
+            raise DgmrError(f"timm:{name} names a tag, and {pretrained!r} is another one. Give one of them.")
+        tag = pretrained
+    if tag and tag not in tags:
+        raise DgmrError(f"timm:{architecture} has no weights {tag!r}. Its tags are: {', '.join(tags) or 'none'}.")
+    full_name = f"{architecture}.{tag}" if tag else architecture
+    if is_file or weights == "none":
         with build_device(weights):
-            module = timm.create_model(f"{name}{tag}", **size)
-        if pretrained and weights != "none":
-            tensors = to_timm_keys(read_tensors(local_file(pretrained)), module, pretrained)
-            load_by_shape(module, tensors, pretrained)
-            classifier = module.get_classifier()
-            if isinstance(classifier, nn.Linear):  # a fine-tuned checkpoint may have another number of classes
-                module.num_classes = classifier.out_features  # type: ignore[assignment]
+            module = timm.create_model(full_name, **size)
+        if is_file and weights != "none":
+            _load_file(module, str(pretrained))
+            if not tag:
+                _report_preprocessing(architecture, tags)
         return _opened(module, f"timm:{name}", image_size)
     try:
-        module = timm.create_model(f"{name}{tag}", pretrained=bool(tag), **size)
+        module = timm.create_model(full_name, pretrained=pretrained is not None, **size)
     except Exception as error:  # without network, timm raises exceptions of many types
-        raise DgmrError(f"timm:{name}: cannot load pretrained {pretrained!r}: {first_line(error)}") from error
+        raise DgmrError(f"timm:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
     return _opened(module, f"timm:{name}", image_size)
+
+
+def _report_preprocessing(architecture: str, tags: Sequence[str]) -> None:
+    """Log which preprocessing weights from a file get, if the architecture has been trained with several."""
+    configs = [timm.get_pretrained_cfg(f"{architecture}.{tag}") for tag in tags]
+    if len({(config.mean, config.std) for config in configs}) > 1:
+        used = timm.get_pretrained_cfg(architecture)
+        logger.warning(
+            "the weights of timm:%s differ in their preprocessing, and a file does not say its own. Used: mean %s, std "
+            "%s. For another one name its tag: timm:%s.TAG.",
+            architecture,
+            used.mean,
+            used.std,
+            architecture,
+        )
+
+
+def _load_file(module: nn.Module, file: str) -> None:
+    """Load a published checkpoint, whatever head it has, and whether it has one or not."""
+    tensors = to_timm_keys(read_tensors(local_file(file)), module, file)
+    head = [name for name, layer in module.named_modules() if layer is module.get_classifier() and name]
+    if head and not any(name.startswith(f"{head[0]}.") for name in tensors):
+        logger.info("%s: has no head, so the model has none", file)
+        module.reset_classifier(0)
+    load_by_shape(module, tensors, file)
+    classifier = module.get_classifier()
+    if isinstance(classifier, nn.Linear):  # a fine-tuned checkpoint may have another number of classes
+        module.num_classes = classifier.out_features  # type: ignore[assignment]
 
 
 def to_timm_keys(tensors: dict[str, Tensor], module: nn.Module, source: str) -> dict[str, Tensor]:

@@ -19,7 +19,8 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, read_tensors, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, weights_file
+from dgmr_tp.encoders.checkpoint_file import read_tensors
 from dgmr_tp.encoders.internvit import RELEASE_ARCHITECTURE, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import TOKENIZER_FILE_PREFIXES, OpenedModel, has_adapter, read_json
 from dgmr_tp.errors import DgmrError, first_line
@@ -53,12 +54,9 @@ def from_directory(
         if weights != "none":
             path = weights_file(directory)
             load_by_shape(module, tensors_from_release(read_tensors(path)), path)
-    elif weights != "memory":
+    elif weights == "none":
         module = _build_on_meta(directory, architecture, hidden or {})
-        if weights == "disk":  # needs a checkpoint whose keys are those of the class
-            path = weights_file(directory)
-            load_by_shape(module, read_tensors(path), path)
-    else:
+    else:  # transformers maps the weights from disk, too
         module = _load_by_transformers(directory, architecture, hidden or {})
     tower_path = _tower_path(module)
     if tower_path is None:
@@ -89,7 +87,9 @@ def _build_on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]
     cls = _class(directory, architecture)
     try:
         with torch.device("meta"):
-            module = _resized(cls, hidden)(transformers.AutoConfig.from_pretrained(directory, local_files_only=True))
+            module = _resized(cls, hidden)(
+                transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            )
     except Exception as error:  # a wrong config fails with exceptions of many types
         raise DgmrError(f"{directory}/config.json does not describe a {architecture}: {first_line(error)}") from error
     module.__class__ = cls
@@ -101,7 +101,7 @@ def _load_by_transformers(directory: Path, architecture: str, hidden: Mapping[st
     try:
         with _no_progress_bar():
             module, loading = _resized(cls, hidden).from_pretrained(
-                directory, local_files_only=True, output_loading_info=True
+                directory, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
     except Exception as error:  # a damaged file or a wrong config fails with many types
         raise DgmrError(f"cannot open {directory} as {architecture}: {first_line(error)}") from error
@@ -191,7 +191,9 @@ class _Tokenizer:
 
 def _processor(directory: Path) -> Any:
     try:
-        return transformers.AutoImageProcessor.from_pretrained(directory, local_files_only=True)
+        return transformers.AutoImageProcessor.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:
         raise DgmrError(
             f"transformers cannot read the image processor (preprocessor_config.json) of {directory}: "

@@ -12,7 +12,8 @@ run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -153,7 +154,13 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
     first = cast(nn.Linear, mlp.get_submodule(producer))
     hooks_before = {module: set(module._forward_hooks) for module in mlp.modules()}
     try:
-        with torch.inference_mode(False), evaluating(mlp), torch.enable_grad(), warnings.catch_warnings():
+        with (
+            torch.inference_mode(False),
+            evaluating(mlp),
+            _in_one_dtype(mlp),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             probe = torch.zeros(
                 2, first.in_features, dtype=first.weight.dtype, device=first.weight.device, requires_grad=True
@@ -169,6 +176,20 @@ def hidden_group(mlp: nn.Module, producer: str, neurons: range | list[int]) -> t
         for module, before in hooks_before.items():
             for hook in set(module._forward_hooks) - before:
                 del module._forward_hooks[hook]
+
+
+@contextmanager
+def _in_one_dtype(mlp: nn.Module) -> Iterator[None]:
+    """Give all parameters of ``mlp`` one dtype inside the context, because Linears of different dtypes do not run."""
+    parameters = [(layer, name, p) for layer in mlp.modules() for name, p in layer.named_parameters(recurse=False)]
+    mixed = len({parameter.dtype for _, _, parameter in parameters}) > 1
+    try:
+        for layer, name, parameter in parameters if mixed else ():
+            layer._parameters[name] = nn.Parameter(parameter.detach().float())
+        yield
+    finally:
+        for layer, name, parameter in parameters:
+            layer._parameters[name] = parameter
 
 
 def _as_modules(mlp: nn.Module) -> nn.Module:
