@@ -5,6 +5,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests run in this many processes with one thread each; a file's tests stay in one process.
+TEST_PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile
 INSTALLED := .venv/.installed
 
 .PHONY: quickstart test test-all check
@@ -13,10 +16,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/dgmr-tp run quickstart
 
 test: $(INSTALLED) check
-	$(BIN)/pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: test
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
