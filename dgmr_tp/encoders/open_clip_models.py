@@ -264,6 +264,15 @@ def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, w
             f"open_clip_config.json of {name} has tokenizer_kwargs.trust_remote_code, which would run code. Remove "
             "that key."
         )
+    try:
+        transform = open_clip.transform.image_transform_v2(
+            open_clip.transform.PreprocessCfg(**preprocess_config), is_train=False
+        )
+    except Exception as error:  # a value that torchvision does not take
+        raise DgmrError(
+            f"{name}: its preprocess_cfg {preprocess_config} is not one of open_clip's: "
+            f"{first_line(error)}. Correct open_clip_config.json."
+        ) from error
     try:  # shapes alone need no tokenizer, and it may need a download
         tokenizer = open_clip.get_tokenizer(schema) if weights != "none" else None
     except Exception as error:  # no network, or a directory without the tokenizer's files
@@ -273,7 +282,7 @@ def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, w
         module,
         "visual",
         name,
-        open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**preprocess_config), is_train=False),
+        transform,
         preprocess_config,
         config,
         tokenizer,

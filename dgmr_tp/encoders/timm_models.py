@@ -127,8 +127,14 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
 
 
 def _opened(module: nn.Module, name: str, image_size: int | None = None) -> OpenedModel:
-    config = resolve_data_config({} if image_size is None else {"img_size": image_size}, model=module)
-    return OpenedModel("timm", module, "", name, create_transform(**config), config)
+    try:
+        config = resolve_data_config({} if image_size is None else {"img_size": image_size}, model=module)
+        transform = create_transform(**config)
+    except Exception as error:  # a value that torchvision does not take
+        raise DgmrError(
+            f"{name}: its pretrained_cfg does not describe a preprocessing: {first_line(error)}. Correct config.json."
+        ) from error
+    return OpenedModel("timm", module, "", name, transform, config)
 
 
 def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequence[Site]) -> str | None:
