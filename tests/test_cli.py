@@ -6,13 +6,17 @@ A user error prints one message, exits with 2 and leaves no partial output.
 import json
 import subprocess
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import call_command, run_command, write_recipe
 from PIL import Image
 
 from dgmr_tp import load_pruned
+from dgmr_tp.cli import evaluation, models, pruning, runs
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders.model import DEMO
@@ -196,6 +200,29 @@ def test_plan_for_another_model(tmp_path):
         tmp_path / "out",
         message="cannot read the plan",
     )
+
+
+def test_every_numeric_option_has_a_range_and_every_path_a_kind():
+    commands = [command.callback for module in (runs, pruning, evaluation, models) for command in _commands(module.app)]
+    assert len(commands) >= 15
+    for command in commands:
+        for name, hint in typing.get_type_hints(command, include_extras=True).items():
+            if typing.get_origin(hint) is not typing.Annotated:
+                continue
+            annotation, option = typing.get_args(hint)[:2]
+            types = {annotation, *typing.get_args(annotation)}
+            where = f"{command.__name__}: {name}"
+            if float in types:
+                assert option.callback, f"{where} is not made by number_option"
+            if int in types and name != "keep":  # the sites check it
+                assert option.min is not None, f"{where} has no minimum"
+            if {Path, list[Path]} & types:
+                assert option.parser, f"{where} is not made by path_option"
+
+
+def _commands(group: typer.Typer) -> list[typing.Any]:
+    inner = [command for nested in group.registered_groups for command in nested.typer_instance.registered_commands]
+    return [*group.registered_commands, *inner]
 
 
 @pytest.mark.parametrize(

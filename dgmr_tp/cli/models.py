@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import MODEL_HELP, PretrainedOption, out
+from dgmr_tp.cli.common import (
+    MODEL_HELP,
+    PretrainedOption,
+    merge_distinct,
+    names_in,
+    numbers_by_name,
+    out,
+    path_argument,
+    path_option,
+)
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.formats import FORMATS, LAYOUTS, OUTPUTS
 
@@ -36,7 +45,7 @@ LAYOUTS_HELP = _summaries({name: layout.summary for name, layout in LAYOUTS.item
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")],
+    out_dir: Annotated[Path, path_option("--out", "-o", help="Output directory.", kind="directory")],
     pretrained: PretrainedOption = None,
     dense: Annotated[
         str | None, typer.Option(help="The unpruned model. Its files are timed in turn with the new ones.")
@@ -62,12 +71,19 @@ def export(
     from dgmr_tp.export.bundle import failures
     from dgmr_tp.export.layouts import export_model
 
-    names = [name.strip() for name in formats.split(",")]
-    tolerances = dict(_parse_tolerance(entry) for entry in tolerance or [])
+    names = names_in("--formats", formats, FORMATS)
+    output_names = names_in("--outputs", outputs, OUTPUTS)
+    tolerances = merge_distinct(
+        "--tolerance", [numbers_by_name("--tolerance", entry, "onnx-int8=0.3") for entry in tolerance or []]
+    )
+    if low := [entry for entry in tolerances.items() if entry[1] <= 0]:
+        raise DgmrError(
+            f"--tolerance {low[0][0]}={low[0][1]:g} is not above 0. Give the largest allowed relative error."
+        )
     opened = open_model(model, pretrained)
     examples = _example_images(opened, images)
     options: dict[str, Any] = {
-        "outputs": tuple(name.strip() for name in outputs.split(",")),
+        "outputs": tuple(output_names),
         "normalized": normalized,
         "layout": layout,
         "formats": names,
@@ -116,20 +132,14 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 
 
 @app.command()
-def relocate(directory: Annotated[Path, typer.Argument(help="A model directory that was moved.")]) -> None:
+def relocate(
+    directory: Annotated[Path, path_argument(help="A model directory that was moved.", kind="directory")],
+) -> None:
     """Write a model directory's new path into its config. Only open_clip models with a pruned timm trunk need it."""
     from dgmr_tp.utils.lazy_imports import require
 
     changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
     out.print(f"{directory}: {'updated the path in its config' if changed else 'its config has no path to update'}")
-
-
-def _parse_tolerance(text: str) -> tuple[str, float]:
-    try:
-        name, value = text.split("=")
-        return name, float(value)
-    except ValueError:
-        raise DgmrError(f"--tolerance {text} is not FORMAT=NUMBER. Write it as onnx-int8=0.3.") from None
 
 
 def _example_images(model: OpenedModel, images: str | None) -> Tensor:

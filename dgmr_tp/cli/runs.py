@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgmr_tp.cli.common import out, refuse_existing
+from dgmr_tp.cli.common import out, path_argument, path_option, refuse_existing
 from dgmr_tp.errors import DgmrError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ SetOption = Annotated[
 def run(
     recipe: RecipeArgument,
     directory: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")
+        Path | None, path_option("--out", "-o", help="The run directory [default: runs/NAME].", kind="directory")
     ] = None,
     overrides: SetOption = None,
     redo: Annotated[
@@ -92,7 +92,7 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("copy")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of a recipe of the package.")],
-    target: Annotated[Path | None, typer.Argument(help="The file to write [default: NAME.yaml].")] = None,
+    target: Annotated[Path | None, path_argument(help="The file to write [default: NAME.yaml].", kind="any")] = None,
 ) -> None:
     """Copy a recipe of the package to a file."""
     from dgmr_tp.pipeline.recipe import find_recipe
@@ -104,7 +104,7 @@ def copy_recipe(
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+def report(directory: Annotated[Path, path_argument(help="A run directory.", kind="directory")]) -> None:
     """Write report.html of a run and print its table."""
     from dgmr_tp.pipeline.run import Run
 
@@ -113,7 +113,9 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 
 @app.command()
 def distill(
-    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section distill.")],
+    directory: Annotated[
+        Path, path_argument(help="A run directory whose recipe has a section distill.", kind="directory")
+    ],
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,
@@ -128,7 +130,9 @@ def distill(
 
 @app.command("tune-text")
 def tune_text(
-    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section tune_text.")],
+    directory: Annotated[
+        Path, path_argument(help="A run directory whose recipe has a section tune_text.", kind="directory")
+    ],
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +77,10 @@ def search(
     Raises:
         DgmrError: fewer images than one group has, or no adapter is known for the model.
     """
+    if not isfinite(threshold):
+        raise DgmrError(
+            f"threshold = {threshold} is not a finite number. Give the largest rise of the entropy in nats."
+        )
     config = config or SearchConfig.model_validate({})
     objective = objective or entropy(config.temperature)
     if len(images) < config.candidates:

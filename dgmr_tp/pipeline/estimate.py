@@ -71,8 +71,8 @@ def _hours(num_images: int, rate: str | None, size: str) -> str:
         images_per_second, origin = float(rate), ""
     except ValueError:
         images_per_second, origin = _measured_rate(Path(rate), size), f" (measured in {rate})"
-    if not images_per_second > 0:
-        raise DgmrError(f"--rate {rate}: images per second must be above 0.")
+    if not 0 < images_per_second < float("inf"):
+        raise DgmrError(f"--rate {rate}: images per second must be above 0. Give a positive number.")
     hours = num_images / images_per_second / 3600
     return f" at {images_per_second:.4g} per second{origin}: {hours:,.1f} hours"
 
