@@ -239,7 +239,11 @@ def test_a_recipe_reads_back_what_it_writes(tmp_path):
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    text = GOOD.replace("IMAGES", "~/pics").replace("DATA", "~/data").replace("demo", "{source: ~/model, pretrained: ~/w.pt}")
+    text = (
+        GOOD.replace("IMAGES", "~/pics")
+        .replace("DATA", "~/data")
+        .replace("demo", "{source: ~/model, pretrained: ~/w.pt}")
+    )
     recipe = load_recipe(write(tmp_path, text), ["recover.images=20"])
     assert (recipe.images, recipe.evaluate.datasets[0].root) == ("/home/me/pics", "/home/me/data")
     assert (recipe.model.source, recipe.model.pretrained) == ("/home/me/model", "/home/me/w.pt")

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.files import check_output
 
 out = Console(highlight=False, markup=False)
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo."
@@ -150,9 +151,13 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def refuse_existing(path: Path) -> None:
-    """Raise DgmrError if an output path exists already, or its parent directory does not."""
-    if path.exists():
-        raise DgmrError(f"{path} exists already. Name another with -o.")
+def require_new(path: Path, *, replace: bool = False) -> None:
+    """Raise DgmrError if an output cannot be written, or its parent directory does not exist.
+
+    Args:
+        path: the output.
+        replace: an existing file is replaced.
+    """
+    check_output(path, replace=replace)
     if not path.absolute().parent.is_dir():
         raise DgmrError(f"the directory {path.absolute().parent} for {path.name} does not exist. Make it first.")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, number_option, out, path_option
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import atomic_write, check_output, check_output_directory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,6 +124,9 @@ def evaluate(
         raise DgmrError(f"unknown suite {suite!r}. Use --suite {SUITE}.")
     if save_classifier and len(models) > 1:
         raise DgmrError(f"--save-classifier {save_classifier} saves the classes of one text tower. Give one model.")
+    check_output_directory(out_dir)
+    if save_classifier:
+        check_output(save_classifier, replace=True)
     join_processes()
     loading = _Loading(batch_size, workers)
     options: dict[str, Any] = {
@@ -244,6 +247,7 @@ def compare(
     from dgmr_tp.utils.lazy_imports import require_installed
 
     require_installed("faiss", "eval")  # before anything is embedded
+    check_output_directory(out_dir)
     thresholds = _thresholds(keep, convenient)
     is_array = [Path(source).suffix == ".npy" for source in (old, new)]
     if any(is_array) and (not all(is_array) or images or (classes and classes.suffix != ".pt")):

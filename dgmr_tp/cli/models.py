@@ -6,7 +6,6 @@ The library is imported inside the commands, so that ``--help`` does not load to
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +24,7 @@ from dgmr_tp.cli.common import (
 )
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.formats import FORMATS, LAYOUTS, OUTPUTS
+from dgmr_tp.utils.files import check_output_directory, scratch_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,6 +80,7 @@ def export(
         raise DgmrError(
             f"--tolerance {low[0][0]}={low[0][1]:g} is not above 0. Give the largest allowed relative error."
         )
+    check_output_directory(out_dir)
     opened = open_model(model, pretrained)
     examples = _example_images(opened, images)
     options: dict[str, Any] = {
@@ -89,11 +90,10 @@ def export(
         "formats": names,
         "tolerance": tolerances,
     }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".dense-") as scratch:
+    with scratch_directory(out_dir / "dense", "export is writing") as scratch:
         dense_dir = None
         if dense:
-            dense_dir, dense_model = Path(scratch), open_model(dense, dense_pretrained)
+            dense_dir, dense_model = scratch, open_model(dense, dense_pretrained)
             if dense_model.image_size != opened.image_size:
                 raise DgmrError(
                     f"{dense} takes images of {dense_model.image_size} pixels, and {model} of {opened.image_size}. "

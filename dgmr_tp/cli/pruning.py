@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,10 +20,10 @@ from dgmr_tp.cli.common import (
     out,
     path_argument,
     path_option,
-    refuse_existing,
+    require_new,
 )
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write, staging_path
+from dgmr_tp.utils.files import atomic_write, staging_file
 
 if TYPE_CHECKING:
     from dgmr_tp.compression.prune import Pruned
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from dgmr_tp.pruning import Amount, Plan
 
 app = typer.Typer()
+JOURNAL = "search.json"
+"""The decisions of AMP's search so far, in the staging directory of the plan."""
 CriterionOption = Annotated[
     str | None,
     typer.Option(help="A name that dgmr-tp criteria lists [default: output with images, else dgmr]."),
@@ -88,7 +91,7 @@ def rank(
     from dgmr_tp.compression.calibration import CalibrationImages
     from dgmr_tp.compression.rankings import rank as rank_model
 
-    refuse_existing(file)
+    require_new(file)
     opened = _open(model, pretrained)
     calibration = CalibrationImages.read(images, opened, num_images, seed)
     rankings = rank_model(opened, criterion, calibration)
@@ -136,13 +139,19 @@ def amp(
     from dgmr_tp.compression.calibration import CalibrationImages
     from dgmr_tp.utils.distributed import is_main_process, join_processes
 
-    refuse_existing(file)
+    require_new(file)
     join_processes()
     opened = _open(model, pretrained)
     config = SearchConfig.model_validate(_given(candidates=candidates, temperature=temperature, two_sided=two_sided))
     calibration = CalibrationImages.read(images, opened, num_images or config.images, seed)
-    journal = staging_path(file)  # the finished plan replaces it
-    result = search(opened, calibration, threshold=threshold, config=config, journal=journal, seed=seed)
+    with ExitStack() as stack:
+        journal = None
+        if is_main_process():
+            written = stack.enter_context(staging_file(file, "dgmr-tp amp is searching", resumable=(JOURNAL,)))
+            journal = written.with_name(JOURNAL)
+        result = search(opened, calibration, threshold=threshold, config=config, journal=journal, seed=seed)
+        if is_main_process():
+            written.write_text(result.plan.to_json() + "\n", "utf-8")
     if is_main_process():
         _print_plan(opened, result.plan)
         forward_passes = result.image_blocks / len(opened.adapter.blocks())
@@ -150,7 +159,6 @@ def amp(
             f"entropy {result.entropy:.4f} nats; the search cost {forward_passes:,.0f} forward passes of an image"
         )
         _print_skipped(calibration.broken, calibration.other_files)
-        atomic_write(file, result.plan.to_json() + "\n")
 
 
 @app.command()
@@ -182,6 +190,8 @@ def plan(
     measures_latency = any("latency" in (amount["budget"] or {}) for amount in amounts)
     if rankings and (images or criterion):
         raise DgmrError("--rankings were made on images by a criterion already. Leave out --images and --criterion.")
+    if file:
+        require_new(file, replace=True)
     if file and len(amounts) > 1:
         raise DgmrError("--out writes one plan. Give one --budget with it.")
     opened = _open(model, pretrained, with_weights=rankings is None or measures_latency)
@@ -258,6 +268,7 @@ def prune(
     if len(amounts) > 1:
         raise DgmrError("prune writes one model. Give one --budget; join limits that hold together by a comma.")
     [amount] = amounts
+    require_new(out_dir)
     has_target = min_cosine is not None or max_drop is not None
     if stream:
         if plan_file or rankings or recover or has_target:
@@ -275,7 +286,6 @@ def prune(
             "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or "
             "plan."
         )
-    refuse_existing(out_dir)
     opened = _open(model, pretrained)
     if has_target:
         from dgmr_tp.compression.quality_target import prune_to_target

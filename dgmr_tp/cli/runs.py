@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgmr_tp.cli.common import out, path_argument, path_option, refuse_existing
+from dgmr_tp.cli.common import out, path_argument, path_option, require_new
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.files import atomic_write, check_output_directory
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.run import Run
@@ -53,6 +53,7 @@ def run(
     from dgmr_tp.pipeline.run import Run
 
     parsed = load_recipe(recipe, overrides or ())
+    check_output_directory(directory or Path("runs") / parsed.name)
     this_run = Run(parsed, directory or Path("runs") / parsed.name, tuple(overrides or ()))
     with preemptible():
         this_run.run(redo=redo, until=until, say=out.print)
@@ -98,8 +99,8 @@ def copy_recipe(
     from dgmr_tp.pipeline.recipe import find_recipe
 
     source, target = find_recipe(name), target or Path(f"{name}.yaml")
-    refuse_existing(target)
-    shutil.copyfile(source, target)
+    require_new(target)
+    atomic_write(target, source.read_text("utf-8"))
     out.print(f"written: {target}")
 
 

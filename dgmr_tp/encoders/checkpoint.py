@@ -39,7 +39,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     try:
         if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(path.read_text("utf-8"))["weight_map"].values()))
             tensors: dict[str, Tensor] = {}
             for shard in shards:
                 tensors |= read_tensors(path.parent / shard)
