@@ -13,7 +13,24 @@ from rich.console import Console
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import check_output
 
-out = Console(highlight=False, markup=False)
+
+class Output(Console):
+    """Standard output. A text is never broken into lines, and a table only on a terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False)
+        if not self.is_terminal:
+            self.width = PIPE_WIDTH
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, without line breaks in texts."""
+        options.setdefault("soft_wrap", all(isinstance(item, str) for item in objects))
+        super().print(*objects, **options)
+
+
+PIPE_WIDTH = 10_000
+"""Width of the output in characters when it is not a terminal."""
+out = Output()
 MODEL_HELP = "open_clip:NAME, timm:NAME, a model directory, hf-hub:ORG/REPO, or demo."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
 PretrainedOption = Annotated[

@@ -293,7 +293,7 @@ def compare(
     for name, figures in result["ways"].items():
         table.add_row(name, *map(percent, figures.values()))
     out.print(table)
-    out.print(f"report: {page}", soft_wrap=True)
+    out.print(f"report: {page}")
 
 
 @dataclass(frozen=True)
@@ -441,7 +441,7 @@ def _report_broken_images(*sources: Images) -> int:
         if images.broken:
             name, error = next(iter(images.broken.items()))
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"
-            out.print(f"{share} do not decode and are left out; the first: {name}: {error}", soft_wrap=True)
+            out.print(f"{share} do not decode and are left out; the first: {name}: {error}")
     return sum(len(images.broken) for images in sources)
 
 

@@ -104,7 +104,7 @@ def export(
         bundle = export_model(opened, examples, out_dir, source=source, text=text, dense=dense_dir, **options)
     for name in names:
         if notice := FORMATS[name].notice:
-            out.print(f"{name}: {notice}", soft_wrap=True)
+            out.print(f"{name}: {notice}")
     for tower in bundle["towers"].values():
         for entry in tower["files"].values():
             _print_file(out_dir, entry)
@@ -162,7 +162,7 @@ def _example_images(model: OpenedModel, images: str | None) -> Tensor:
 
 def _print_file(directory: Path, entry: dict[str, Any]) -> None:
     """Print the status, size, errors and latency of one exported file."""
-    out.print(f"{directory / entry['file']}: {entry['status']}, {entry['megabytes']:.1f} MB", soft_wrap=True)
+    out.print(f"{directory / entry['file']}: {entry['status']}, {entry['megabytes']:.1f} MB")
     if entry["status"] != "verified":
         return
     error = max(value for by_batch in entry["relative_error"].values() for value in by_batch.values())

@@ -373,7 +373,7 @@ def _prune_streaming(
     from dgmr_tp.compression.streaming import prune_streaming
 
     plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, **amount)
-    out.print(str(plan), markup=False)
+    out.print(str(plan))
     out.print(f"written: {directory}")
 
 

@@ -47,7 +47,7 @@ def run(
     if dry:
         from dgmr_tp.pipeline.dry_run import dry_run
 
-        out.print(str(dry_run(load_recipe(recipe, overrides or (), to_run=False))), soft_wrap=True)
+        out.print(str(dry_run(load_recipe(recipe, overrides or (), to_run=False))))
         return
     from dgmr_tp.distillation.processes import preemptible
     from dgmr_tp.pipeline.run import Run
@@ -75,7 +75,7 @@ def estimate(
     from dgmr_tp.pipeline.recipe import load_recipe
 
     result = estimate_distillation(load_recipe(recipe, overrides or (), to_run=False), devices, rate)
-    out.print(result.text, soft_wrap=True)
+    out.print(result.text)
     if result.remedy:
         raise DgmrError(result.remedy)
 
@@ -87,7 +87,7 @@ def recipes(context: typer.Context) -> None:
     from dgmr_tp.pipeline.recipe import shipped_recipes
 
     for name, path in shipped_recipes().items():
-        out.print(f"{name:<28} {_summary(path)}", soft_wrap=True)
+        out.print(f"{name:<28} {_summary(path)}")
 
 
 @recipes_app.command("copy")

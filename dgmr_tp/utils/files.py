@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.utils.interrupts import output_open
 
 LOCK_NAME = "lock"
 MAX_NAME_BYTES = 255
@@ -146,7 +147,7 @@ def atomic_write(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             if time.time() - leftover.stat().st_mtime > STALE_AFTER_S and leftover.is_file():
                 leftover.unlink()
-    with write_errors(path):
+    with write_errors(path), output_open(path):
         descriptor, name = tempfile.mkstemp(suffix, prefix, path.parent)
         try:
             with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:  # names may not be UTF-8
@@ -207,7 +208,7 @@ def _locked_staging(path: Path, activity: str, resumable: Sequence[str]) -> Iter
     staging = staging_path(path)
     if staging.is_file():  # of an earlier version
         staging.unlink()
-    with write_errors(path), lock_directory(staging, activity, required=False):
+    with write_errors(path), output_open(path), lock_directory(staging, activity, required=False):
         if not staging.is_dir():
             raise DirectoryLocked(f"another {activity} in {staging}. Wait for it or stop it.")
         try:
@@ -233,7 +234,7 @@ def scratch_directory(path: Path, activity: str = "process is writing") -> Itera
     directory = staging_path(path)
     made = [parent for parent in directory.absolute().parents if not parent.exists()]
     try:
-        with lock_directory(directory, activity, required=False):
+        with output_open(directory), lock_directory(directory, activity, required=False):
             try:
                 _empty(directory, (LOCK_NAME,))
                 yield directory
