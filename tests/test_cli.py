@@ -3,9 +3,9 @@
 A user error prints one message, exits with 2 and leaves no partial output.
 """
 
+import contextlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +19,7 @@ from conftest import call_command, run_command, write_recipe
 from PIL import Image
 
 import dgmr_tp
-from dgmr_tp import load_pruned
+from dgmr_tp import cli, load_pruned
 from dgmr_tp.cli import commands, evaluation, models, pruning, runs
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import Scene
@@ -305,13 +305,15 @@ def test_version():
     assert (result.returncode, result.stdout) == (0, f"dgmr-tp {dgmr_tp.__version__}\n")
 
 
-def test_a_terminal_without_unicode_gets_ascii_after_the_work_is_done(tmp_path):
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    program = [sys.executable, "-m", "dgmr_tp", "plan", "-o", "plan.json"]
-    result = subprocess.run(program, capture_output=True, env=environment, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert b"1.24 M -> 0.65 M parameters" in result.stdout and b"demo - DGMR" in result.stdout
-    assert (tmp_path / "plan.json").exists()
+def test_a_terminal_without_unicode_gets_ascii_after_the_work_is_done(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["dgmr-tp", "plan", "-o", str(tmp_path / "plan.json")])
+    with contextlib.redirect_stdout(terminal), pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    terminal.flush()
+    assert not exit_info.value.code and (tmp_path / "plan.json").exists()
+    output = terminal.buffer.getvalue()
+    assert b"1.24 M -> 0.65 M parameters" in output and b"demo - DGMR" in output
 
 
 def test_characters_that_an_encoding_lacks_are_replaced_one_by_one():
