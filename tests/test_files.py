@@ -159,7 +159,7 @@ def test_names_that_a_file_system_cannot_hold_are_refused_before_the_work(tmp_pa
 
 def test_what_does_not_fit_is_refused(tmp_path):
     check_room(tmp_path, 1000, "the model")
-    with pytest.raises(DgmrError, match=r"the model takes up to 1,000,000,000,000.0 MB, which .* has no room for"):
+    with pytest.raises(DgmrError, match=r"the model takes up to 1,000,000,000,000 MB, but .* MB are free\."):
         check_room(tmp_path, 10**18, "the model")
     assert not os.listdir(tmp_path)
 

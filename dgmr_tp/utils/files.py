@@ -104,6 +104,12 @@ def check_room(directory: Path, size: int, what: str) -> None:
     Raises:
         DgmrError: the file does not fit.
     """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise DgmrError(
+            f"{what} takes up to {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free. Free disk space, or name "
+            "another directory."
+        )
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             os.posix_fallocate(probe.fileno(), 0, max(1, size))
@@ -111,7 +117,7 @@ def check_room(directory: Path, size: int, what: str) -> None:
         if error.errno not in REMEDIES:
             return  # the file system cannot tell
         raise DgmrError(
-            f"{what} takes up to {size / 1e6:,.1f} MB, which {directory} has no room for: {error.strerror}. "
+            f"{what} takes up to {size / 1e6:,.0f} MB, which {directory} has no room for: {error.strerror}. "
             f"{REMEDIES[error.errno]}"
         ) from error
 
