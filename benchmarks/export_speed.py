@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tables", action="store_true", help="only print the stored results")
     args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"shapes": {}}
+    results = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {"shapes": {}}
     for name, widths in {} if args.tables else HIDDEN_WIDTHS.items():
         if name not in results["shapes"]:
             results["shapes"][name] = measure(name, widths, REPEATS[name])

@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tables", action="store_true", help="only print the stored results")
     args = parser.parse_args()
-    results = json.loads(args.out.read_text()) if args.out.exists() else {"cells": {}}
+    results = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {"cells": {}}
     cells = []
     for name in FORMATS:
         # Compilation takes half a minute per model, so it is measured for one family of each form of MLP.

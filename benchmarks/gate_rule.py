@@ -97,7 +97,7 @@ def main() -> None:
         "machine": platform.processor(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(f"dense {result['dense']:.1f}")
 
 

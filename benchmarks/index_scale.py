@@ -26,7 +26,9 @@ ROWS, WIDTH, CLASSES = 1_000_000, 768, 1000
 
 def memory_gb(field: str) -> float:
     """Return a field of /proc/self/status in GB."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+    [line] = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    ]
     return int(line.split()[1]) / 1e6
 
 

@@ -352,7 +352,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.cells: dict[str, dict] = json.loads(path.read_text())["cells"] if path.exists() else {}
+        self.cells: dict[str, dict] = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
         self.rankings: dict = {}
 
     def cell(self, encoder: str, method: str, size: str, seed: int, make: Callable[[], dict]) -> None:

@@ -55,9 +55,9 @@ FOOTER = """
 
 def write_internvit(directory: Path) -> None:
     """Write InternViT-6B's folder without its weights."""
-    (directory / "config.json").write_text(json.dumps(INTERNVIT))
+    (directory / "config.json").write_text(json.dumps(INTERNVIT), "utf-8")
     processor = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}, "crop_size": 224}
-    (directory / "preprocessor_config.json").write_text(json.dumps(processor))
+    (directory / "preprocessor_config.json").write_text(json.dumps(processor), "utf-8")
 
 
 def opened(source: str, **options):

@@ -44,7 +44,7 @@ def write_checkpoint(directory: Path) -> None:
             save_file(shard_tensors, directory / shard)
             shards |= dict.fromkeys(shard_tensors, shard)
             shard_tensors = {}
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}), "utf-8")
 
 
 PROGRAM = """
@@ -71,7 +71,7 @@ def measure(index: Path, out: Path, criterion: str, keep: dict[str, int]) -> dic
     peak, started = 0, time.time()
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
         peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
         time.sleep(0.01)
     assert process.returncode == 0 and process.stdout
@@ -103,7 +103,7 @@ def main() -> None:
     result["dgmr_2_blocks"] = {**two_blocks, "all_32_blocks_extrapolated_seconds": seconds}
     print(json.dumps(result, indent=1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    args.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

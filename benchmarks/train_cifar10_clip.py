@@ -123,8 +123,10 @@ def main() -> None:
     torch.manual_seed(0)
     root = Path(os.environ["CIFAR10_DIR"])
     images, labels = load_split(root, "train")
-    classnames = (root / "classnames.txt").read_text().split("\n")[:10]
-    templates = [line for line in (root / "zeroshot_classification_templates.txt").read_text().split("\n") if line]
+    classnames = (root / "classnames.txt").read_text("utf-8").split("\n")[:10]
+    templates = [
+        line for line in (root / "zeroshot_classification_templates.txt").read_text("utf-8").split("\n") if line
+    ]
     if args.encoder:
         vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6, num_classes=10).eval()
         vit.load_state_dict({name: tensor.float() for name, tensor in load_file(args.encoder).items()})
@@ -140,7 +142,7 @@ def main() -> None:
     save_file(
         {name: tensor.contiguous() for name, tensor in vit.state_dict().items()}, args.out / "encoder.safetensors"
     )
-    (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+    (args.out / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=1) + "\n", "utf-8")
     clip = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False).eval()
     into_open_clip(vit, clip)
     with torch.no_grad():

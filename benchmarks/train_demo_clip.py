@@ -162,7 +162,7 @@ def main() -> None:
     rng = torch.Generator().manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     config = args.out / "open_clip_config.json"
-    config.write_text(json.dumps(CONFIG, indent=2) + "\n")
+    config.write_text(json.dumps(CONFIG, indent=2) + "\n", "utf-8")
     model = open_clip.create_model(f"local-dir:{args.out.resolve()}", load_weights=False)
     if args.init:
         weights = load_file(args.init / "open_clip_model.safetensors")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from dgmr_tp.export import onnx_file
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.verify import VERIFIED, verify
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import atomic_write, check_room, read_json, scratch_directory, sha256, write_errors
 from dgmr_tp.utils.lazy_imports import require
 
 MANIFEST = "export.json"
@@ -64,11 +62,10 @@ def export_bundle(
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
         raise DgmrError(f"unknown export format {unknown[0]!r}. Use {', '.join(FORMATS)}.")
-    directory.mkdir(parents=True, exist_ok=True)
-    _delete_earlier_export(directory)
     tolerances = {name: file_format.tolerance for name, file_format in FORMATS.items()} | dict(tolerance or {})
     described = {}
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as staging:
+    with scratch_directory(directory / "export", "export is writing") as staging:
+        _delete_earlier_export(directory)
         for tower in towers:
             expected = tower.reference_outputs()
             files = {}
@@ -78,7 +75,7 @@ def export_bundle(
                     tower,
                     expected,
                     directory,
-                    Path(staging),
+                    staging,
                     dense=dense,
                     tolerance=tolerances[name],
                     latency_batches=latency_batches,
@@ -123,12 +120,13 @@ def _delete_earlier_export(directory: Path) -> None:
     manifest = directory / MANIFEST
     if not manifest.exists():
         return
-    try:
-        towers = json.loads(manifest.read_text())["towers"].values()
-        entries = [entry for tower in towers for entry in tower["files"].values()]
-        files = [file for entry in entries for file in entry["sha256"]]
-    except (ValueError, KeyError) as error:
-        raise DgmrError(f"{manifest} is from another program or version. Export into another directory.") from error
+
+    def parse(content: Any) -> list[str]:
+        entries = [entry for tower in content["towers"].values() for entry in tower["files"].values()]
+        return [file for entry in entries for file in entry["sha256"]]
+
+    remedy = "It may be from another program or version; export into another directory."
+    files = read_json(manifest, parse, remedy=remedy)
     for file in files:
         if not (directory / file).resolve().is_relative_to(directory.resolve()):
             raise DgmrError(
@@ -191,12 +189,13 @@ def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str 
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_disk_space(tower, path.parent)
     try:
-        if file_format.write:
-            file_format.write(tower, path)
-        if file_format.convert:
-            if not onnx_source.exists():
-                onnx_file.write(tower, onnx_source)
-            file_format.convert(onnx_source, path)
+        with write_errors(path):
+            if file_format.write:
+                file_format.write(tower, path)
+            if file_format.convert:
+                if not onnx_source.exists():
+                    onnx_file.write(tower, onnx_source)
+                file_format.convert(onnx_source, path)
     except (OSError, DgmrError):  # the disk is full, or a package is missing
         raise
     except Exception as error:  # the exporter's own error: continue with the other formats
@@ -210,9 +209,4 @@ def _check_disk_space(tower: ExportTower, folder: Path) -> None:
     """Raise an error if a file may not fit on the disk. torch's writers abort the process when the disk is full."""
     tensors = (*tower.module.parameters(), *tower.module.buffers())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    needed, free = 1.2 * size + PROGRAM_BYTES, shutil.disk_usage(folder).free
-    if free < needed:
-        raise DgmrError(
-            f"a file of the {tower.kind} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free. "
-            "Free disk space."
-        )
+    check_room(folder, int(1.2 * size + PROGRAM_BYTES), f"a file of the {tower.kind} tower")

@@ -25,7 +25,7 @@ class ExportConfig(Config):
     """Names, folders and side files."""
     measure: bool = True
     """Evaluate the ONNX files on the data sets too. They run on the CPU, which takes hours for a large tower."""
-    tolerance: dict[Annotated[str, NameIn(FORMATS)], float] = Field(default_factory=dict)
+    tolerance: dict[Annotated[str, NameIn(FORMATS)], Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Largest allowed relative error of an output, by format. Formats that are not listed use their default."""
 
     @model_validator(mode="after")

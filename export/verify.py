@@ -25,6 +25,7 @@ from torch import Tensor
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.latency import latencies
+from dgmr_tp.utils.files import write_errors
 
 BATCH_SIZES = (1, 3, 8)
 NUM_EXAMPLES = 24
@@ -63,7 +64,8 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="dgmr-verify-") as name:
         scratch = Path(name)
         tensors = {"input": tower.examples, **dict(zip(tower.output_names, expected, strict=True))}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "examples.safetensors")
+        with write_errors(scratch):
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "examples.safetensors")
         request = {
             "format": format_name,
             "file": str(path.absolute()),
@@ -73,14 +75,16 @@ def verify(
             "threads": torch.get_num_threads(),
             "tolerance": tolerance,
         }
-        (scratch / "request.json").write_text(json.dumps(request))
+        (scratch / "request.json").write_text(json.dumps(request), "utf-8")
         command = [sys.executable, "-m", "dgmr_tp.export.verify", str(scratch)]
         try:
-            process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+            process = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=TIMEOUT_S
+            )
         except subprocess.TimeoutExpired:
             return {"status": f"the runtime did not end within {TIMEOUT_S // 3600} hours"}
         result_path = scratch / "result.json"
-        result: dict[str, Any] = json.loads(result_path.read_text()) if result_path.exists() else {}
+        result: dict[str, Any] = json.loads(result_path.read_text("utf-8")) if result_path.exists() else {}
     if process.returncode < 0:
         return {**result, "status": f"the runtime crashed ({signal.Signals(-process.returncode).name})"}
     if process.returncode > 0:
@@ -91,7 +95,7 @@ def verify(
 
 def _main(scratch: Path) -> None:
     """Verify the file of ``request.json`` and write ``result.json``."""
-    request = json.loads((scratch / "request.json").read_text())
+    request = json.loads((scratch / "request.json").read_text("utf-8"))
     tensors = load_file(scratch / "examples.safetensors")
     examples, threads = tensors.pop("input"), request["threads"]
     torch.set_num_threads(threads)
@@ -148,14 +152,14 @@ def _status(errors: dict[str, dict[int, float | None]], tolerance: float) -> str
 
 
 def _write_result(scratch: Path, result: dict[str, Any]) -> None:
-    (scratch / "result.json").write_text(json.dumps(result))
+    (scratch / "result.json").write_text(json.dumps(result), "utf-8")
 
 
 def _peak_memory_mb() -> float:
     """Return the peak memory of this process in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage also counts the parent's memory at the time of the fork
-        [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        [line] = [line for line in status.read_text("utf-8").splitlines() if line.startswith("VmHWM")]
         return int(line.split()[1]) / 1e3
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 

@@ -277,3 +277,9 @@ def test_the_clock_runs_a_tower_of_these_widths_and_leaves_the_original_alone(mo
         shadow = timm_tower()
     with pytest.raises(DgmrError, match="opened without weights"):
         widths_for_latency(0.5, lambda cost: counts, shadow, find_sites(shadow), 32)
+
+
+@pytest.mark.parametrize("amount", [{"keep": 2.5}, {"keep": True}, {"keep": {"*": 2.5}}, {"keep": 2, "round_to": 1.5}])
+def test_counts_that_are_not_integers_are_refused(amount):
+    with pytest.raises(DgmrError, match="integer"):
+        keep_counts([Site("a", ("a.fc1",), "a.fc2", 8, 32, False, True)], **amount)

@@ -3,16 +3,24 @@
 A user error prints one message, exits with 2 and leaves no partial output.
 """
 
+import contextlib
+import io
 import json
+import signal
 import subprocess
 import sys
+import typing
+from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import call_command, run_command, write_recipe
 from PIL import Image
 
-from dgmr_tp import load_pruned
+import dgmr_tp
+from dgmr_tp import cli, load_pruned
+from dgmr_tp.cli import commands, evaluation, models, pruning, runs
 from dgmr_tp.data import scenes
 from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders.model import DEMO
@@ -198,6 +206,29 @@ def test_plan_for_another_model(tmp_path):
     )
 
 
+def test_every_numeric_option_has_a_range_and_every_path_a_kind():
+    commands = [command.callback for module in (runs, pruning, evaluation, models) for command in _commands(module.app)]
+    assert len(commands) >= 15
+    for command in commands:
+        for name, hint in typing.get_type_hints(command, include_extras=True).items():
+            if typing.get_origin(hint) is not typing.Annotated:
+                continue
+            annotation, option = typing.get_args(hint)[:2]
+            types = {annotation, *typing.get_args(annotation)}
+            where = f"{command.__name__}: {name}"
+            if float in types:
+                assert option.callback, f"{where} is not made by number_option"
+            if int in types and name != "keep":  # the sites check it
+                assert option.min is not None, f"{where} has no minimum"
+            if {Path, list[Path]} & types:
+                assert option.parser, f"{where} is not made by path_option"
+
+
+def _commands(group: typer.Typer) -> list[typing.Any]:
+    inner = [command for nested in group.registered_groups for command in nested.typer_instance.registered_commands]
+    return [*group.registered_commands, *inner]
+
+
 @pytest.mark.parametrize(
     ("missing", "code", "extra"),
     [
@@ -224,3 +255,86 @@ def test_a_missing_extra_names_the_pip_command(missing, code, extra, tmp_path):
     program = f"import sys; sys.modules[{missing!r}] = None\nimport dgmr_tp\n{code}"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert f"DgmrError: {missing} is not installed. Run: pip install 'dgmr-tp[{extra}]'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.0, 3.0, 5.0, 8.0])
+def test_ctrl_c_ends_the_process_with_130_at_any_moment(delay, images, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dgmr_tp", "prune", "--recover", str(images), "-o", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    output = "".join(process.communicate(timeout=60))
+    assert "Traceback" not in output and "KeyboardInterrupt" not in output, output
+    assert process.returncode == 130 or (process.returncode == 0 and (tmp_path / "out").exists()), output
+    assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+def test_an_interrupt_is_not_swallowed_by_an_import(tmp_path):
+    """A bare ``except:`` around an import, as in torch-pruning, and an import while an output is open."""
+    (tmp_path / "slow_module.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nsum(range(10**6))\n"
+    )
+    (tmp_path / "swallowing.py").write_text("try:\n    import slow_module\nexcept:\n    pass\nprint('imported')\n")
+    program = (
+        "import sys, pathlib, time\nfrom dgmr_tp.utils.interrupts import handle_interrupts\n"
+        "from dgmr_tp.utils.files import staging_file\n"
+        "with handle_interrupts():\n"
+        "    if sys.argv[1] == 'closed':\n        import swallowing\n        print('lost')\n"
+        "    try:\n"
+        "        with staging_file(pathlib.Path('out')) as path:\n"
+        "            import swallowing\n"
+        "            time.sleep(30)\n"
+        "    except KeyboardInterrupt:\n        sys.exit(131)\n"
+    )
+    for state, code, printed in (("closed", 130, ""), ("open", 131, "imported")):
+        command = [sys.executable, "-c", program, state]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        assert (result.returncode, result.stdout.strip(), result.stderr) == (code, printed, "")
+        assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_version():
+    result = call_command("--version")
+    assert (result.returncode, result.stdout) == (0, f"dgmr-tp {dgmr_tp.__version__}\n")
+
+
+def test_a_terminal_without_unicode_gets_ascii_after_the_work_is_done(tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "argv", ["dgmr-tp", "plan", "-o", str(tmp_path / "plan.json")])
+    with contextlib.redirect_stdout(terminal), pytest.raises(SystemExit) as exit_info:
+        cli.main()
+    terminal.flush()
+    assert not exit_info.value.code and (tmp_path / "plan.json").exists()
+    output = terminal.buffer.getvalue()
+    assert b"1.24 M -> 0.65 M parameters" in output and b"demo - DGMR" in output
+
+
+def test_characters_that_an_encoding_lacks_are_replaced_one_by_one():
+    commands.register_ascii_errors()
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii", errors="dgmr_tp_ascii")
+    stream.write("a → 模 \udce9.png")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"a -> \\u6a21 \xe9.png"
+
+
+def test_long_paths_stay_on_one_line_when_piped(tmp_path):
+    folder = tmp_path / ("long" * 30) / ("er" * 50)
+    folder.mkdir(parents=True)
+    result = call_command("prune", "-o", folder / "out")
+    assert str(folder / "out") in result.stdout.splitlines()[-1]
+    result = call_command("recipes", "copy", "quickstart", folder / "r.yaml")
+    assert result.stdout == f"written: {folder / 'r.yaml'}\n"
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert call_command("plan", "--out=~/plan.json").returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]

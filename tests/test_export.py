@@ -377,7 +377,7 @@ def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, 
     export_tower = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
     for free in (9e6, 11e6):
         monkeypatch.setattr(
-            "dgmr_tp.export.bundle.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
+            "dgmr_tp.utils.files.shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free)
         )
         if free > 10e6:
             assert not failures(bundle(export_tower, tmp_path, formats=["torchscript"]))

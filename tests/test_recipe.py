@@ -235,3 +235,16 @@ def test_a_recipe_reads_back_what_it_writes(tmp_path):
     ):
         recipe = load_recipe(write(tmp_path, GOOD.replace("mlp_ratio: 1", amount)))
         assert parse_recipe(json.loads(recipe.model_dump_json()), tmp_path) == recipe
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    text = (
+        GOOD.replace("IMAGES", "~/pics")
+        .replace("DATA", "~/data")
+        .replace("demo", "{source: ~/model, pretrained: ~/w.pt}")
+    )
+    recipe = load_recipe(write(tmp_path, text), ["recover.images=20"])
+    assert (recipe.images, recipe.evaluate.datasets[0].root) == ("/home/me/pics", "/home/me/data")
+    assert (recipe.model.source, recipe.model.pretrained) == ("/home/me/model", "/home/me/w.pt")
+    assert load_recipe(tmp_path / "recipe.yaml", ["images=~/other"]).images == "/home/me/other"

@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
+import atexit
+import signal
 import sys
-import warnings
-from collections.abc import Iterator
+from typing import Any
 
-import typer
-
-from dgmr_tp.cli import evaluation, models, pruning, runs
-from dgmr_tp.errors import DgmrError, Preempted, first_line
-from dgmr_tp.utils.progress import show_progress
-
-app = typer.Typer(
-    help="Prune the MLPs of large vision transformers, recover them in closed form, distill, evaluate, export.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-for group in (runs, pruning, evaluation, models):
-    app.add_typer(group.app)
+from dgmr_tp.utils.interrupts import CODE, handle_interrupts
 
 
 def main() -> None:
-    """Run ``dgmr-tp``."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger().setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        with _show_log(), show_progress():
-            app(standalone_mode=True)
-    except Preempted as error:
-        _exit(str(error), error.code)
-    except (DgmrError, OSError) as error:  # OSError: no space, no permission, no such directory; it names the file
-        _exit(str(error), 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's class; torch is not imported for every command
-            raise
-        _exit(
-            f"out of memory on the GPU: {first_line(error).rstrip('.')}. Take fewer images (--calibration-images, "
-            "recover.images), a smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
-            2,
-        )
+    """Run ``dgmr-tp``. The commands are imported inside, so that an interrupt of their import has no traceback."""
+    with handle_interrupts():
+        try:
+            from dgmr_tp.cli.commands import run_command
+
+            run_command()
+        except KeyboardInterrupt:
+            sys.exit(CODE)
+        finally:
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # the command has ended
 
 
-@contextlib.contextmanager
-def _show_log() -> Iterator[None]:
-    """Print what the package logs, in the main process (rank 0) only."""
-    logger = logging.getLogger("dgmr_tp")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("dgmr-tp: %(message)s"))
-    logger.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
+def __getattr__(name: str) -> Any:
+    if name == "app":
+        from dgmr_tp.cli.commands import app
 
-
-def _exit(message: str, code: int) -> None:
-    print(f"dgmr-tp: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
+        return app
+    raise AttributeError(f"module 'dgmr_tp.cli' has no attribute {name!r}")

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, out
+from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, number_option, out, path_option
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import atomic_write, check_output, check_output_directory
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,30 +48,37 @@ def evaluate(
         list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")
     ],
     dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of a data set, such as wds/NAME.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Directory of the data set.")] = None,
+    root: Annotated[Path | None, path_option(help="Directory of the data set.", kind="directory")] = None,
     knn_train: Annotated[
         Path | None,
-        typer.Option(help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls."),
+        path_option(
+            help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls.", kind="any"
+        ),
     ] = None,
-    knn_test: Annotated[Path | None, typer.Option(help="k-NN: labeled images to classify.")] = None,
+    knn_test: Annotated[Path | None, path_option(help="k-NN: labeled images to classify.", kind="any")] = None,
     head_test: Annotated[
-        Path | None, typer.Option(help="Linear classifier on the embeddings: labeled images to classify.")
+        Path | None, path_option(help="Linear classifier on the embeddings: labeled images to classify.", kind="any")
     ] = None,
     head: Annotated[
         Path | None,
-        typer.Option(help="File with the classifier's weight and bias [default: the encoder's own classifier]."),
+        path_option(
+            help="File with the classifier's weight and bias [default: the encoder's own classifier].", kind="file"
+        ),
     ] = None,
     head_train: Annotated[
-        Path | None, typer.Option(help="Labeled images to fit the classifier to, with the first model's embeddings.")
+        Path | None,
+        path_option(help="Labeled images to fit the classifier to, with the first model's embeddings.", kind="any"),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo, next to the published ones.")
     ] = None,
     data_root: Annotated[
-        Path | None, typer.Option(help="Suite: directory with a subdirectory for each of its data sets.")
+        Path | None,
+        path_option(help="Suite: directory with a subdirectory for each of its data sets.", kind="directory"),
     ] = None,
     out_dir: Annotated[
-        Path, typer.Option("--out", "-o", help="Output directory for a JSON file per result and table.csv.")
+        Path,
+        path_option("--out", "-o", help="Output directory for a JSON file per result and table.csv.", kind="directory"),
     ] = Path("results"),
     pretrained: PretrainedOption = None,
     text: TextOption = None,
@@ -79,16 +86,20 @@ def evaluate(
         str, typer.Option(help="zeroshot_classification, zeroshot_retrieval, linear_probe or auto.")
     ] = "auto",
     annotations: Annotated[
-        Path | None, typer.Option(help="Caption file of data sets such as mscoco_captions and flickr30k.")
+        Path | None, path_option(help="Caption file of data sets such as mscoco_captions and flickr30k.", kind="file")
     ] = None,
     classnames: Annotated[
-        Path | None, typer.Option(help="Custom class names: JSON, keyed by the data set's name.")
+        Path | None, path_option(help="Custom class names: JSON, keyed by the data set's name.", kind="file")
     ] = None,
-    templates: Annotated[Path | None, typer.Option(help="Custom prompts: JSON, keyed by the data set's name.")] = None,
-    save_classifier: Annotated[Path | None, typer.Option(help="Save the class embeddings to this file.")] = None,
+    templates: Annotated[
+        Path | None, path_option(help="Custom prompts: JSON, keyed by the data set's name.", kind="file")
+    ] = None,
+    save_classifier: Annotated[
+        Path | None, path_option(help="Save the class embeddings to this file.", kind="file")
+    ] = None,
     load_classifier: Annotated[
         list[Path] | None,
-        typer.Option(help="Use saved class embeddings instead of the text tower. Several are averaged."),
+        path_option(help="Use saved class embeddings instead of the text tower. Several are averaged.", kind="file"),
     ] = None,
     trust_file: TrustOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
@@ -113,6 +124,9 @@ def evaluate(
         raise DgmrError(f"unknown suite {suite!r}. Use --suite {SUITE}.")
     if save_classifier and len(models) > 1:
         raise DgmrError(f"--save-classifier {save_classifier} saves the classes of one text tower. Give one model.")
+    check_output_directory(out_dir)
+    if save_classifier:
+        check_output(save_classifier, replace=True)
     join_processes()
     loading = _Loading(batch_size, workers)
     options: dict[str, Any] = {
@@ -192,30 +206,38 @@ def compare(
     ],
     new: Annotated[str, typer.Argument(help="Encoder to deploy, in the same form.")],
     out_dir: Annotated[
-        Path, typer.Option("--out", "-o", help="Output directory for compatibility.json and compatibility.html.")
+        Path,
+        path_option(
+            "--out", "-o", help="Output directory for compatibility.json and compatibility.html.", kind="directory"
+        ),
     ],
     images: Annotated[
-        Path | None, typer.Option(help="Images like those in your index. Not allowed with .npy files.")
+        Path | None, path_option(help="Images like those in your index. Not allowed with .npy files.", kind="any")
     ] = None,
     classes: Annotated[
         Path | None,
-        typer.Option(
+        path_option(
             help="Compare zero-shot decisions too: a file with one class name per line, a directory with "
-            "classnames.txt, or saved class embeddings (.pt)."
+            "classnames.txt, or saved class embeddings (.pt).",
+            kind="any",
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=100, help="Number of images to use.")] = 5000,
     queries: Annotated[
         int, typer.Option(min=1, help="Number of these images that are queries. The others form the index.")
     ] = 1000,
-    keep: Annotated[float, typer.Option(help="Minimum score at which the index can be kept.")] = 0.98,
-    convenient: Annotated[float, typer.Option(help="Minimum score at which re-embedding can be deferred.")] = 0.9,
+    keep: Annotated[
+        float, number_option(help="Minimum score at which the index can be kept.", minimum=0, maximum=1)
+    ] = 0.98,
+    convenient: Annotated[
+        float, number_option(help="Minimum score at which re-embedding can be deferred.", minimum=0, maximum=1)
+    ] = 0.9,
     old_pretrained: Annotated[str | None, typer.Option(help="Weights of OLD, for a NAME.")] = None,
     new_pretrained: Annotated[str | None, typer.Option(help="Weights of NEW, for a NAME.")] = None,
     text: TextOption = None,
     trust_file: TrustOption = False,
     seed: SeedOption = 0,
-    workers: Annotated[int, typer.Option(help="Number of processes that read images.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
 ) -> None:
     """Decide whether an index of old embeddings can be kept, by what old and new embeddings of your images retrieve."""
     from dgmr_tp.evaluation.class_embeddings import class_embeddings, read_class_embeddings
@@ -225,6 +247,7 @@ def compare(
     from dgmr_tp.utils.lazy_imports import require_installed
 
     require_installed("faiss", "eval")  # before anything is embedded
+    check_output_directory(out_dir)
     thresholds = _thresholds(keep, convenient)
     is_array = [Path(source).suffix == ".npy" for source in (old, new)]
     if any(is_array) and (not all(is_array) or images or (classes and classes.suffix != ".pt")):
@@ -270,7 +293,7 @@ def compare(
     for name, figures in result["ways"].items():
         table.add_row(name, *map(percent, figures.values()))
     out.print(table)
-    out.print(f"report: {page}", soft_wrap=True)
+    out.print(f"report: {page}")
 
 
 @dataclass(frozen=True)
@@ -418,7 +441,7 @@ def _report_broken_images(*sources: Images) -> int:
         if images.broken:
             name, error = next(iter(images.broken.items()))
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"
-            out.print(f"{share} do not decode and are left out; the first: {name}: {error}", soft_wrap=True)
+            out.print(f"{share} do not decode and are left out; the first: {name}: {error}")
     return sum(len(images.broken) for images in sources)
 
 

@@ -6,16 +6,25 @@ The library is imported inside the commands, so that ``--help`` does not load to
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import MODEL_HELP, PretrainedOption, out
+from dgmr_tp.cli.common import (
+    MODEL_HELP,
+    PretrainedOption,
+    merge_distinct,
+    names_in,
+    numbers_by_name,
+    out,
+    path_argument,
+    path_option,
+)
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.formats import FORMATS, LAYOUTS, OUTPUTS
+from dgmr_tp.utils.files import check_output_directory, scratch_directory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +45,7 @@ LAYOUTS_HELP = _summaries({name: layout.summary for name, layout in LAYOUTS.item
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
-    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Output directory.")],
+    out_dir: Annotated[Path, path_option("--out", "-o", help="Output directory.", kind="directory")],
     pretrained: PretrainedOption = None,
     dense: Annotated[
         str | None, typer.Option(help="The unpruned model. Its files are timed in turn with the new ones.")
@@ -62,22 +71,29 @@ def export(
     from dgmr_tp.export.bundle import failures
     from dgmr_tp.export.layouts import export_model
 
-    names = [name.strip() for name in formats.split(",")]
-    tolerances = dict(_parse_tolerance(entry) for entry in tolerance or [])
+    names = names_in("--formats", formats, FORMATS)
+    output_names = names_in("--outputs", outputs, OUTPUTS)
+    tolerances = merge_distinct(
+        "--tolerance", [numbers_by_name("--tolerance", entry, "onnx-int8=0.3") for entry in tolerance or []]
+    )
+    if low := [entry for entry in tolerances.items() if entry[1] <= 0]:
+        raise DgmrError(
+            f"--tolerance {low[0][0]}={low[0][1]:g} is not above 0. Give the largest allowed relative error."
+        )
+    check_output_directory(out_dir)
     opened = open_model(model, pretrained)
     examples = _example_images(opened, images)
     options: dict[str, Any] = {
-        "outputs": tuple(name.strip() for name in outputs.split(",")),
+        "outputs": tuple(output_names),
         "normalized": normalized,
         "layout": layout,
         "formats": names,
         "tolerance": tolerances,
     }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".dense-") as scratch:
+    with scratch_directory(out_dir / "dense", "export is writing") as scratch:
         dense_dir = None
         if dense:
-            dense_dir, dense_model = Path(scratch), open_model(dense, dense_pretrained)
+            dense_dir, dense_model = scratch, open_model(dense, dense_pretrained)
             if dense_model.image_size != opened.image_size:
                 raise DgmrError(
                     f"{dense} takes images of {dense_model.image_size} pixels, and {model} of {opened.image_size}. "
@@ -88,7 +104,7 @@ def export(
         bundle = export_model(opened, examples, out_dir, source=source, text=text, dense=dense_dir, **options)
     for name in names:
         if notice := FORMATS[name].notice:
-            out.print(f"{name}: {notice}", soft_wrap=True)
+            out.print(f"{name}: {notice}")
     for tower in bundle["towers"].values():
         for entry in tower["files"].values():
             _print_file(out_dir, entry)
@@ -116,20 +132,14 @@ def inspect(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 
 
 @app.command()
-def relocate(directory: Annotated[Path, typer.Argument(help="A model directory that was moved.")]) -> None:
+def relocate(
+    directory: Annotated[Path, path_argument(help="A model directory that was moved.", kind="directory")],
+) -> None:
     """Write a model directory's new path into its config. Only open_clip models with a pruned timm trunk need it."""
     from dgmr_tp.utils.lazy_imports import require
 
     changed = require("dgmr_tp.encoders.open_clip_models", "encoders").relocate(directory)
     out.print(f"{directory}: {'updated the path in its config' if changed else 'its config has no path to update'}")
-
-
-def _parse_tolerance(text: str) -> tuple[str, float]:
-    try:
-        name, value = text.split("=")
-        return name, float(value)
-    except ValueError:
-        raise DgmrError(f"--tolerance {text} is not FORMAT=NUMBER. Write it as onnx-int8=0.3.") from None
 
 
 def _example_images(model: OpenedModel, images: str | None) -> Tensor:
@@ -152,7 +162,7 @@ def _example_images(model: OpenedModel, images: str | None) -> Tensor:
 
 def _print_file(directory: Path, entry: dict[str, Any]) -> None:
     """Print the status, size, errors and latency of one exported file."""
-    out.print(f"{directory / entry['file']}: {entry['status']}, {entry['megabytes']:.1f} MB", soft_wrap=True)
+    out.print(f"{directory / entry['file']}: {entry['status']}, {entry['megabytes']:.1f} MB")
     if entry["status"] != "verified":
         return
     error = max(value for by_batch in entry["relative_error"].values() for value in by_batch.values())

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import ModelOption, PretrainedOption, SeedOption, device, out, refuse_existing
+from dgmr_tp.cli.common import (
+    ModelOption,
+    PretrainedOption,
+    SeedOption,
+    device,
+    finite_number,
+    number_option,
+    numbers_by_name,
+    out,
+    path_argument,
+    path_option,
+    require_new,
+)
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write, staging_path
+from dgmr_tp.utils.files import atomic_write, staging_file
 
 if TYPE_CHECKING:
     from dgmr_tp.compression.prune import Pruned
@@ -18,28 +31,35 @@ if TYPE_CHECKING:
     from dgmr_tp.pruning import Amount, Plan
 
 app = typer.Typer()
+JOURNAL = "search.json"
+"""The decisions of AMP's search so far, in the staging directory of the plan."""
 CriterionOption = Annotated[
     str | None,
     typer.Option(help="A name that dgmr-tp criteria lists [default: output with images, else dgmr]."),
 ]
-RatioOption = Annotated[float | None, typer.Option(help="Hidden width as a multiple of the token width [default: 1].")]
-KeepRatioOption = Annotated[float | None, typer.Option(help="Hidden width as a fraction of what it is.")]
+RatioOption = Annotated[
+    float | None, number_option(help="Hidden width as a multiple of the token width [default: 1].", above=0)
+]
+KeepRatioOption = Annotated[
+    float | None, number_option(help="Hidden width as a fraction of what it is.", above=0, maximum=1)
+]
 KeepOption = Annotated[int | None, typer.Option(help="Hidden width in neurons.")]
 BudgetOption = Annotated[
     list[str] | None,
     typer.Option(help="Cost of the tower: params=0.5, flops=0.4, latency=0.6 (measured here), or several by commas."),
 ]
-RankingsOption = Annotated[Path | None, typer.Option(help="Use these rankings, written by dgmr-tp rank.")]
+RankingsOption = Annotated[Path | None, path_option(help="Use these rankings, written by dgmr-tp rank.", kind="file")]
 RoundOption = Annotated[int, typer.Option("--round-to", min=1, help="Keep counts are multiples of this.")]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="The directory to write; it must not exist.")]
+OutOption = Annotated[Path, path_option("--out", "-o", help="The directory to write; it must not exist.", kind="any")]
 CalibrationOption = Annotated[
     int | None,
     typer.Option("--calibration-images", min=1, help="Number of calibration images to read [default: 1024]."),
 ]
 DampingOption = Annotated[
     float | None,
-    typer.Option(
-        help="Ridge of the recovery, relative to the mean variance of the hidden activations [default: 0.001]."
+    number_option(
+        help="Ridge of the recovery, relative to the mean variance of the hidden activations [default: 0.001].",
+        minimum=0,
     ),
 ]
 
@@ -60,7 +80,7 @@ def rank(
     images: Annotated[
         str, typer.Option(help="Unlabeled images like those you serve: a folder, a tar, shards, or URLs.")
     ],
-    file: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    file: Annotated[Path, path_option("--out", "-o", help="The file to write.", kind="any")],
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     criterion: Annotated[str, typer.Option(help="A criterion that needs activations.")] = "output",
@@ -71,7 +91,7 @@ def rank(
     from dgmr_tp.compression.calibration import CalibrationImages
     from dgmr_tp.compression.rankings import rank as rank_model
 
-    refuse_existing(file)
+    require_new(file)
     opened = _open(model, pretrained)
     calibration = CalibrationImages.read(images, opened, num_images, seed)
     rankings = rank_model(opened, criterion, calibration)
@@ -90,12 +110,14 @@ def rank(
 @app.command()
 def amp(
     images: Annotated[str, typer.Option(help="Unlabeled images, distinct from those that you evaluate on.")],
-    file: Annotated[Path, typer.Option("--out", "-o", help="The plan (JSON) to write.")],
-    threshold: Annotated[float, typer.Option(help="Largest rise of the entropy by each MLP's cut, in nats.")] = 0.01,
+    file: Annotated[Path, path_option("--out", "-o", help="The plan (JSON) to write.", kind="any")],
+    threshold: Annotated[
+        float, number_option(help="Largest rise of the entropy by each MLP's cut, in nats.", minimum=0)
+    ] = 0.01,
     model: ModelOption = "demo",
     pretrained: PretrainedOption = None,
     temperature: Annotated[
-        float | None, typer.Option(min=1e-3, help="Temperature of the similarities [default: 1/15].")
+        float | None, number_option(help="Temperature of the similarities [default: 1/15].", minimum=1e-3)
     ] = None,
     candidates: Annotated[
         int | None, typer.Option(min=2, help="Group size for the entropy. The threshold depends on it [default: 512].")
@@ -117,13 +139,19 @@ def amp(
     from dgmr_tp.compression.calibration import CalibrationImages
     from dgmr_tp.utils.distributed import is_main_process, join_processes
 
-    refuse_existing(file)
+    require_new(file)
     join_processes()
     opened = _open(model, pretrained)
     config = SearchConfig.model_validate(_given(candidates=candidates, temperature=temperature, two_sided=two_sided))
     calibration = CalibrationImages.read(images, opened, num_images or config.images, seed)
-    journal = staging_path(file)  # the finished plan replaces it
-    result = search(opened, calibration, threshold=threshold, config=config, journal=journal, seed=seed)
+    with ExitStack() as stack:
+        journal = None
+        if is_main_process():
+            written = stack.enter_context(staging_file(file, "dgmr-tp amp is searching", resumable=(JOURNAL,)))
+            journal = written.with_name(JOURNAL)
+        result = search(opened, calibration, threshold=threshold, config=config, journal=journal, seed=seed)
+        if is_main_process():
+            written.write_text(result.plan.to_json() + "\n", "utf-8")
     if is_main_process():
         _print_plan(opened, result.plan)
         forward_passes = result.image_blocks / len(opened.adapter.blocks())
@@ -131,7 +159,6 @@ def amp(
             f"entropy {result.entropy:.4f} nats; the search cost {forward_passes:,.0f} forward passes of an image"
         )
         _print_skipped(calibration.broken, calibration.other_files)
-        atomic_write(file, result.plan.to_json() + "\n")
 
 
 @app.command()
@@ -148,7 +175,9 @@ def plan(
     images: Annotated[str | None, typer.Option(help="Unlabeled images, for criteria that need them.")] = None,
     num_images: CalibrationOption = None,
     rankings: RankingsOption = None,
-    file: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the plan to this JSON file.")] = None,
+    file: Annotated[
+        Path | None, path_option("--out", "-o", help="Also write the plan to this JSON file.", kind="file")
+    ] = None,
 ) -> None:
     """Choose the neurons that stay and print the plan. Changes nothing. Several --budget: one line each."""
     from dgmr_tp.compression.calibration import CalibrationImages
@@ -161,6 +190,8 @@ def plan(
     measures_latency = any("latency" in (amount["budget"] or {}) for amount in amounts)
     if rankings and (images or criterion):
         raise DgmrError("--rankings were made on images by a criterion already. Leave out --images and --criterion.")
+    if file:
+        require_new(file, replace=True)
     if file and len(amounts) > 1:
         raise DgmrError("--out writes one plan. Give one --budget with it.")
     opened = _open(model, pretrained, with_weights=rankings is None or measures_latency)
@@ -198,7 +229,9 @@ def prune(
     keep: KeepOption = None,
     budget: BudgetOption = None,
     round_to: RoundOption = 1,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Apply this plan instead of making one.")] = None,
+    plan_file: Annotated[
+        Path | None, path_option("--plan", help="Apply this plan instead of making one.", kind="file")
+    ] = None,
     rankings: RankingsOption = None,
     recover: Annotated[
         str | None, typer.Option(help="Recover on these unlabeled images: a folder, shards, URLs.")
@@ -208,7 +241,9 @@ def prune(
     seed: SeedOption = 0,
     min_cosine: Annotated[
         float | None,
-        typer.Option(help="Find the smallest size whose embeddings keep this mean cosine on held-out images."),
+        number_option(
+            help="Find the smallest size whose embeddings keep this mean cosine on held-out images.", above=0, below=1
+        ),
     ] = None,
     max_drop: Annotated[
         str | None,
@@ -233,6 +268,7 @@ def prune(
     if len(amounts) > 1:
         raise DgmrError("prune writes one model. Give one --budget; join limits that hold together by a comma.")
     [amount] = amounts
+    require_new(out_dir)
     has_target = min_cosine is not None or max_drop is not None
     if stream:
         if plan_file or rankings or recover or has_target:
@@ -250,7 +286,6 @@ def prune(
             "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or "
             "plan."
         )
-    refuse_existing(out_dir)
     opened = _open(model, pretrained)
     if has_target:
         from dgmr_tp.compression.quality_target import prune_to_target
@@ -294,7 +329,7 @@ def prune(
 
 @app.command()
 def recover(
-    pruned: Annotated[Path, typer.Argument(help="A model directory that dgmr-tp pruned.")],
+    pruned: Annotated[Path, path_argument(help="A model directory that dgmr-tp pruned.", kind="directory")],
     images: Annotated[str, typer.Option(help="Unlabeled images: a folder, a tar, shards, or URLs.")],
     out_dir: OutOption,
     model: ModelOption = "demo",
@@ -338,7 +373,7 @@ def _prune_streaming(
     from dgmr_tp.compression.streaming import prune_streaming
 
     plan = prune_streaming(model, directory, pretrained, criterion=criterion, seed=seed, **amount)
-    out.print(str(plan), markup=False)
+    out.print(str(plan))
     out.print(f"written: {directory}")
 
 
@@ -418,22 +453,16 @@ def _amounts(
     mlp_ratio: float | None, keep_ratio: float | None, keep: int | None, budgets: list[str] | None, round_to: int
 ) -> list[Amount]:
     """Return the size options as the library takes them: one size, or one per budget."""
-    limits = [_budget(text) for text in budgets] if budgets else [None]
+    example = "params=0.5 or params=0.5,flops=0.4"
+    limits = [numbers_by_name("--budget", text, example) for text in budgets] if budgets else [None]
+    if repeated := [text for text, limit in zip(budgets or (), limits, strict=False) if limits.count(limit) > 1]:
+        raise DgmrError(f"--budget {repeated[0]} is given more than once. Give it once.")
     return [
         {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": limit, "round_to": round_to}
         for limit in limits
     ]
 
 
-def _budget(text: str) -> dict[str, float]:
-    try:
-        return {key: float(value) for key, value in (limit.split("=") for limit in text.split(","))}
-    except ValueError:
-        raise DgmrError(f"--budget {text} is not a budget. Write it as params=0.5 or params=0.5,flops=0.4.") from None
-
-
 def _fraction(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise DgmrError(f"--max-drop {text} is not a fraction. Write it as 1% or 0.01.") from None
+    value = finite_number("--max-drop", text.strip().removesuffix("%"), "1% or 0.01")
+    return value / (100 if text.strip().endswith("%") else 1)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import re
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgmr_tp.cli.common import out, refuse_existing
+from dgmr_tp.cli.common import out, path_argument, path_option, require_new
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.utils.files import atomic_write, check_output_directory
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.run import Run
@@ -30,7 +30,7 @@ SetOption = Annotated[
 def run(
     recipe: RecipeArgument,
     directory: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The run directory [default: runs/NAME].")
+        Path | None, path_option("--out", "-o", help="The run directory [default: runs/NAME].", kind="directory")
     ] = None,
     overrides: SetOption = None,
     redo: Annotated[
@@ -47,12 +47,13 @@ def run(
     if dry:
         from dgmr_tp.pipeline.dry_run import dry_run
 
-        out.print(str(dry_run(load_recipe(recipe, overrides or (), to_run=False))), soft_wrap=True)
+        out.print(str(dry_run(load_recipe(recipe, overrides or (), to_run=False))))
         return
     from dgmr_tp.distillation.processes import preemptible
     from dgmr_tp.pipeline.run import Run
 
     parsed = load_recipe(recipe, overrides or ())
+    check_output_directory(directory or Path("runs") / parsed.name)
     this_run = Run(parsed, directory or Path("runs") / parsed.name, tuple(overrides or ()))
     with preemptible():
         this_run.run(redo=redo, until=until, say=out.print)
@@ -74,7 +75,7 @@ def estimate(
     from dgmr_tp.pipeline.recipe import load_recipe
 
     result = estimate_distillation(load_recipe(recipe, overrides or (), to_run=False), devices, rate)
-    out.print(result.text, soft_wrap=True)
+    out.print(result.text)
     if result.remedy:
         raise DgmrError(result.remedy)
 
@@ -86,25 +87,25 @@ def recipes(context: typer.Context) -> None:
     from dgmr_tp.pipeline.recipe import shipped_recipes
 
     for name, path in shipped_recipes().items():
-        out.print(f"{name:<28} {_summary(path)}", soft_wrap=True)
+        out.print(f"{name:<28} {_summary(path)}")
 
 
 @recipes_app.command("copy")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of a recipe of the package.")],
-    target: Annotated[Path | None, typer.Argument(help="The file to write [default: NAME.yaml].")] = None,
+    target: Annotated[Path | None, path_argument(help="The file to write [default: NAME.yaml].", kind="any")] = None,
 ) -> None:
     """Copy a recipe of the package to a file."""
     from dgmr_tp.pipeline.recipe import find_recipe
 
     source, target = find_recipe(name), target or Path(f"{name}.yaml")
-    refuse_existing(target)
-    shutil.copyfile(source, target)
+    require_new(target)
+    atomic_write(target, source.read_text("utf-8"))
     out.print(f"written: {target}")
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+def report(directory: Annotated[Path, path_argument(help="A run directory.", kind="directory")]) -> None:
     """Write report.html of a run and print its table."""
     from dgmr_tp.pipeline.run import Run
 
@@ -113,7 +114,9 @@ def report(directory: Annotated[Path, typer.Argument(help="A run directory.")]) 
 
 @app.command()
 def distill(
-    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section distill.")],
+    directory: Annotated[
+        Path, path_argument(help="A run directory whose recipe has a section distill.", kind="directory")
+    ],
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,
@@ -128,7 +131,9 @@ def distill(
 
 @app.command("tune-text")
 def tune_text(
-    directory: Annotated[Path, typer.Argument(help="A run directory whose recipe has a section tune_text.")],
+    directory: Annotated[
+        Path, path_argument(help="A run directory whose recipe has a section tune_text.", kind="directory")
+    ],
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,

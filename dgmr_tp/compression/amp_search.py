@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -17,7 +18,7 @@ from dgmr_tp.pruning import Plan, SitePlan
 from dgmr_tp.pruning.amp import TEMPERATURE, Objective, SearchState, entropy, gate_scores, search_widths
 from dgmr_tp.utils.config import Config
 from dgmr_tp.utils.distributed import broadcast_from_main, is_main_process
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import atomic_write, read_json
 
 
 class SearchConfig(Config):
@@ -76,6 +77,10 @@ def search(
     Raises:
         DgmrError: fewer images than one group has, or no adapter is known for the model.
     """
+    if not isfinite(threshold):
+        raise DgmrError(
+            f"threshold = {threshold} is not a finite number. Give the largest rise of the entropy in nats."
+        )
     config = config or SearchConfig.model_validate({})
     objective = objective or entropy(config.temperature)
     if len(images) < config.candidates:
@@ -128,11 +133,14 @@ def search(
 
 def _read_journal(path: Path | None, request: dict[str, object]) -> SearchState | None:
     """Return the state of an interrupted search for the same request; None without one or if the file is damaged."""
-    try:
-        journal = json.loads(path.read_text()) if path else None
-        if not journal or journal["request"] != json.loads(json.dumps(request)):
+
+    def parse(journal: Any) -> SearchState | None:
+        if journal["request"] != json.loads(json.dumps(request)):
             return None
         kept = {name: tuple(neurons) for name, neurons in journal["state"]["kept"].items()}
         return SearchState(**{**journal["state"], "kept": kept})
-    except (OSError, ValueError, KeyError, TypeError):
+
+    try:
+        return read_json(path, parse, remedy="It is ignored.") if path else None
+    except DgmrError:
         return None

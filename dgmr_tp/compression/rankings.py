@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Unpack
 
 import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dgmr_tp.compression.calibration import CalibrationImages
@@ -21,7 +22,7 @@ from dgmr_tp.pruning import Amount, Plan, Ranking, SitePlan, rank_tower
 from dgmr_tp.pruning.allocation import fitted_widths, keep_counts, with_default_amount
 from dgmr_tp.pruning.cost import Cost, costs
 from dgmr_tp.pruning.latency import widths_for_latency
-from dgmr_tp.utils.files import staging_path
+from dgmr_tp.utils.files import staging_file
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Rankings:
         tensors: dict[str, Tensor] = {}
         for name, ranking in self.sites.items():
             tensors |= {f"{name}.order": ranking.order, f"{name}.error": ranking.error}
-        staging = staging_path(path)
-        safetensors.torch.save_file(tensors, staging, {"rankings": note})
-        os.replace(staging, path)
+        with staging_file(Path(path)) as staging:
+            safetensors.torch.save_file(tensors, staging, {"rankings": note})
+            staging.chmod(0o644)  # safetensors writes files that only their owner can read
 
     @classmethod
     def read(cls, path: Path) -> Rankings:
@@ -111,10 +112,16 @@ class Rankings:
                     )
                     for name, site in note["sites"].items()
                 }
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+                hashes = {name: site["sha256"] for name, site in note["sites"].items()}
+                encoder, criterion = note["encoder"], note["criterion"]
+            for name, ranking in sites.items():
+                if sorted(ranking.order.tolist()) != list(range(len(ranking.order))):
+                    raise ValueError(f"the order of {name} is not a permutation of its neurons")
+                if not ranking.error.isfinite().all() or not isfinite(ranking.sensitivity):
+                    raise ValueError(f"an error of {name} is not finite")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
             raise DgmrError(f"cannot read the rankings {path}: {error}. Make them with dgmr-tp rank.") from error
-        hashes = {name: site["sha256"] for name, site in note["sites"].items()}
-        return cls(note["encoder"], note["criterion"], sites, hashes)
+        return cls(encoder, criterion, sites, hashes)
 
 
 def rank(

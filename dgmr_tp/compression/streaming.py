@@ -7,7 +7,6 @@ open_clip and timm read.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,10 @@ from torch import Tensor
 from dgmr_tp.compression.criteria import needs_images
 from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.encoders.model import staging_directory
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory
+from dgmr_tp.utils.files import atomic_write, check_output, check_room, read_json, staging_directory
 from dgmr_tp.utils.modules import meta_copy
 from dgmr_tp.utils.progress import report_progress
 
@@ -65,7 +63,7 @@ def prune_streaming(
         DgmrError: bad input; the message says what to do.
     """
     directory = Path(directory)
-    staging = staging_directory(directory)
+    check_output(directory)
     if needs_images(criterion):
         raise DgmrError(
             f"criterion {criterion} runs the tower on images, which streaming does not do. Use one that reads "
@@ -74,33 +72,32 @@ def prune_streaming(
     opened = open_model(source, pretrained, weights="disk")
     rule = criterion if isinstance(criterion, str) else type(criterion).__name__
     request = {"source": source, "pretrained": pretrained, "criterion": rule, "seed": seed, "amount": amount}
-    journal = staging / JOURNAL
+    with staging_directory(directory, "dgmr-tp prune is working", resumable=(JOURNAL,)) as staging:
+        journal = staging / JOURNAL
 
-    def remember(plan: Plan) -> None:
-        atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
+        def remember(plan: Plan) -> None:
+            atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
 
-    with lock_directory(staging, "dgmr-tp prune is working"):
         previous = _read_journal(journal, request)
         plan = make_plan(opened, criterion, seed=seed, previous=previous, on_decision=remember, **amount)
-        for leftover in staging.iterdir():  # of a run killed while it wrote
-            if leftover.name not in (JOURNAL, LOCK_NAME):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         pruned = replace(opened, module=meta_copy(opened.module))
         resize(pruned.tower, {name: len(site.kept) for name, site in plan.sites.items()})
         shapes = {name: tensor.shape for name, tensor in pruned.module.state_dict().items()}
-        _write(staging / opened.weights_name, shapes, opened.module.state_dict(), _pruned_tensors(opened, plan))
+        state = opened.module.state_dict()
+        size = sum(shape.numel() * state[name].element_size() for name, shape in shapes.items())
+        check_room(staging.parent, size, f"the model {opened.name}")
+        _write(staging / opened.weights_name, shapes, state, _pruned_tensors(opened, plan))
         journal.unlink()
-        (staging / LOCK_NAME).unlink()
-        pruned.finish(directory, plan, directory)
+        pruned.finish(staging, plan, directory)
     return plan
 
 
 def _read_journal(path: Path, request: dict[str, object]) -> Plan | None:
     """Return the decisions of an interrupted call for the same request; None without one or if the file is damaged."""
     try:
-        journal = json.loads(path.read_text())
-        return Plan.from_json(journal["plan"]) if journal["request"] == json.loads(json.dumps(request)) else None
-    except (OSError, ValueError, KeyError, DgmrError):
+        journal = read_json(path, lambda content: (content["request"], content["plan"]), remedy="It is ignored.")
+        return Plan.from_json(journal[1]) if journal[0] == json.loads(json.dumps(request)) else None
+    except DgmrError:
         return None
 
 

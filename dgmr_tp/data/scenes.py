@@ -185,8 +185,8 @@ def distinct(scenes: Iterable[Scene]) -> Iterator[Scene]:
 def write_classification(directory: Path, count: int, seed: int) -> None:
     """Write ``count`` labeled scenes in clip_benchmark's webdataset layout. Not every class has to occur."""
     directory.mkdir(parents=True)
-    (directory / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n")
-    (directory / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n")
+    (directory / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n", "utf-8")
+    (directory / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n", "utf-8")
     scenes = (Scene.draw(seed, i) for i in range(count))
     _write_shard(directory, ((scene, "cls", str(scene.label)) for scene in scenes))
 
@@ -194,14 +194,14 @@ def write_classification(directory: Path, count: int, seed: int) -> None:
 def write_retrieval(directory: Path, count: int, seed: int) -> None:
     """Write ``count`` scenes with different captions in clip_benchmark's webdataset layout for retrieval."""
     directory.mkdir(parents=True)
-    (directory / "dataset_type.txt").write_text("retrieval\n")
+    (directory / "dataset_type.txt").write_text("retrieval\n", "utf-8")
     scenes = distinct(Scene.draw(seed, i) for i in range(10 * count))
     _write_shard(directory, ((scene, "txt", scene.caption) for scene in islice(scenes, count)))
 
 
 def _write_shard(directory: Path, samples: Iterable[tuple[Scene, str, str]]) -> None:
     (directory / "test").mkdir()
-    (directory / "test" / "nshards.txt").write_text("1\n")
+    (directory / "test" / "nshards.txt").write_text("1\n", "utf-8")
     with tarfile.open(directory / "test" / "0.tar", "w") as tar:
         for scene, ending, target in samples:
             for extension, payload in (("png", _png(scene)), (ending, target.encode())):

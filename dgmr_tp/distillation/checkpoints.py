@@ -99,7 +99,7 @@ def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def _read(manifest: Path) -> Checkpoint | None:
     try:
-        return Checkpoint(**json.loads(manifest.read_text()))
+        return Checkpoint(**json.loads(manifest.read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -130,7 +130,7 @@ def prepare_for_loading(directory: Path, checkpoint: Checkpoint) -> Iterator[tup
     def convert() -> str | None:
         folders = ["--input_folder", str(directory / checkpoint.tag), "--output_folder", str(converted)]
         program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, "--inject_missing_state"]
-        result = subprocess.run(program, capture_output=True, text=True)
+        result = subprocess.run(program, capture_output=True, encoding="utf-8", errors="replace")
         if not result.returncode:
             return None
         return (result.stderr.strip() or result.stdout.strip() or "no message").splitlines()[-1]

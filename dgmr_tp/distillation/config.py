@@ -59,7 +59,7 @@ class TrainingConfig(Config):
 
     processes: int = Field(default=1, ge=1)
     """Processes on this machine. With fewer GPUs than that, one process a GPU."""
-    hostfile: Annotated[str | None, DataPath()] = None
+    hostfile: Annotated[str | None, DataPath("file")] = None
     """DeepSpeed host file, to train on more than one machine: lines such as ``node1 slots=8``."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -81,7 +81,7 @@ class TrainingConfig(Config):
     """State that DeepSpeed shards over the processes: 1 optimizer states, 2 also gradients, 3 also parameters."""
     bf16: bool = False
     """Compute in bfloat16. Master weights, losses and averages are always float32."""
-    deepspeed: Annotated[str | None, DataPath()] = None
+    deepspeed: Annotated[str | None, DataPath("file")] = None
     """A DeepSpeed JSON file that is merged with what this section sets."""
     checkpoint_every: int = Field(default=100, ge=1)
     """Steps between two checkpoints."""
@@ -216,7 +216,7 @@ class TuneTextConfig(TrainingConfig):
 
     captions: Annotated[str, DataPath()]
     """Images with a ``.txt`` next to each, in a folder or in tars; or a Karpathy JSON; or ``scenes:pairs``."""
-    images: Annotated[str | None, DataPath()] = None
+    images: Annotated[str | None, DataPath("directory")] = None
     """For a Karpathy JSON: the folder of its images."""
     first_caption: bool = False
     """Always use the first of several captions, as in the paper, instead of drawing one for every epoch."""

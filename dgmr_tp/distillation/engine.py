@@ -93,7 +93,7 @@ def deepspeed_config(config: TrainingConfig, world: int, directory: Path) -> dic
         return {**defaults, **ours}
     path = Path(config.deepspeed)
     try:
-        theirs = json.loads(path.read_text())
+        theirs = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DgmrError(
             f"{config.section}.deepspeed: cannot read {path}: {error}. Name a readable JSON file."

@@ -405,7 +405,7 @@ def read_curve(directory: Path, name: str) -> list[tuple[int, float]]:
     path = directory / "log" / f"{CURVE_PREFIX}_{name}.csv"
     values: dict[int, float] = {}
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             with contextlib.suppress(ValueError):  # the header, or half a line that a full disk left
                 step, value = line.split(",")
                 values[int(step)] = float(value)

@@ -52,7 +52,7 @@ class DistillationLoss(Config):
     """Weight of the mean squared error of the patch tokens."""
     embedding: float = Field(default=0.0, ge=0)
     """Weight of the mean squared error of the tower's output: the embedding, or the logits of a classifier."""
-    layers: dict[int, float] = Field(default_factory=dict)
+    layers: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of the mean squared errors of all tokens after single blocks, by block number. Blocks count from 1."""
     terms: dict[Annotated[str, NameIn(LOSSES)], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of further losses, by their name in ``dgmr_tp.distillation.losses.LOSSES``."""

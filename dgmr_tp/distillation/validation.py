@@ -18,7 +18,7 @@ from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import atomic_write, read_json, sha256
 from dgmr_tp.utils.knn import predict_classes
 
 NUM_NEIGHBORS = 20
@@ -119,15 +119,17 @@ class BestWeights:
 
     def _read(self) -> tuple[float, int]:
         try:
-            entry = json.loads(self.manifest.read_text())
-            if entry["sha256"] == sha256(self._file(entry["step"])):
-                return entry["score"], entry["step"]
-            print(
-                f"  the best weights so far, of step {entry['step']}, are damaged and are ignored",
-                flush=True,
-            )
-        except OSError:  # nothing was saved yet
-            pass
+            if self.manifest.exists():
+                score, step, digest = read_json(
+                    self.manifest,
+                    lambda entry: (float(entry["score"]), int(entry["step"]), entry["sha256"]),
+                    remedy="It is ignored.",
+                )
+                if self._file(step).exists() and digest == sha256(self._file(step)):
+                    return score, step
+                print(f"  the best weights so far, of step {step}, are damaged and are ignored", flush=True)
+        except DgmrError as error:
+            print(f"  the best weights so far are lost: {error}", flush=True)
         return -float("inf"), -1
 
     def update(self, score: float, step: int, weights: Iterable[tuple[str, Tensor]]) -> None:

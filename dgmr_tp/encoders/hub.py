@@ -46,7 +46,7 @@ def local_file(name: str) -> Path:
     path = Path(_from_hub(name, "hf_hub_download", repository, filename=parts[2]))
     if path.name.endswith(".index.json"):
         folder = parts[2].rpartition("/")[0]
-        for shard in set(json.loads(path.read_text())["weight_map"].values()):
+        for shard in set(json.loads(path.read_text("utf-8"))["weight_map"].values()):
             _from_hub(name, "hf_hub_download", repository, filename=f"{folder}/{shard}".lstrip("/"))
     return path
 

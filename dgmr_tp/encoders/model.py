@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import Plan, Site, TowerAdapter, find_sites
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.files import staging_path
+from dgmr_tp.utils.files import check_room, staging_directory
 from dgmr_tp.utils.lazy_imports import require
 
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
@@ -156,26 +155,29 @@ class OpenedModel:
             final: the path that the directory will be moved to, if any. Its README and its config name that path.
 
         Raises:
-            DgmrError: ``directory`` exists, or the model is a bare tower.
+            DgmrError: ``directory`` exists or cannot be written, or the model is a bare tower.
         """
         directory = Path(directory)
         loader = _loader(self.library)
-        staging = staging_directory(directory)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        if hasattr(loader, "save_weights"):
-            loader.save_weights(self, staging)
-        else:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.module.state_dict().items()}
-            save_file(tensors, staging / loader.WEIGHTS_NAME, metadata={"format": "pt"})
-        self.finish(directory, plan, final or directory)
+        with staging_directory(directory) as staging:
+            state = self.module.state_dict()
+            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            check_room(staging.parent, size, f"the model {self.name}")
+            if hasattr(loader, "save_weights"):
+                loader.save_weights(self, staging)
+            else:
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+                save_file(tensors, staging / loader.WEIGHTS_NAME, metadata={"format": "pt"})
+            self.finish(staging, plan, final or directory)
 
-    def finish(self, directory: Path, plan: Plan | None, final: Path) -> None:
-        """Add everything but the weights to the staging directory of ``directory``, and rename it to ``directory``.
+    def finish(self, staging: Path, plan: Plan | None, final: Path) -> None:
+        """Add everything but the weights to a directory that contains the weights already.
 
-        The arguments are those of :meth:`save`. The staging directory contains the weights already.
+        Args:
+            staging: the directory.
+            plan: as for :meth:`save`.
+            final: the path that the directory will be moved to.
         """
-        staging = staging_directory(directory)
         module_sites = find_sites(self.module)
         stock_code = _loader(self.library).save_config(self, staging, final, module_sites)
         if hasattr(self.tokenizer, "save_pretrained"):  # open_clip reads a Hugging Face tokenizer from the directory
@@ -185,26 +187,15 @@ class OpenedModel:
                 if file.name.startswith(TOKENIZER_FILE_PREFIXES) and not (staging / file.name).exists():
                     shutil.copyfile(file, staging / file.name)
         if plan is not None:
-            (staging / "plan.json").write_text(plan.to_json() + "\n")
+            (staging / "plan.json").write_text(plan.to_json() + "\n", "utf-8")
         hidden = {site.name: site.hidden for site in sites_inside(module_sites, self.tower_path)}
         sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
-        (staging / SIDECAR_NAME).write_text(json.dumps(sidecar, indent=1) + "\n")
+        (staging / SIDECAR_NAME).write_text(json.dumps(sidecar, indent=1) + "\n", "utf-8")
         has_trunk = (staging / "trunk").is_dir()
-        (staging / "README.md").write_text(_readme(self, final, stock_code, hidden, has_trunk))
+        readme = _readme(self, final, stock_code, hidden, has_trunk)
+        (staging / "README.md").write_text(readme, "utf-8", errors="surrogateescape")
         for file in staging.rglob("*"):  # safetensors writes files that only their owner can read
             file.chmod(0o755 if file.is_dir() else 0o644)
-        os.rename(staging, directory)
-
-
-def staging_directory(directory: Path) -> Path:
-    """Return the staging path of a new model directory.
-
-    Raises:
-        DgmrError: ``directory`` exists.
-    """
-    if directory.exists():
-        raise DgmrError(f"{directory} exists already. Name a new directory.")
-    return staging_path(directory)
 
 
 def _loader(library: str) -> Any:
@@ -451,7 +442,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DgmrError: it cannot be read, or it is not JSON; names the file.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DgmrError(f"cannot read {path}: {first_line(error)}") from error
 

@@ -230,7 +230,7 @@ def _build(directory: Path, config: dict[str, Any], weights: Weights) -> nn.Modu
         return _create(f"local-dir:{directory.resolve()}", weights, load_weights=False)
     with TemporaryDirectory() as scratch:  # the directory may have been moved after it was written
         relocated = _with_trunk(config, directory / TRUNK_FOLDER)
-        (Path(scratch) / "open_clip_config.json").write_text(json.dumps(relocated))
+        (Path(scratch) / "open_clip_config.json").write_text(json.dumps(relocated), "utf-8")
         return _create(f"local-dir:{scratch}", weights, load_weights=False)
 
 
@@ -315,7 +315,7 @@ def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequenc
     expressible = _set_text_ratio(model, config["text_cfg"], sites) and expressible
     preprocess = {key: model.preprocess_config[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     (directory / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n"
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=1) + "\n", "utf-8"
     )
     return "open_clip.create_model('local-dir:{path}')" if expressible else None
 

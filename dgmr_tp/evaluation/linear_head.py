@@ -32,7 +32,7 @@ class HeadConfig(Config):
 
     test: Annotated[str, DataPath()]
     """Labeled images."""
-    weights: Annotated[str | None, DataPath()] = None
+    weights: Annotated[str | None, DataPath("file")] = None
     """File with the classifier's weight and bias. Without it, the encoder's outputs are used as logits, as for a timm
     model with its classifier."""
     workers: int = Field(0, ge=0)

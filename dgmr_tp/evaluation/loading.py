@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import MANIFEST
 from dgmr_tp.export.formats import is_exported_file, open_exported
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ def _model_of_file(path: Path) -> str:
     ``export.json`` is in the file's directory or, in some layouts, one level above.
     """
     for folder in (path.parent, path.parent.parent):
-        try:
-            model = json.loads((folder / MANIFEST).read_text())["model"]
-        except (OSError, ValueError, KeyError):
+        if not (folder / MANIFEST).exists():
             continue
+        model = read_json(
+            folder / MANIFEST, lambda content: str(content["model"]), remedy="Name the model with --text."
+        )
         return str(folder / model) if (folder / model).is_dir() else model
     raise DgmrError(f"{path} has no {MANIFEST} next to it that names its model. Name the model with --text.")

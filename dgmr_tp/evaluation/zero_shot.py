@@ -190,7 +190,7 @@ def default_task(dataset: str, root: Path) -> str:
     if not dataset.startswith("wds/"):
         return require("clip_benchmark.datasets.builder", "eval").get_dataset_default_task(dataset)
     kind = root / "dataset_type.txt"
-    retrieval = kind.exists() and kind.read_text().strip() == "retrieval"
+    retrieval = kind.exists() and kind.read_text("utf-8").strip() == "retrieval"
     return "zeroshot_retrieval" if retrieval else "zeroshot_classification"
 
 

@@ -19,6 +19,7 @@ from dgmr_tp.pipeline.recipe import Recipe
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import costs
 from dgmr_tp.pruning.pruner import resize
+from dgmr_tp.utils.yaml_reader import Dumper
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,13 @@ class DryRun:
             lines.append(f"deepspeed: {self.deepspeed}")
         lines += [f"{'found' if exists else 'MISSING'}: {path}" for path, exists in self.paths.items()]
         resolved = self.recipe.model_dump(exclude_unset=True, mode="json")
-        return "\n".join([*lines, "resolved recipe:", yaml.safe_dump(resolved, sort_keys=False).rstrip()])
+        return "\n".join(
+            [
+                *lines,
+                "resolved recipe:",
+                yaml.dump(resolved, Dumper=Dumper, sort_keys=False, allow_unicode=True).rstrip(),
+            ]
+        )
 
 
 def dry_run(recipe: Recipe) -> DryRun:

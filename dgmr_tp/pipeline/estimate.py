@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -38,6 +39,7 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
         DgmrError: the recipe has no distillation, its widths are not known before it runs, or the rate is not known.
     """
     available = Devices.parse(devices)
+    given_rate = _given_rate(rate)
     config = recipe.distill
     if config is None:
         raise DgmrError(f"the recipe {recipe.name} has no section distill. Only distillation is estimated.")
@@ -50,7 +52,7 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
         assert teacher.image_size is not None
         estimator = MemoryEstimator(student.adapter, teacher.adapter, config, teacher.image_size)
         texts.append(
-            f"{name}: {estimator.table(config, available)}\n{num_images:,} images{_hours(num_images, rate, name)}"
+            f"{name}: {estimator.table(config, available)}\n{num_images:,} images{_hours(num_images, given_rate, name)}"
         )
         if remedy is None and not estimator.fits(config, available):
             change = estimator.smallest_change(config, available)
@@ -64,15 +66,24 @@ def estimate_distillation(recipe: Recipe, devices: str, rate: str | None = None)
     return Estimate("\n".join(texts), remedy)
 
 
-def _hours(num_images: int, rate: str | None, size: str) -> str:
+def _given_rate(rate: str | None) -> float | Path | None:
+    """Return the images per second, or the run directory that measured them."""
+    if rate is None:
+        return None
+    try:
+        images_per_second = float(rate)
+    except ValueError:
+        return Path(rate)
+    if not 0 < images_per_second < inf:
+        raise DgmrError(f"--rate {rate}: images per second must be above 0. Give a positive number.")
+    return images_per_second
+
+
+def _hours(num_images: int, rate: float | Path | None, size: str) -> str:
     if rate is None:
         return ""
-    try:
-        images_per_second, origin = float(rate), ""
-    except ValueError:
-        images_per_second, origin = _measured_rate(Path(rate), size), f" (measured in {rate})"
-    if not images_per_second > 0:
-        raise DgmrError(f"--rate {rate}: images per second must be above 0.")
+    images_per_second = _measured_rate(rate, size) if isinstance(rate, Path) else rate
+    origin = f" (measured in {rate})" if isinstance(rate, Path) else ""
     hours = num_images / images_per_second / 3600
     return f" at {images_per_second:.4g} per second{origin}: {hours:,.1f} hours"
 

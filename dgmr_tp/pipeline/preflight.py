@@ -8,6 +8,7 @@ from dgmr_tp.data.streams import is_url
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.context import RunContext
 from dgmr_tp.pipeline.recipe import Recipe, is_generated
+from dgmr_tp.utils.config import data_paths
 
 
 def run_preflight(context: RunContext) -> None:
@@ -18,6 +19,14 @@ def run_preflight(context: RunContext) -> None:
     """
     if missing := [key for key, exists in path_status(context.recipe).items() if not exists]:
         raise DgmrError(f"{missing[0]}: {context.recipe.paths[missing[0]]} does not exist. Correct the path.")
+    for key, (path, kind) in data_paths(context.recipe).items():
+        if (
+            kind != "any"
+            and not is_generated(path)
+            and not is_url(path)
+            and Path(path).is_dir() != (kind == "directory")
+        ):
+            raise DgmrError(f"{key}: {path} is not a {kind}. Correct the path.")
     for stage in context.stages:
         if stage.is_planned(context.recipe):
             stage.preflight(context)

@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from dgmr_tp.compression.calibration import NUM_CALIBRATION_IMAGES
 from dgmr_tp.compression.prune import RecoverConfig
 from dgmr_tp.distillation.config import DistillConfig, TuneTextConfig
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.index_compatibility import CompareConfig
 from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.pipeline.stages.evaluate import EvaluateSection
 from dgmr_tp.pipeline.stages.prune import PruneSection
 from dgmr_tp.pipeline.stages.scenes import ScenesSection
-from dgmr_tp.utils.config import Config, DataPath, data_paths
+from dgmr_tp.utils.config import Config, DataPath, data_paths, expand_home
+from dgmr_tp.utils.yaml_reader import RefusedYAMLError, compose_yaml, parse_yaml
 
 SHIPPED = Path(__file__).resolve().parent.parent / "recipes"
 """Folder of the recipes that are part of the package."""
+MAX_NAME_BYTES = 200
+"""Longest name of a run in UTF-8. File systems allow 255 bytes, and staging directories and reports add to it."""
 BASE = "base"
 """Key that names the recipe that this one extends."""
 GENERATED = "scenes:"
@@ -44,9 +47,9 @@ def is_generated(path: str) -> bool:
 class ModelSection(Config):
     """The model to prune."""
 
-    source: str
+    source: Annotated[str, AfterValidator(expand_home)]
     """``open_clip:NAME``, ``timm:NAME``, ``hf-hub:ORG/REPO``, a model directory, or ``demo``."""
-    pretrained: str | None = None
+    pretrained: Annotated[str | None, AfterValidator(expand_home)] = None
     """Weights for a NAME: the library's tag, or a checkpoint file."""
     image_size: int | None = Field(None, ge=1)
     """Height and width of the images for a NAME. Default: the library's."""
@@ -85,7 +88,17 @@ class Recipe(Config):
     @property
     def paths(self) -> dict[str, str]:
         """Every path that the run reads, by dotted key."""
-        return data_paths(self)
+        return {key: entry.path for key, entry in data_paths(self).items()}
+
+    @field_validator("name")
+    @classmethod
+    def _name_of_a_directory(cls, name: str) -> str:
+        if name in (".", "..") or "/" in name or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES:
+            raise ValueError(
+                "the name is also the name of the run directory. Use up to "
+                f"{MAX_NAME_BYTES} bytes without slashes and control characters, and not .."
+            )
+        return name
 
     @field_validator("model", mode="before")
     @classmethod
@@ -130,6 +143,8 @@ def find_recipe(source: str | Path) -> Path:
     path = Path(source)
     if path.is_file():
         return path
+    if path.is_dir() and str(source) not in shipped_recipes():
+        raise DgmrError(f"the recipe {source} is a directory. Name a YAML file in it.")
     shipped = shipped_recipes()
     if str(source) in shipped:
         return shipped[str(source)]
@@ -152,6 +167,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, to_run: bo
     """
     path = find_recipe(source)
     layers = _read_layers(path)
+    keys = [override.partition("=")[0] for override in overrides]
+    if repeated := [key for key in keys if keys.count(key) > 1]:
+        raise DgmrError(f"--set {repeated[0]} is given more than once. Give each key once.")
     for override in overrides:
         layers.insert(0, _override_layer(override))
     merged: dict[str, Any] = {"name": path.stem}
@@ -184,20 +202,18 @@ def parse_recipe(data: dict[str, Any], path: Path, layers: Sequence[Layer] = ())
 
 def _read_layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
     """Return the recipe's layer and those of the recipes that it extends."""
-    if path in extended_by:
+    if path.resolve() in extended_by:
         raise DgmrError(f"{path}: base: the recipe extends itself. Remove one of the base keys.")
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DgmrError(f"cannot read the recipe {path}: {error}. Give a YAML file in UTF-8.") from error
     try:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise DgmrError(
-            f"{path}{line}: this is not YAML: {getattr(error, 'problem', error)}. Correct the file there."
-        ) from error
+        raise DgmrError(f"{path}{line}: {_yaml_problem(error)}. Correct the file there.") from error
     if not isinstance(content, dict):
         raise DgmrError(
             f"{path}: a recipe is a mapping of keys such as model and prune, this is {type(content).__name__}. "
@@ -208,22 +224,32 @@ def _read_layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[Layer]:
         return [layer]
     base = str(content[BASE])
     sibling = path.parent / base
-    base_layers = _read_layers(sibling if sibling.is_file() else find_recipe(base), (*extended_by, path))
+    base_layers = _read_layers(sibling if sibling.is_file() else find_recipe(base), (*extended_by, path.resolve()))
     base_layers[0].content.pop("name", None)  # a recipe that extends another has a name of its own
     return [layer, *base_layers]
 
 
 def _override_layer(override: str) -> Layer:
     key, equals, value = override.partition("=")
-    if not equals or not key:
+    if not equals or not all(key.split(".")):
         raise DgmrError(f"--set {override}: write it as key=value, such as --set distill.steps=100.")
     try:
-        content = yaml.safe_load(value)
+        content = parse_yaml(value)
+    except RefusedYAMLError as error:
+        raise DgmrError(f"--set {override}: {error.problem}. Correct the value.") from error
     except yaml.YAMLError as error:
         raise DgmrError(f"--set {override}: the value is not YAML. Quote it.") from error
+    if key == BASE:
+        raise DgmrError(f"--set {override}: a recipe is extended in a file only. Write base: {value} into one.")
     for part in reversed(key.split(".")):
         content = {part: content}
     return Layer(f"--set {key}", content)
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    if isinstance(error, RefusedYAMLError):
+        return str(error.problem)
+    return f"this is not YAML: {getattr(error, 'problem', None) or first_line(error)}"
 
 
 def _merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
@@ -295,7 +321,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _line(text: str, key_path: list[Any]) -> tuple[int | None, int]:
     """Return the line, from 1, of the deepest key of ``key_path`` in the text, and how many of the keys are there."""
-    node = yaml.compose(text) if text else None
+    node = compose_yaml(text) if text else None
     line, depth = None, 0
     for part in key_path:
         if isinstance(node, yaml.MappingNode):
@@ -322,11 +348,12 @@ def _fill_in(value: Any, path: Path, key: str, to_run: bool) -> Any:
         return value
 
     def variable(match: re.Match[str]) -> str:
-        if match[1] not in os.environ and not to_run:
+        if not os.environ.get(match[1]) and not to_run:
             return match[0]
-        if match[1] not in os.environ:
+        if not os.environ.get(match[1]):
+            state = "empty" if match[1] in os.environ else "not set"
             raise DgmrError(
-                f"{path}: {key}: the environment variable {match[1]} is not set. Set it to the path that the recipe "
+                f"{path}: {key}: the environment variable {match[1]} is {state}. Set it to the path that the recipe "
                 f"means by {match[0]}."
             )
         return os.environ[match[1]]

@@ -18,7 +18,7 @@ from dgmr_tp.pipeline.recipe import Recipe, parse_recipe
 from dgmr_tp.pipeline.run_directory import RunDirectory, Step
 from dgmr_tp.pipeline.stages import STAGE_NAMES, STAGES
 from dgmr_tp.pipeline.stages.training import TrainingStage
-from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory
+from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory, read_json
 
 RECIPE = "recipe.json"
 """The resolved recipe, in the run directory."""
@@ -54,14 +54,10 @@ class Run:
     def open(cls, directory: str | Path) -> Run:
         """Open the run that was started in ``directory``."""
         path = Path(directory) / RECIPE
-        try:
-            return cls(parse_recipe(json.loads(path.read_text()), path), directory)
-        except OSError as error:
-            raise DgmrError(
-                f"{directory} is not a run directory: it has no {RECIPE}. Name one made by dgmr-tp run."
-            ) from error
-        except ValueError as error:
-            raise DgmrError(f"{path} is damaged: {error}. Start the run again with its recipe.") from error
+        if not path.exists():
+            raise DgmrError(f"{directory} is not a run directory: it has no {RECIPE}. Name one made by dgmr-tp run.")
+        content = read_json(path, dict, remedy="Start the run again with its recipe.")
+        return cls(parse_recipe(content, path), directory)
 
     @cached_property
     def steps(self) -> list[Step]:

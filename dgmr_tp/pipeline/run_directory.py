@@ -20,7 +20,16 @@ from typing import Any
 
 from dgmr_tp.distillation.checkpoints import MANIFEST as CHECKPOINT_MANIFEST
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write, list_files, sha256, staging_path
+from dgmr_tp.utils.files import (
+    atomic_write,
+    list_files,
+    read_json,
+    sha256,
+    staging_path,
+    sync,
+    sync_tree,
+    write_errors,
+)
 
 PACKAGES = (
     "dgmr-tp",
@@ -89,7 +98,10 @@ class RunDirectory:
     def figures(self, key: str) -> dict[str, Any] | None:
         """Return the figures of a finished step; None if it has not run."""
         path = self.folder(key) / MANIFEST
-        return json.loads(path.read_text())["figures"] if path.exists() else None
+        if not path.exists():
+            return None
+        remedy = f"Run again with --redo {key.partition('/')[0]}."
+        return read_json(path, lambda content: dict(content["figures"]), remedy=remedy)
 
     def is_done(self, step: Step) -> bool:
         """Return whether the step is finished."""
@@ -102,11 +114,11 @@ class RunDirectory:
             source = request
             if not step.has_checkpoints or not any(request.parent.glob(f"checkpoints/*/{CHECKPOINT_MANIFEST}")):
                 return
-        try:
-            content = json.loads(source.read_text())
-            stored = content if source == request else content["made_from"]
-        except (ValueError, KeyError, OSError) as error:
-            raise DgmrError(f"{source} is damaged. Run again with --redo {step.stage}.") from error
+        stored = read_json(
+            source,
+            lambda content: dict(content if source == request else content["made_from"]),
+            remedy=f"Run again with --redo {step.stage}.",
+        )
         if changed := _differences(stored, self._made_from(step)):
             raise DgmrError(
                 f"{step.key} in {self.path} was made from something else: {'; '.join(changed)}. Either redo it "
@@ -119,7 +131,7 @@ class RunDirectory:
         made_from = self._made_from(step)
         request = staging / REQUEST
         resumable = step.has_checkpoints or (staging / JOURNAL).exists() or (staging / MANIFEST).exists()
-        if staging.exists() and not (resumable and _read_json(request) == made_from):
+        if staging.exists() and not (resumable and _read_json_or_none(request) == made_from):
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
         if not request.exists():
@@ -131,13 +143,15 @@ class RunDirectory:
         staging = self.prepare(step)
         manifest = staging / MANIFEST
         if not manifest.exists():  # otherwise only the rest of this method is left to do
-            figures = step.work(staging)
-            atomic_write(
-                manifest, json.dumps({"made_from": self._made_from(step), "figures": figures}, indent=1) + "\n"
-            )
+            with write_errors(self.folder(step.key)):
+                figures = step.work(staging)
+            content = {"made_from": self._made_from(step), "figures": figures}
+            atomic_write(manifest, json.dumps(content, indent=1) + "\n")
+        sync_tree(staging)
         shutil.rmtree(staging / "checkpoints", ignore_errors=True)
         shutil.rmtree(self.folder(step.key), ignore_errors=True)  # a folder without its manifest
         os.rename(staging, self.folder(step.key))
+        sync(self.folder(step.key).parent)
         (self.folder(step.key) / REQUEST).unlink(missing_ok=True)
 
     def _made_from(self, step: Step) -> dict[str, Any]:
@@ -147,11 +161,11 @@ class RunDirectory:
         return json.loads(json.dumps(made_from))
 
 
-def _read_json(path: Path) -> Any:
+def _read_json_or_none(path: Path) -> Any:
     """Return the content of a JSON file; None if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path, remedy="It is ignored.")
+    except DgmrError:
         return None
 
 

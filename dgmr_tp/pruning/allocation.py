@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from fractions import Fraction
 from itertools import pairwise
 from math import isfinite
+from numbers import Integral
 from typing import Any, TypedDict, cast
 
 import numpy as np
@@ -98,8 +99,11 @@ def keep_counts(
     ways = {"mlp_ratio": mlp_ratio, "keep_ratio": keep_ratio, "keep": keep, "budget": budget}
     if (way := given_amount(ways)) is None:
         raise DgmrError(f"nothing says how many neurons stay. Give exactly one of {', '.join(AMOUNTS)}.")
-    if round_to < 1:
-        raise DgmrError(f"round_to = {round_to} is not valid. Give 1 or more.")
+    if not _is_integer(round_to) or round_to < 1:
+        raise DgmrError(f"round_to = {round_to} is not valid. Give an integer of 1 or more.")
+    for count in keep.values() if isinstance(keep, Mapping) else (keep,):
+        if count is not None and not _is_integer(count):
+            raise DgmrError(f"keep = {count} is not an integer. Give a number of neurons.")
     for key, ratio in (("mlp_ratio", mlp_ratio), ("keep_ratio", keep_ratio)):
         if ratio is not None and not isfinite(ratio):
             raise DgmrError(f"{key} = {ratio} is not a finite number. Give a positive number.")
@@ -277,6 +281,10 @@ def _check_reachable(
                 f"budget {key} = {budget[key]} cannot be met: with the fewest neurons the tower still costs "
                 f"{lowest:,}. Give a larger budget."
             )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _rounded(count: int, round_to: int, site: Site) -> int:

@@ -70,7 +70,7 @@ class Plan:
                 name: SitePlan(**{**site, "kept": tuple(site["kept"])}) for name, site in data.pop("sites").items()
             }
             return cls(sites=sites, **data)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise DgmrError(
                 f"this is not a plan: {type(error).__name__}: {error}. Make one with dgmr-tp plan."
             ) from error
@@ -83,9 +83,13 @@ class Plan:
             DgmrError: the file cannot be read, or it is not a plan; names the file.
         """
         try:
-            return cls.from_json(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise DgmrError(f"cannot read the plan {path}: {error}") from error
+            return cls.from_json(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise DgmrError(
+                f"cannot read the plan {path}: {error.strerror}. Name a plan that dgmr-tp wrote."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise DgmrError(f"{path} is not a text in UTF-8. Name a plan that dgmr-tp wrote.") from error
         except DgmrError as error:
             raise DgmrError(f"{path}: {error}") from error
 

@@ -135,8 +135,8 @@ def recover(
     Raises:
         DgmrError: there are fewer than ten images, the damping is negative, or the activations are not finite.
     """
-    if damping < 0:
-        raise DgmrError(f"damping = {damping} is negative. Give 0 or more.")
+    if not 0 <= damping < float("inf"):
+        raise DgmrError(f"damping = {damping} is negative or not finite. Give 0 or more.")
     with evaluating(dense.tower, pruned.tower):
         return _recover(dense, pruned, images, damping)
 

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 
 class Config(BaseModel):
-    """An immutable configuration section. Unknown keys are errors, and attribute docstrings describe the keys."""
+    """An immutable configuration section. Attribute docstrings describe the keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Unknown keys, empty texts, numbers that are not finite, ``true`` or ``false`` for a number, and lists that name a
+    value twice are errors.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_value(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if _mentions(annotation, lambda part: isinstance(part, type) and issubclass(part, BaseModel)):
+            return value  # a section checks its own values
+        values = _scalars(value)
+        if any(isinstance(item, str) and not item.strip() for item in values):
+            raise ValueError("an empty text is not allowed")
+        if any(isinstance(item, bool) for item in values) and _mentions(annotation, _is_number):
+            raise ValueError("true and false are not numbers")
+        if isinstance(value, list) and (repeated := [item for item in value if value.count(item) > 1]):
+            raise ValueError(f"{repeated[0]} is given twice")
+        return value
+
+
+def _scalars(value: Any) -> list[Any]:
+    """Return all values inside lists and mappings."""
+    if isinstance(value, Mapping):
+        return [scalar for item in value.values() for scalar in _scalars(item)]
+    if isinstance(value, list | tuple):
+        return [scalar for item in value for scalar in _scalars(item)]
+    return [value]
+
+
+def _mentions(annotation: Any, matches: Callable[[Any], bool]) -> bool:
+    """Return whether an annotation such as ``float | list[float]``, or a part of it, matches."""
+    return matches(annotation) or any(_mentions(part, matches) for part in get_args(annotation))
+
+
+def _is_number(annotation: Any) -> bool:
+    return annotation is int or annotation is float or type(annotation) in (int, float)  # the latter in a Literal
 
 
 class NameIn:
@@ -35,13 +73,38 @@ class NameIn:
         return name
 
 
+def expand_home(path: Any) -> Any:
+    """Return a path with ``~`` or ``~user`` at its start replaced by the home directory. Other values stay."""
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
+
 class DataPath:
-    """Annotation of a key whose value is a path that a run reads: ``Annotated[str | None, DataPath()]``."""
+    """Annotation of a key whose value is a path that a run reads: ``Annotated[str | None, DataPath()]``.
+
+    ``~`` at its start is the home directory.
+
+    Args:
+        kind: ``file`` or ``directory`` if it must be one of them; ``any`` otherwise.
+    """
+
+    def __init__(self, kind: Literal["file", "directory", "any"] = "any") -> None:
+        self.kind = kind
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        expand: Callable[[Any], Any] = expand_home
+        return core_schema.no_info_after_validator_function(expand, handler(source))
 
 
-def data_paths(config: BaseModel, prefix: str = "") -> dict[str, str]:
+class KeyedPath(NamedTuple):
+    """A value of a key annotated with :class:`DataPath`."""
+
+    path: str
+    kind: Literal["file", "directory", "any"]
+
+
+def data_paths(config: BaseModel, prefix: str = "") -> dict[str, KeyedPath]:
     """Return the values of all keys annotated with :class:`DataPath`, by dotted key, nested sections included."""
-    paths: dict[str, str] = {}
+    paths: dict[str, KeyedPath] = {}
     for name, field in type(config).model_fields.items():
         value, key = getattr(config, name), f"{prefix}{name}"
         if isinstance(value, BaseModel):
@@ -49,6 +112,6 @@ def data_paths(config: BaseModel, prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 paths |= data_paths(item, f"{key}.{index}.") if isinstance(item, BaseModel) else {}
-        elif value and any(isinstance(mark, DataPath) for mark in field.metadata):
-            paths[key] = value
+        elif value and (marks := [mark for mark in field.metadata if isinstance(mark, DataPath)]):
+            paths[key] = KeyedPath(value, marks[0].kind)
     return paths

@@ -1,19 +1,40 @@
-"""Atomic files, checksums, and locks on directories."""
+"""Atomic outputs, their checks before the work, JSON of this package, checksums, and locks on directories."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.utils.interrupts import output_open
 
 LOCK_NAME = "lock"
+MAX_NAME_BYTES = 255
+"""Longest file name of most file systems, where a file system states none."""
+STALE_AFTER_S = 60
+"""Age of a temporary file of :func:`atomic_write` at which its writer must have been killed."""
+REMEDIES = {
+    errno.ENOSPC: "Free disk space, or name another directory.",
+    errno.EDQUOT: "Free disk space of your quota, or name another directory.",
+    errno.EFBIG: "Raise the limit on the size of files (ulimit -f), or name another directory.",
+}
+"""What to do about an error of writing, by number."""
+V = TypeVar("V")
 
 
 class DirectoryLocked(DgmrError):
@@ -25,11 +46,251 @@ def staging_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def check_output(path: Path, *, replace: bool = False) -> None:
+    """Check that ``path`` can be written, before the work that it is for.
+
+    Args:
+        path: a file or directory. Missing parent directories are made later.
+        replace: an existing file is replaced.
+
+    Raises:
+        DgmrError: it exists, its name is not possible, or its directory cannot be written to.
+    """
+    try:
+        name = os.fsencode(f".{path.name}.12345678.partial")  # the longest name on the way to it
+        os.fsencode(path)
+    except UnicodeEncodeError as error:
+        raise DgmrError(
+            f"the name {str(path)!a} cannot be written in the encoding of this system. Use ASCII characters, or "
+            "set LC_ALL=C.UTF-8."
+        ) from error
+    if path.is_symlink() and not path.exists():
+        raise DgmrError(f"{path} is a link to {os.readlink(path)}, which does not exist. Name another output.")
+    if path.exists() and not (replace and path.is_file()):
+        raise DgmrError(f"{path} exists already. Name another with -o.")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise DgmrError(f"{path} cannot be made, because {parent} is a file. Name another output.")
+    if len(name) > (limit := _longest_name(parent)):
+        longest = limit - len(name) + len(os.fsencode(path.name))
+        raise DgmrError(f"the name {path.name[:40]}… is too long for {parent}. Use up to {longest} bytes.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise DgmrError(f"{path} cannot be made, because {parent} cannot be written to. Name another output.")
+
+
+def check_output_directory(path: Path) -> None:
+    """Check that files can be written into ``path``, which need not exist. The errors are those of check_output."""
+    if not path.is_dir():
+        check_output(path)
+    elif not os.access(path, os.W_OK | os.X_OK):
+        raise DgmrError(f"{path} cannot be written to. Name another directory.")
+
+
+def _longest_name(directory: Path) -> int:
+    try:
+        return os.pathconf(directory, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):
+        return MAX_NAME_BYTES
+
+
+def check_room(directory: Path, size: int, what: str) -> None:
+    """Check that a file of ``size`` bytes fits into ``directory``: the disk, the quota and the limit on file sizes.
+
+    Args:
+        directory: an existing directory.
+        size: bytes.
+        what: what needs the room, for the message, such as ``the model``.
+
+    Raises:
+        DgmrError: the file does not fit.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise DgmrError(
+            f"{what} takes up to {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free. Free disk space, or name "
+            "another directory."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            os.posix_fallocate(probe.fileno(), 0, max(1, size))
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            return  # the file system cannot tell
+        raise DgmrError(
+            f"{what} takes up to {size / 1e6:,.0f} MB, which {directory} has no room for: {error.strerror}. "
+            f"{REMEDIES[error.errno]}"
+        ) from error
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of writing ``path`` in the context into a DgmrError that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        cause = error
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
+            cause = OSError(int(match[1]), os.strerror(int(match[1])))
+        is_torch_writer = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+        if not isinstance(cause, OSError) and not isinstance(error, SafetensorError) and not is_torch_writer:
+            raise
+        number = cause.errno if isinstance(cause, OSError) else None
+        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(error)
+        filename = getattr(error, "filename", None)
+        if filename is not None and path.name not in str(filename):
+            raise  # it is about a file that is read
+        remedy = REMEDIES.get(number or 0, "Name another output.")
+        raise DgmrError(f"cannot write {path}: {reason}. {remedy}") from error
+
+
 def atomic_write(path: Path, text: str) -> None:
-    """Write ``text`` to the staging path and rename it, so that no reader sees an incomplete file."""
+    """Write ``text`` in UTF-8 to a temporary file and rename it, so that no reader sees an incomplete file.
+
+    Several processes may write the same path at once. The last one wins.
+    """
+    prefix, suffix = f".{path.name}.", ".partial"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*{suffix}"):
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > STALE_AFTER_S and leftover.is_file():
+                leftover.unlink()
+    with write_errors(path), output_open(path):
+        descriptor, name = tempfile.mkstemp(suffix, prefix, path.parent)
+        try:
+            with open(descriptor, "w", encoding="utf-8", errors="surrogateescape") as stream:  # names may not be UTF-8
+                stream.write(text)
+                stream.flush()
+                os.fsync(descriptor)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+            raise
+        sync(path.parent)
+
+
+@contextmanager
+def staging_directory(
+    path: Path, activity: str = "process is writing", *, resumable: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield a locked, empty directory that is renamed to ``path`` at the end of the context.
+
+    It is removed after an error. What a killed process left is removed at the next start.
+
+    Args:
+        path: the output. Missing parent directories are made.
+        activity: what the holder of the lock does, for the error of the others.
+        resumable: names in the directory that stay from an interrupted attempt and after an error, such as a journal.
+
+    Raises:
+        DirectoryLocked: another process writes ``path``.
+        DgmrError: see :func:`check_output`; or an error of writing, which names ``path``.
+    """
+    with _locked_staging(path, activity, resumable) as staging:
+        yield staging
+        sync_tree(staging)
+        os.rename(staging, path)  # with the lock: another process must not find a staging directory without one
+        sync(path.absolute().parent)
+        (path / LOCK_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def staging_file(path: Path, activity: str = "process is writing", *, resumable: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield a path in a locked staging directory. The file there is renamed to ``path`` at the end of the context.
+
+    The arguments and errors are those of :func:`staging_directory`.
+    """
+    with _locked_staging(path, activity, resumable) as staging:
+        yield staging / path.name
+        sync(staging / path.name)
+        os.rename(staging / path.name, path)
+        sync(path.absolute().parent)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _locked_staging(path: Path, activity: str, resumable: Sequence[str]) -> Iterator[Path]:
+    check_output(path)
     staging = staging_path(path)
-    staging.write_text(text, errors="surrogateescape")  # file names in it may not be UTF-8
-    os.replace(staging, path)
+    if staging.is_file():  # of an earlier version
+        staging.unlink()
+    with write_errors(path), output_open(path), lock_directory(staging, activity, required=False):
+        if not staging.is_dir():
+            raise DirectoryLocked(f"another {activity} in {staging}. Wait for it or stop it.")
+        try:
+            check_output(path)  # another process may have finished in between
+            _empty(staging, (LOCK_NAME, *resumable))
+            yield staging
+        except BaseException:
+            if not any((staging / name).exists() for name in resumable):
+                shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def scratch_directory(path: Path, activity: str = "process is writing") -> Iterator[Path]:
+    """Yield a locked, empty directory for intermediate files, ``.NAME.partial``. It is removed at the end.
+
+    What a killed process left in it is removed at the next start. Parent directories that were made for it are removed
+    with it if they are empty.
+
+    Raises:
+        DirectoryLocked: another process uses it.
+    """
+    directory = staging_path(path)
+    made = [parent for parent in directory.absolute().parents if not parent.exists()]
+    try:
+        with output_open(directory), lock_directory(directory, activity, required=False):
+            try:
+                _empty(directory, (LOCK_NAME,))
+                yield directory
+            finally:
+                shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):  # not empty
+            for parent in made:
+                parent.rmdir()
+
+
+def _empty(directory: Path, keep: Sequence[str]) -> None:
+    for entry in directory.iterdir():
+        if entry.name not in keep:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk. File systems without this are ignored."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Wait until all files below a directory are on the disk."""
+    for entry in (*directory.rglob("*"), directory):
+        sync(entry)
+
+
+def read_json(path: Path, parse: Callable[[Any], V] = lambda content: content, *, remedy: str) -> V:
+    """Read a JSON file of this package.
+
+    Args:
+        path: the file.
+        parse: takes what is needed out of the content. Its KeyError, TypeError and the like mean a damaged file.
+        remedy: sentence that says what to do about a damaged file.
+
+    Raises:
+        DgmrError: the file cannot be read or is damaged; names it.
+    """
+    try:
+        return parse(json.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise DgmrError(f"cannot read {path}: {error.strerror}. {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DgmrError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}. {remedy}") from error
 
 
 def list_files(source: Path) -> list[Path]:
@@ -53,12 +314,13 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def lock_directory(directory: Path, activity: str) -> Iterator[None]:
+def lock_directory(directory: Path, activity: str, *, required: bool = True) -> Iterator[None]:
     """Hold the lock of ``directory``, which is made if it does not exist.
 
     Args:
         directory: the directory.
         activity: what the holder does, for the error message, such as ``dgmr-tp run is working``.
+        required: a file system without locks is an error. Otherwise the directory is used without one.
 
     Raises:
         DirectoryLocked: another process holds the lock.
@@ -70,13 +332,17 @@ def lock_directory(directory: Path, activity: str) -> Iterator[None]:
         lock.acquire()
     except Timeout as error:
         raise DirectoryLocked(f"another {activity} in {directory}. Wait for it or stop it.") from error
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+    except (OSError, NotImplementedError) as error:
+        number = getattr(error, "errno", errno.ENOSYS)
+        if number == errno.ENOENT:  # its holder has just renamed the directory
+            raise DirectoryLocked(f"another {activity} in {directory}. Wait for it or stop it.") from error
+        if number not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        raise DgmrError(
-            f"the file system of {directory} has no locks ({error.strerror}). Mount it with locks (Lustre: flock), or "
-            "name another directory."
-        ) from error
+        if required:
+            raise DgmrError(
+                f"the file system of {directory} has no locks ({os.strerror(number)}). Mount it with locks (Lustre: "
+                "flock), or name another directory."
+            ) from error
     try:
         yield
     finally:

@@ -23,13 +23,13 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 def load(folder: Path, tower: str) -> tuple[onnxruntime.InferenceSession, str]:
     """Open a tower's ONNX file. Return the session and the name of its input."""
-    entry = json.loads((folder / "export.json").read_text())["towers"][tower]
+    entry = json.loads((folder / "export.json").read_text("utf-8"))["towers"][tower]
     return onnxruntime.InferenceSession(str(folder / entry["files"]["onnx"]["file"])), entry["input"]["name"]
 
 
 def index(folder: Path, images: Path) -> None:
     """Embed all images of a folder and store the embeddings."""
-    bundle = json.loads((folder / "export.json").read_text())
+    bundle = json.loads((folder / "export.json").read_text("utf-8"))
     config = open_clip.transform.PreprocessCfg(**bundle["preprocess"])
     preprocess = open_clip.transform.image_transform_v2(config, is_train=False)
     session, name = load(folder, "image")
@@ -46,7 +46,7 @@ def index(folder: Path, images: Path) -> None:
 
 def ask(folder: Path, images: Path, text: str, count: int = 5) -> None:
     """Print the images whose embeddings are closest to the text's."""
-    model = json.loads((folder / "export.json").read_text())["model"]
+    model = json.loads((folder / "export.json").read_text("utf-8"))["model"]
     model_dir = folder / model
     if not model_dir.is_dir() and not model.startswith("open_clip:"):
         sys.exit(f"{model_dir}, the model of these files, does not exist. Restore it: its tokenizer is needed.")

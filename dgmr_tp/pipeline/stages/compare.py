@@ -38,7 +38,10 @@ class CompareStage(Stage):
             return []
 
         def describe() -> dict[str, Any]:
-            files = {f"{key}_files": context.fingerprint(path) for key, path in data_paths(section, "compare.").items()}
+            files = {
+                f"{key}_files": context.fingerprint(entry.path)
+                for key, entry in data_paths(section, "compare.").items()
+            }
             return {
                 **section.model_dump(exclude={"workers"}),
                 "seed": context.recipe.seed,

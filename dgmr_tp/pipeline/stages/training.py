@@ -16,7 +16,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import atomic_write, read_json, sha256
 from dgmr_tp.utils.lazy_imports import require_installed
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class TrainingStage(Stage):
             launch(arguments, config.processes, config.batch_size, folder / STOP_FILE, config.hostfile)
         if not (folder / FIGURES).exists():
             raise DgmrError("the deepspeed launcher was killed. Run again to resume from the last checkpoint.")
-        figures = json.loads((folder / FIGURES).read_text())
+        figures = read_json(folder / FIGURES, dict, remedy=f"Run again with --redo {self.name}.")
         curves = {key: read_curve(folder, name) for key, name in MAIN_CURVES.items()}
         details = {name: read_curve(folder, name) for name in curve_names(folder) if name not in MAIN_CURVES.values()}
         return {**figures, **curves, "details": details}
