@@ -18,7 +18,7 @@ from dgmr_tp.export import onnx_file
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.verify import VERIFIED, verify
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import sha256, write_json
 from dgmr_tp.utils.lazy_imports import require
 
 MANIFEST = "export.json"
@@ -94,7 +94,7 @@ def export_bundle(
         "threads": torch.get_num_threads(),
         "versions": {name: require(name, "export").__version__ for name in sorted(runtimes, reverse=True)},
     }
-    atomic_write(directory / MANIFEST, json.dumps(result, indent=1) + "\n")
+    write_json(directory / MANIFEST, result)
     return result
 
 

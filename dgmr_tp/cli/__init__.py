@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import typer
 
@@ -30,6 +31,7 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        _refuse_empty(sys.argv[1:])
         with show_progress():
             app(standalone_mode=True)
     except Preempted as error:
@@ -44,6 +46,17 @@ def main() -> None:
             "recover.images), a smaller batch size, or set CUDA_VISIBLE_DEVICES= to compute on the CPU.",
             2,
         )
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise DgmrError if an argument is empty, as that of a shell variable that is not set."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not argument.strip():
+            before = f" after {arguments[place - 1]}" if place else ""
+            raise DgmrError(f"the argument{before} is empty. Give a value; a shell variable that is not set is empty.")
+        if option.startswith("--") and equals and not value.strip():
+            raise DgmrError(f"{option} is empty. Give a value; a shell variable that is not set is empty.")
 
 
 def _exit(message: str, code: int) -> None:

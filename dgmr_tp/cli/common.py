@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,18 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices
 TrustOption = Annotated[
     bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, whatever their origin.")
 ]
+TrustRecipeOption = Annotated[
+    bool,
+    typer.Option("--trust-recipe", help="Run the shell commands in the recipe (pipe: URLs), whatever their origin."),
+]
+
+
+def print_skipped(broken: Mapping[str, str], others: Mapping[str, int]) -> None:
+    """Print what reading a source of images skipped, and why."""
+    from dgmr_tp.data.images import describe_skipped
+
+    if line := describe_skipped(broken, others):
+        out.print(line, soft_wrap=True)
 
 
 def device() -> str:

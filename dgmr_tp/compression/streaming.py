@@ -24,7 +24,7 @@ from dgmr_tp.encoders.model import staging_directory
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory
+from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory, to_json
 from dgmr_tp.utils.modules import meta_copy
 from dgmr_tp.utils.progress import report_progress
 
@@ -77,7 +77,7 @@ def prune_streaming(
     journal = staging / JOURNAL
 
     def remember(plan: Plan) -> None:
-        atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
+        atomic_write(journal, to_json({"request": request, "plan": plan.to_json()}))
 
     with lock_directory(staging, "dgmr-tp prune is working"):
         previous = _read_journal(journal, request)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dgmr_tp.data.images import EXTENSIONS, Images
+from dgmr_tp.data.decoding import EXTENSIONS
+from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.processes import ignore_sigterm_until
 from dgmr_tp.errors import DgmrError

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import atomic_write, to_json
 from dgmr_tp.utils.lazy_imports import require
 
 RECALLS = (1, 5, 10)
@@ -164,7 +163,7 @@ def evaluate(
             f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if is_main_process():
-        atomic_write(output, json.dumps(result_json(dataset, name, task, metrics)))
+        atomic_write(output, to_json(result_json(dataset, name, task, metrics)))
     return metrics
 
 

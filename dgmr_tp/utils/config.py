@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
+
+from dgmr_tp.utils.sources import is_url
 
 
 class Config(BaseModel):
@@ -36,7 +39,27 @@ class NameIn:
 
 
 class DataPath:
-    """Annotation of a key whose value is a path that a run reads: ``Annotated[str | None, DataPath()]``."""
+    """Annotation of a key whose value is a path that a run reads: ``Annotated[str | None, DataPath()]``.
+
+    Args:
+        urls: accept URLs of shards too.
+    """
+
+    def __init__(self, urls: bool = False) -> None:
+        self.urls = urls
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        check: Callable[[str | None], str | None] = self._check
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def _check(self, path: str | None) -> str | None:
+        if path is None:
+            return None
+        if not path.strip():
+            raise ValueError("the path is empty; give one, or leave the key out")
+        if not self.urls and is_url(path):
+            raise ValueError("a URL of shards is not read here; give files on disk")
+        return os.path.expanduser(path)
 
 
 def data_paths(config: BaseModel, prefix: str = "") -> dict[str, str]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from dgmr_tp.errors import DgmrError
 
 LOCK_NAME = "lock"
+SIDE_FILES = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"})
+"""Files and folders that file managers, archivers and network disks leave next to the data."""
 
 
 class DirectoryLocked(DgmrError):
@@ -32,18 +37,62 @@ def atomic_write(path: Path, text: str) -> None:
     os.replace(staging, path)
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return the JSON text of a value. Numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    atomic_write(path, to_json(value, indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_side_file(name: str) -> bool:
+    """Return whether a file or folder of this name belongs to a tool and not to the data: hidden, or a known name."""
+    return name.startswith(".") or name in SIDE_FILES
+
+
 def list_files(source: Path) -> list[Path]:
-    """Return all files below a directory, sorted, following links to directories. A file is returned as itself."""
+    """Return all files below a directory, sorted, following links to directories. A file is returned as itself.
+
+    Files of tools (:func:`is_side_file`) are left out. A link whose target is missing is a file that cannot be read.
+
+    Raises:
+        DgmrError: a directory cannot be listed.
+    """
     if not source.is_dir():
         return [source]
     files, visited = [], set()
-    for folder, subfolders, names in os.walk(source, followlinks=True):
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=_refuse_folder):
         if (real := os.path.realpath(folder)) in visited:  # a link to a parent directory
             subfolders.clear()
             continue
         visited.add(real)
-        files += [Path(folder, name) for name in names]
-    return sorted(path for path in files if path.is_file())
+        subfolders[:] = [name for name in subfolders if not is_side_file(name)]
+        files += [Path(folder, name) for name in names if not is_side_file(name)]
+    return sorted(path for path in files if _is_file_or_dangling_link(path))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DgmrError(
+        f"cannot list the folder {error.filename}: {error.strerror}. Change its permissions, or move it elsewhere."
+    ) from error
+
+
+def _is_file_or_dangling_link(path: Path) -> bool:
+    try:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    except PermissionError as error:  # a folder that can be listed, but not entered
+        _refuse_folder(PermissionError(error.errno, error.strerror, str(path.parent)))
+        raise
 
 
 def sha256(path: Path) -> str:
