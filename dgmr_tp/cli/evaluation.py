@@ -47,7 +47,9 @@ def evaluate(
         list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")
     ],
     dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of a data set, such as wds/NAME.")] = None,
-    root: Annotated[Path | None, typer.Option(help="Directory of the data set.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Directory of the data set. {dataset} in it stands for the data set's name.")
+    ] = None,
     knn_train: Annotated[
         str | None,
         typer.Option(help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls."),
@@ -166,6 +168,7 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
     --pretrained is the weights of a NAME. For a file it is the model that the file came from; none uses its
     export.json.
     """
+    from dgmr_tp.encoders import is_library_name
     from dgmr_tp.evaluation.clip_benchmark_command import run_clip_benchmark
     from dgmr_tp.evaluation.loading import load_encoder
     from dgmr_tp.export.formats import is_exported_file
@@ -174,6 +177,10 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
         model_name: str, pretrained: str, cache_dir: str | None, device: str
     ) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor] | None]:
         given = any(argument.startswith("--pretrained") for argument in context.args)
+        if given and pretrained != "none" and not (is_library_name(model_name) or is_exported_file(model_name)):
+            raise DgmrError(
+                f"--pretrained {pretrained} is not used, because {model_name} has weights of its own. Leave it out."
+            )
         if is_exported_file(model_name):
             weights = {"text": pretrained if given and pretrained != "none" else None}
         else:
