@@ -161,14 +161,13 @@ def evaluate(
     if distributed.is_initialized():
         encode = split_over_processes(encode)
     model = CLIPWithEncoder(model, require_finite(encode))
-    output.parent.mkdir(parents=True, exist_ok=True)
     data = _DatasetLoader(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
     try:
         with _progress_on_terminal_only(), checked_metrics(f"{dataset} in {root}"):
             torch.manual_seed(SEED)
             model.eval()
             if task == "linear_probe":
-                metrics = _linear_probe(model, data, device, output.parent)
+                metrics = _linear_probe(model, data, device)
             else:
                 save = save_classifier if is_main_process() else None
                 metrics = _zero_shot(model, tokenizer, data, device, save, load_classifiers)
@@ -179,6 +178,7 @@ def evaluate(
             f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if is_main_process():
+        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(output, to_json(result_json(dataset, name, task, metrics)))
     return metrics
 
@@ -314,6 +314,11 @@ def _zero_shot(
     dataset, loader = data.test_loader()
     options = {"device": device, "amp": False}
     if data.task == "zeroshot_retrieval":
+        if hasattr(dataset, "__len__") and len(dataset) < max(RECALLS):
+            raise DgmrError(
+                f"{data.dataset} in {data.root} has {len(dataset)} images, and recall@{max(RECALLS)} needs at least "
+                f"{max(RECALLS)}. Give more images."
+            )
         metric = require("clip_benchmark.metrics.zeroshot_retrieval", "eval")
         return metric.evaluate(model, loader, tokenizer, recall_k_list=list(RECALLS), **options)
     if data.task == "image_caption_selection":
@@ -345,7 +350,7 @@ def _zero_shot(
     )
 
 
-def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: Path) -> dict[str, float]:
+def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str) -> dict[str, float]:
     """Return clip_benchmark's metrics of a linear probe on a GPU, or those of our own on a CPU.
 
     On a GPU we compute the features and store them where clip_benchmark looks for features of an earlier run. It would
@@ -357,7 +362,7 @@ def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: 
         return linear_probe(model, train, test)
     metric = require("clip_benchmark.metrics.linear_probe", "eval")
     model_id = "model"
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".features-") as features_root:
+    with tempfile.TemporaryDirectory() as features_root:
         (Path(features_root) / model_id).mkdir()
         for split, batches in (("train", train), ("test", test)):
             features, labels = image_features(model, batches, device=device)
