@@ -47,7 +47,7 @@ def thin() -> bytes:
 
 def shards(folder: Path) -> None:
     for shard in range(2):
-        tar(folder / "train" / f"{shard}.tar", {f"{index}.png": picture(index) for index in range(2)})
+        tar(folder / "train" / f"{shard}.tar", {f"{index}.png": picture(index) for index in range(6)})
 
 
 def classes_in_a_tar(folder: Path) -> None:
@@ -79,6 +79,11 @@ def recipe(base: str | None = None, **changes: object) -> Callable[[Path], None]
             (folder / "r.yaml").write_text(json.dumps({"base": base}))
 
     return make
+
+
+def trusted_recipe(folder: Path) -> None:
+    recipe(images="pipe:touch ran; cat train/{0..1}.tar", recover={"images": 10})(folder)
+    shards(folder)
 
 
 def run_directory(folder: Path) -> None:
@@ -205,6 +210,14 @@ CASES = [
         "run r.yaml",
         recipe(images="pipe:touch ran", recover={}),
         says="images: pipe:touch ran runs a shell command on this machine. Read it, and give --trust-recipe",
+    ),
+    Case(
+        "shell command in a recipe that is trusted",
+        "run r.yaml --trust-recipe -o run",
+        trusted_recipe,
+        code=0,
+        says="recover/mlp_ratio-1: done",
+        leaves=("run", "ran"),
     ),
     Case(
         "shell command after a path",
