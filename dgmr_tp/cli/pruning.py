@@ -358,6 +358,8 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
         table.add_row(*cells)
     out.print(table)
     if pruned.images:
+        if pruned.images.notice:
+            out.print(pruned.images.notice, soft_wrap=True)
         print_skipped(pruned.images.broken, pruned.images.others)
     before, after = parameters(dense.tower), parameters(pruned.model.tower)
     out.print(

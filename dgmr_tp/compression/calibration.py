@@ -30,6 +30,8 @@ class CalibrationImages:
     """Name and error of every image that did not decode."""
     others: Mapping[str, int] = field(default_factory=dict)
     """Number of files in the source that are not images, by extension."""
+    notice: str | None = None
+    """One line on how the classes were read, if they were and folders are nested."""
 
     @classmethod
     def read(

@@ -111,7 +111,7 @@ def prune_to_target(
         )
     if max_drop is not None:
         check_classes(images, source.records, labels, at_least=2)
-    calibration = CalibrationImages(list(pixels[:-held_out].split(64)), source.broken, source.others)
+    calibration = CalibrationImages(list(pixels[:-held_out].split(64)), source.broken, source.others, source.notice)
     held_out_batches = CalibrationImages(list(pixels[-held_out:].split(64)))
     rankings = rankings or rank(model, criterion, calibration)
     classes = torch.tensor(np.unique([str(label) for label in labels], return_inverse=True)[1])

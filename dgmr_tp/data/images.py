@@ -160,7 +160,7 @@ class Images:
         """One line on a layout in which folders are nested; None if there is none."""
         if self.deepest is None:
             return None
-        count = len({record.label for record in self.records})
+        count = len({record.label for record in self.records if record.label})
         return f"{self.source}: the first level of folders gives {count} classes, not the levels below ({self.deepest})"
 
     def split(self, count: int, seed: int) -> tuple[Images, Images]:
@@ -276,7 +276,10 @@ def _check_local(source: Source) -> None:
 
 
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0  # a link to a missing file is an image that cannot be read
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a link to a missing file is an image that cannot be read
+        return 0
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, field_validator
 from pydantic_core import CoreSchema, core_schema
 
 from dgmr_tp.utils.sources import is_url
@@ -16,6 +16,13 @@ class Config(BaseModel):
     """An immutable configuration section. Unknown keys are errors, and attribute docstrings describe the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("the value is empty; give one, or leave the key out")
+        return value
 
 
 class NameIn:
@@ -55,9 +62,7 @@ class DataPath:
     def _check(self, path: str | None) -> str | None:
         if path is None:
             return None
-        if not path.strip():
-            raise ValueError("the path is empty; give one, or leave the key out")
-        if not self.urls and is_url(path):
+        if path.strip() and not self.urls and is_url(path):
             raise ValueError("a URL of shards is not read here; give files on disk")
         return os.path.expanduser(path)
 

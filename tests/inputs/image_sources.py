@@ -139,13 +139,14 @@ CASES = [
     Case(
         "unset variable as a path", 'eval demo --knn-train "" --knn-test ""', says="the argument after --knn-train is"
     ),
-    Case("unset variable in a recipe", "run r.yaml", recipe(images=" "), says="images: the path is empty"),
+    Case("unset variable in a recipe", "run r.yaml", recipe(images=" "), says="images: the value is empty"),
     Case(
         "unset variable deep in a recipe",
         "run r.yaml",
         recipe(evaluate={"knn": {"train": "", "test": "images"}}),
-        says="evaluate.knn.train: the path is empty",
+        says="evaluate.knn.train: the value is empty",
     ),
+    Case("unset variable for a model", "run r.yaml", recipe(model=""), says="model.source: the value is empty"),
     Case("braces", f"{PLAN} 'train/{{0..1}}.tar'", shards, code=0, says="GFLOPs per image"),
     Case("braces and no such shard", f"{PLAN} 'train/{{0..2}}.tar'", shards, says="train/2.tar does not exist"),
     Case("joined paths", f"{PLAN} train/0.tar::train/1.tar", shards, code=0, says="GFLOPs per image"),
