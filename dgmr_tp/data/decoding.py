@@ -62,9 +62,13 @@ def decode_image(data: bytes, upright: bool = False) -> Any:
         OSError: or another of pillow's errors, if the image is damaged.
         ValueError: its pixel values have no known range, or it is too large.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError("its format is not known, or it is damaged at the beginning") from None
+    with opened as image:
         _check_size(*image.size)
         if upright:
             ImageOps.exif_transpose(image, in_place=True)

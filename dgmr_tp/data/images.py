@@ -131,9 +131,10 @@ class Images:
                     others[path.suffix.lower() or "no extension"] += 1
         records = sorted([*records, *_classes_from_folders(members)], key=lambda record: record.file)
         if not records:
+            kinds = f": {_kinds(others)}" if others else ""
             raise DgmrError(
-                f"{source} contains no image ({describe_others(others)}). Image files end in {', '.join(EXTENSIONS)}; "
-                "shards of images end in .tar."
+                f"{source} contains no image ({sum(others.values())} other files){kinds}. Image files end in "
+                f"{', '.join(EXTENSIONS)}; shards of images end in .tar."
             )
         return cls(source, records, others, deepest)
 
@@ -244,23 +245,25 @@ def check_classes(
 
 
 def describe_others(others: Mapping[str, int]) -> str:
-    """Return the number of files that are not images, such as ``3 other files: .json 2, .heic 1``."""
-    kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(others).most_common(5))
-    return f"{sum(others.values())} other files" + (f": {kinds}" if kinds else "")
+    """Return the number of files that are not images, such as ``4 other files: .json 3, .heic 1``."""
+    return f"{sum(others.values())} other files: {_kinds(others)}"
+
+
+def _kinds(others: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(others).most_common(5))
 
 
 def describe_skipped(broken: Mapping[str, str], others: Mapping[str, int]) -> str | None:
-    """Return one line on what reading a source skipped, and why; None if nothing was."""
+    """Return lines on what reading a source skipped, and why; None if nothing was."""
     if not broken and not others:
         return None
-    line = f"skipped {len(broken)} images that do not decode and {sum(others.values())} files that are not images"
-    reasons = []
+    lines = [f"skipped {len(broken)} images that do not decode and {sum(others.values())} files that are not images"]
     if broken:
         name, error = next(iter(broken.items()))
-        reasons.append(f"the first image: {name}: {error}")
+        lines.append(f"  the first image: {name}: {error}")
     if others:
-        reasons.append(describe_others(others))
-    return f"{line} ({'; '.join(reasons)})"
+        lines.append(f"  {describe_others(others)}")
+    return "\n".join(lines)
 
 
 def _check_local(source: Source) -> None:

@@ -192,8 +192,8 @@ def compare_encoders(
 
     Returns:
         The result of :func:`compare_embeddings`, in which the ``worst`` images have a ``name`` and a ``thumbnail`` (a
-        data URI) instead of a row. ``left_out`` is the number of images that could not be decoded, and ``skipped`` a
-        line on everything that was skipped, or None.
+        data URI) instead of a row. ``left_out`` is the number of images that could not be decoded, and ``skipped``
+        lines on everything that was skipped, or None.
 
     Raises:
         DgmrError: there are no images, or as :func:`compare_embeddings`.
