@@ -13,13 +13,17 @@ PLACEHOLDER = "{c}"
 """Stands for the class name in a prompt."""
 
 
-def read_class_names(path: Path) -> list[str]:
-    """Read class names, one per line. The line gives the class its number.
+def read_class_names(path: Path, *, numbered: bool = True) -> list[str]:
+    """Read class names, one per line.
+
+    Args:
+        path: a text file.
+        numbered: labels are numbers of lines, so that no line may be empty. Otherwise, empty lines are left out.
 
     Raises:
         DgmrError: the file cannot be read, or as :func:`check_class_names`.
     """
-    names = _read_lines(path, "class names")
+    names = [name for name in _read_lines(path, "class names") if name or numbered]
     check_class_names(names, path)
     return names
 

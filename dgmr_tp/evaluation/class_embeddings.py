@@ -37,7 +37,7 @@ def class_embeddings(model: OpenedModel, classes: Path) -> Tensor:
             f"{model.name} has no text tower for the classes of {classes}. Use a CLIP, or saved class embeddings (.pt)."
         )
     names_path = classes / CLASSNAMES_FILE if classes.is_dir() else classes
-    names, templates_path = read_class_names(names_path), names_path.with_name(TEMPLATES_FILE)
+    names, templates_path = read_class_names(names_path, numbered=False), names_path.with_name(TEMPLATES_FILE)
     templates = read_prompts(templates_path) if templates_path.exists() else DEFAULT_TEMPLATES
     metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
     device = next(model.text.parameters()).device.type
