@@ -17,5 +17,11 @@ class Preempted(DgmrError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its class name without a text. At most 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    """Return the first line of an error's text, or its class name without a text. A library's is cut at 200 characters.
+
+    The text of an error in a data loading worker is its traceback. The cause is its last line.
+    """
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    is_traceback = lines[0].startswith("Caught ") and " in DataLoader worker " in lines[0]
+    line = lines[-1 if is_traceback else 0].removeprefix(f"{DgmrError.__module__}.{DgmrError.__name__}: ")
+    return line if isinstance(error, DgmrError) else line[:200]

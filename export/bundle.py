@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from dgmr_tp.export import onnx_file
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.verify import VERIFIED, verify
-from dgmr_tp.utils.files import atomic_write, check_room, read_json, scratch_directory, sha256, write_errors
+from dgmr_tp.utils.files import check_room, read_json, scratch_directory, sha256, write_errors, write_json
 from dgmr_tp.utils.lazy_imports import require
 
 MANIFEST = "export.json"
@@ -91,7 +90,7 @@ def export_bundle(
         "threads": torch.get_num_threads(),
         "versions": {name: require(name, "export").__version__ for name in sorted(runtimes, reverse=True)},
     }
-    atomic_write(directory / MANIFEST, json.dumps(result, indent=1) + "\n")
+    write_json(directory / MANIFEST, result)
     return result
 
 

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import LAYOUTS
 from dgmr_tp.export.towers import export_towers
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import write_json
 from dgmr_tp.utils.lazy_imports import require
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -168,4 +167,4 @@ def _transformers_tokenizer(model: OpenedModel) -> Any:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, json.dumps(content, indent=1) + "\n")
+    write_json(path, content)

@@ -1,6 +1,7 @@
 """Generated scenes and image sources."""
 
 import io
+import json
 import os
 import tarfile
 from itertools import islice
@@ -8,7 +9,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from clip_benchmark.datasets.builder import build_wds_dataset
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
@@ -24,7 +27,10 @@ from dgmr_tp.distillation.data import (
     training_transform,
 )
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.evaluation.shards import Shards
+from dgmr_tp.pipeline.recipe import parse_recipe
+from dgmr_tp.pipeline.run_directory import fingerprint
+from dgmr_tp.utils.files import atomic_write, write_json
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -121,7 +127,7 @@ def test_linked_folders_are_folders_and_names_need_not_be_utf_8(folder, tmp_path
     with open(latin, "wb") as file:
         file.write((folder / "0.png").read_bytes())
     images = Images.find(place)
-    assert len(images) == 13 and {record.class_name() for record in images.records} == {"first", "sub", None}
+    assert len(images) == 13 and {record.class_name() for record in images.records} == {"first", None}
     atomic_write(place / "names.txt", "\n".join(record.name for record in images.records))
     assert b"caf\xe9.png" in (place / "names.txt").read_bytes()
 
@@ -272,3 +278,138 @@ def test_a_shard_that_cannot_be_read_is_named(shards, tmp_path):
     (tmp_path / "2.tar").unlink()
     with pytest.raises(DgmrError, match=r"cannot read the shard pipe:cat .*2\.tar"):
         list(find_images(shards).sample(100, 0, to_tensor))
+
+
+def test_classes_of_folders_are_those_of_torchvision_and_side_files_are_not_listed(tmp_path):
+    for name in ("cat/images/0.png", "cat/1.png", "dog/a/b/2.png", "horse/3.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(Scene.draw(0, 1).image()).save(tmp_path / name)
+    reference = ImageFolder(str(tmp_path))
+    for name in (
+        "cat/._1.png",
+        "__MACOSX/cat/0.png",
+        ".ipynb_checkpoints/1-checkpoint.png",
+        "cat/@eaDir/1.png/THUMB.jpg",
+        ".DS_Store",
+        "Thumbs.db",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    images = Images.find(tmp_path)
+    assert images.other_files == 0 and images.deepest == "cat/images"
+    assert [(record.name, record.label) for record in images.records] == [
+        (name, reference.classes[label]) for name, label in reference.samples
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "file_format"),
+    [("a.gif", "GIF"), ("a.avif", "AVIF"), ("a.jfif", "JPEG"), ("a", "JPEG"), ("b", "WEBP"), ("c", "PNG")],
+)
+def test_formats_are_read_and_their_content_decides_without_an_extension(tmp_path, name, file_format):
+    ramp = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)[..., None].repeat(3, 2)
+    Image.fromarray(ramp).save(tmp_path / name, file_format)
+    (tmp_path / "Makefile").write_text("all:")
+    with tarfile.open(tmp_path / "images.tar", "w") as tar:
+        tar.add(tmp_path / name, name)
+    images = Images.find(tmp_path)
+    assert [record.name for record in images.records] == [str(tmp_path / name), f"{tmp_path / 'images.tar'}:{name}"]
+    assert images.others == {"no extension": 1}
+    for index in range(2):
+        assert np.abs(np.asarray(images.read(index)).astype(int) - ramp).mean() < 2
+
+
+def test_photos_are_turned_if_the_source_says_so(tmp_path):
+    scene = Scene.draw(0, 1).image()[:, :40]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by 90 degrees
+    Image.fromarray(scene).save(tmp_path / "a.png", exif=exif)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    for name in ("a.png", "a.tar"):
+        assert (np.asarray(Images.find(tmp_path / name).read(0)) == scene).all()
+        assert (np.asarray(Images.find(f"exif:{tmp_path / name}").read(0)) == np.rot90(scene, -1)).all()
+    stream = find_images(f"exif:pipe:cat {tmp_path / 'a.tar'}")
+    [(_, image)] = stream.read(stream.shard(0, 0), 0)
+    assert (np.asarray(image) == np.rot90(scene, -1)).all()
+
+
+def test_the_home_directory_is_expanded_in_paths_and_recipes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pics").mkdir()
+    for index in range(2):
+        Image.fromarray(Scene.draw(0, index).image()).save(tmp_path / "pics" / f"{index}.png")
+    assert len(Images.find("~/pics")) == len(Images.find("~/pics/{0..1}.png")) == 2
+    data = {"name": "r", "model": "demo", "images": "~/pics", "prune": {"mlp_ratio": 1}}
+    assert parse_recipe(data, tmp_path).paths == {"images": str(tmp_path / "pics")}
+
+
+def test_a_folder_that_cannot_be_listed_is_refused_by_name(folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as root, whom no permission stops
+    with pytest.raises(DgmrError, match=r"cannot list the folder .*sub: Permission denied\. Change its permissions"):
+        Images.find(folder)
+
+
+def test_members_of_tars_have_the_classes_of_their_folders_unless_there_are_labels(tmp_path):
+    def write(name, members, links=()):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member, data in members.items():
+                entry = tarfile.TarInfo(member)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+            for member, target in links:
+                entry = tarfile.TarInfo(member)
+                entry.type, entry.linkname = tarfile.LNKTYPE, target
+                tar.addfile(entry)
+        return [
+            (record.name.rpartition(":")[2], record.class_name()) for record in Images.find(tmp_path / name).records
+        ]
+
+    data = io.BytesIO()
+    Image.fromarray(Scene.draw(0, 1).image()).save(data, "png")
+    png = data.getvalue()
+    folders = write(
+        "a.tar", {"./train/cat/x/0.png": png, "./train/dog/1.png": png}, [("./train/dog/2.png", "./train/cat/x/0.png")]
+    )
+    assert folders == [("./train/cat/x/0.png", "cat"), ("./train/dog/1.png", "dog"), ("./train/dog/2.png", "dog")]
+    assert (np.asarray(Images.find(tmp_path / "a.tar").read(2)) == Scene.draw(0, 1).image()).all()
+    assert write("b.tar", {"k/0.png": png, "k/1.png": png}) == [("k/0.png", None), ("k/1.png", None)]
+    labeled = write("c.tar", {"x/0.png": png, "x/0.cls": b"7\n", "y/1.png": png})
+    assert labeled == [("x/0.png", "7"), ("y/1.png", None)]
+    sample = write("d.tar", {"0.jpg": png, "0.seg.png": png, "0.cls": b"1", "22.05.jpg": png, "22.05.cls": b"2"})
+    assert sample == [("0.jpg", "1"), ("22.05.jpg", "2")]
+
+
+def test_webdatasets_are_read_as_webdataset_reads_them(tmp_path):
+    scenes.write_classification(tmp_path / "set", 25, seed=4)
+    dataset = Shards(tmp_path / "set", "test", to_tensor)
+    reference = list(build_wds_dataset("x", to_tensor, "test", str(tmp_path / "set")))
+    assert len(dataset) == len(reference) == 25 and dataset.classes == list(CLASSNAMES)
+    for (image, label), (expected_image, expected_label) in zip(dataset, reference, strict=True):
+        assert torch.equal(image, expected_image) and label == expected_label
+    batches = [dataset.batched(10)[index] for index in range(3)]
+    assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([image for image, _ in reference]))
+    assert torch.cat([labels for _, labels in batches]).tolist() == [label for _, label in reference]
+
+
+def test_json_has_no_nan(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, -float("inf")], "c": (1, "x")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None], "c": [1, "x"]}
+
+
+def test_the_hash_of_a_source_follows_its_files_and_not_those_of_tools(folder):
+    source = f"{folder}/{{0,1,sub}}.png::{folder}/sub"
+    assert fingerprint(source) is None  # sub.png does not exist
+    source = f"{folder}/{{0,1}}.png::{folder}/sub"
+    before = fingerprint(source), fingerprint(str(folder))
+    (folder / "sub" / ".DS_Store").write_bytes(b"x")
+    assert (fingerprint(source), fingerprint(str(folder))) == before and before[0] != before[1]
+    (folder / "1.png").write_bytes(b"x")
+    assert fingerprint(source) != before[0] and fingerprint(str(folder)) != before[1]

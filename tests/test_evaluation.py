@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BIN, call_command, timm_tower
 from families import FAMILIES
+from inputs import labels
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -220,6 +222,26 @@ def test_clip_benchmarks_own_command_line_knows_our_models(demo, data, tmp_path)
             ["eval", "--model", "nowhere", "--pretrained", "none", *map(str, options)],
             lambda **_: open_model("nowhere"),
         )
+
+
+def test_with_few_classes_there_is_no_figure_that_is_not_a_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    labels.dataset(("0", "1", "2", "2"))(tmp_path)
+    ours = call_command("eval", "demo", "--dataset", "wds/x", "--root", "set", "-o", "out")
+    theirs = call_command(*shlex.split(labels.CLIP_BENCHMARK))
+    assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    files = (tmp_path / "out" / "demo-wds_x-zeroshot_classification.json", tmp_path / "out.json")
+    stored = [json.loads(file.read_text(), parse_constant=pytest.fail) for file in files]
+    assert stored[0] == stored[1] and stored[0]["pretrained"] == "none"
+    assert stored[0]["metrics"].keys() == {"acc1", "mean_per_class_recall"}
+
+
+def test_embeddings_that_are_not_finite_have_no_accuracy(demo, data, tmp_path):
+    broken = CLIPWithEncoder(demo.module, lambda images: torch.full((len(images), 128), torch.nan))
+    for root in ("classes", "captions"):
+        with pytest.raises(DgmrError, match="the encoder's outputs are not finite"):
+            run(demo, broken, data / root, tmp_path / "r.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_zoos_three_figures_are_means(tmp_path):

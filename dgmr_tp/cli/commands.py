@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
@@ -59,6 +59,7 @@ def run_command() -> None:
             stream.reconfigure(errors="dgmr_tp_ascii")
     try:
         with _show_log(), show_progress():
+            _refuse_empty(sys.argv[1:])
             app(_expand_home(sys.argv[1:]), standalone_mode=True)
     except Preempted as error:
         _exit(str(error), error.code)
@@ -96,6 +97,17 @@ def register_ascii_errors() -> None:
 def _exit(message: str, code: int) -> None:
     print(f"dgmr-tp: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise DgmrError if an argument is empty, as that of a shell variable that is not set."""
+    for place, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        if not argument.strip():
+            before = f" after {arguments[place - 1]}" if place else ""
+            raise DgmrError(f"the argument{before} is empty. Give a value; a shell variable that is not set is empty.")
+        if option.startswith("--") and equals and not value.strip():
+            raise DgmrError(f"{option} is empty. Give a value; a shell variable that is not set is empty.")
 
 
 def _expand_home(arguments: list[str]) -> list[str]:

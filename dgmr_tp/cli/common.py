@@ -92,8 +92,6 @@ def path_argument(*, help: str, kind: Literal["file", "directory", "any"]) -> An
 
 def _path_parser(kind: str) -> Callable[[str], Path]:
     def parse(text: str | Path) -> Path:
-        if not str(text).strip():
-            raise typer.BadParameter("the path is empty. Name a file or directory; an unset shell variable is empty.")
         found = Path(text)
         if found.exists() and kind != "any" and found.is_dir() != (kind == "directory"):
             raise typer.BadParameter(f"{text} is not a {kind}. Name a {kind}.")
@@ -159,6 +157,18 @@ SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices
 TrustOption = Annotated[
     bool, typer.Option("--trust-file", help="Open .pt and .pt2 files, which are code, whatever their origin.")
 ]
+TrustRecipeOption = Annotated[
+    bool,
+    typer.Option("--trust-recipe", help="Run the shell commands in the recipe (pipe: URLs), whatever their origin."),
+]
+
+
+def print_skipped(broken: Mapping[str, str], others: Mapping[str, int]) -> None:
+    """Print what reading a source of images skipped, and why."""
+    from dgmr_tp.data.images import describe_skipped
+
+    if line := describe_skipped(broken, others):
+        out.print(line, soft_wrap=True)
 
 
 def device() -> str:

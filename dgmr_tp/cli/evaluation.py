@@ -5,7 +5,6 @@ The library is imported inside the commands, so that ``--help`` does not load to
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from rich.table import Table
 
 from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, number_option, out, path_option
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import atomic_write, check_output, check_output_directory
+from dgmr_tp.utils.files import check_output, check_output_directory, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -48,16 +47,16 @@ def evaluate(
         list[str], typer.Argument(help="Model directories, open_clip:NAME, demo, or exported .onnx, .pt, .pt2 files.")
     ],
     dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of a data set, such as wds/NAME.")] = None,
-    root: Annotated[Path | None, path_option(help="Directory of the data set.", kind="directory")] = None,
-    knn_train: Annotated[
-        Path | None,
-        path_option(
-            help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls.", kind="any"
-        ),
+    root: Annotated[
+        Path | None, typer.Option(help="Directory of the data set. {dataset} in it stands for the data set's name.")
     ] = None,
-    knn_test: Annotated[Path | None, path_option(help="k-NN: labeled images to classify.", kind="any")] = None,
+    knn_train: Annotated[
+        str | None,
+        typer.Option(help="k-NN: labeled images, a directory with a subdirectory per class or tar files with .cls."),
+    ] = None,
+    knn_test: Annotated[str | None, typer.Option(help="k-NN: labeled images to classify.")] = None,
     head_test: Annotated[
-        Path | None, path_option(help="Linear classifier on the embeddings: labeled images to classify.", kind="any")
+        str | None, typer.Option(help="Linear classifier on the embeddings: labeled images to classify.")
     ] = None,
     head: Annotated[
         Path | None,
@@ -66,8 +65,7 @@ def evaluate(
         ),
     ] = None,
     head_train: Annotated[
-        Path | None,
-        path_option(help="Labeled images to fit the classifier to, with the first model's embeddings.", kind="any"),
+        str | None, typer.Option(help="Labeled images to fit the classifier to, with the first model's embeddings.")
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="dgmr-zoo: the three figures of DGMR's model zoo, next to the published ones.")
@@ -181,6 +179,7 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
     --pretrained is the weights of a NAME. For a file it is the model that the file came from; none uses its
     export.json.
     """
+    from dgmr_tp.encoders import is_library_name
     from dgmr_tp.evaluation.clip_benchmark_command import run_clip_benchmark
     from dgmr_tp.evaluation.loading import load_encoder
     from dgmr_tp.export.formats import is_exported_file
@@ -189,6 +188,10 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
         model_name: str, pretrained: str, cache_dir: str | None, device: str
     ) -> tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[str]], Tensor] | None]:
         given = any(argument.startswith("--pretrained") for argument in context.args)
+        if given and pretrained != "none" and not (is_library_name(model_name) or is_exported_file(model_name)):
+            raise DgmrError(
+                f"--pretrained {pretrained} is not used, because {model_name} has weights of its own. Leave it out."
+            )
         if is_exported_file(model_name):
             weights = {"text": pretrained if given and pretrained != "none" else None}
         else:
@@ -212,7 +215,7 @@ def compare(
         ),
     ],
     images: Annotated[
-        Path | None, path_option(help="Images like those in your index. Not allowed with .npy files.", kind="any")
+        str | None, typer.Option(help="Images like those in your index. Not allowed with .npy files.")
     ] = None,
     classes: Annotated[
         Path | None,
@@ -285,7 +288,7 @@ def compare(
             workers=workers,
         )
     out_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write(out_dir / "compatibility.json", json.dumps(result, indent=1) + "\n")
+    write_json(out_dir / "compatibility.json", result)
     page_data = {"found": result, "old": _label(old, []), "new": _label(new, [])}
     page = write_html(page_data, out_dir / "compatibility.html", "compare.html.j2")
     out.print(describe_compatibility(result))
@@ -293,6 +296,8 @@ def compare(
     for name, figures in result["ways"].items():
         table.add_row(name, *map(percent, figures.values()))
     out.print(table)
+    if result.get("skipped"):
+        out.print(result["skipped"])
     out.print(f"report: {page}")
 
 
@@ -307,9 +312,9 @@ class _Loading:
 def _evaluation_kind(
     dataset: str | None,
     root: Path | None,
-    knn_train: Path | None,
-    knn_test: Path | None,
-    head_test: Path | None,
+    knn_train: str | None,
+    knn_test: str | None,
+    head_test: str | None,
     suite: str | None,
     data_root: Path | None,
 ) -> Literal["dataset", "knn", "head", "suite"]:
@@ -354,7 +359,7 @@ def _evaluate_dataset(
 
 
 def _evaluate_knn(
-    loaded: LoadedEncoder, label: str, train_path: Path, test_path: Path, file: Path, loading: _Loading
+    loaded: LoadedEncoder, label: str, train_path: str | Path, test_path: str | Path, file: Path, loading: _Loading
 ) -> Metrics:
     """Return the k-NN accuracies, and write them."""
     from dgmr_tp.data.images import Images
@@ -366,7 +371,7 @@ def _evaluate_knn(
     return metrics
 
 
-def _choose_head(loaded: LoadedEncoder, train_path: Path | None, loading: _Loading) -> LinearHead | None:
+def _choose_head(loaded: LoadedEncoder, train_path: str | None, loading: _Loading) -> LinearHead | None:
     """Return a classifier that is fitted to the model, or None for the model's own."""
     from dgmr_tp.data.images import Images
     from dgmr_tp.evaluation.linear_head import check_classifier, fit_head
@@ -378,12 +383,12 @@ def _choose_head(loaded: LoadedEncoder, train_path: Path | None, loading: _Loadi
     train = Images.find(train_path)
     head = _run(partial(fit_head, train=train), loaded, loading)
     if is_main_process():
-        _report_broken_images(train)
+        _report_images(train)
     return head
 
 
 def _evaluate_head(
-    loaded: LoadedEncoder, label: str, head: LinearHead | None, test_path: Path, file: Path, loading: _Loading
+    loaded: LoadedEncoder, label: str, head: LinearHead | None, test_path: str, file: Path, loading: _Loading
 ) -> Metrics:
     """Return the accuracy of a linear classifier, and write it."""
     from dgmr_tp.data.images import Images
@@ -431,13 +436,19 @@ def _write_result(metrics: Metrics, label: str, task: str, file: Path, test: Ima
     if is_main_process():
         file.parent.mkdir(parents=True, exist_ok=True)
         result = result_json(str(test.source), label, task, metrics, language="")
-        result["images_left_out"] = _report_broken_images(test, *others)
-        atomic_write(file, json.dumps(result, indent=1) + "\n")
+        result["images_left_out"] = _report_images(test, *others)
+        write_json(file, result)
 
 
-def _report_broken_images(*sources: Images) -> int:
-    """Print the first image of each source that could not be decoded. Return the number of such images."""
+def _report_images(*sources: Images) -> int:
+    """Print how the classes of each source were read and what was skipped. Return the number of broken images."""
+    from dgmr_tp.data.images import describe_others
+
     for images in sources:
+        if images.notice:
+            out.print(images.notice, soft_wrap=True)
+        if images.others:
+            out.print(f"{images.source}: {describe_others(images.others)}", soft_wrap=True)
         if images.broken:
             name, error = next(iter(images.broken.items()))
             share = f"{len(images.broken)} of {len(images)} images of {images.source}"

@@ -21,6 +21,7 @@ from dgmr_tp.cli.common import (
     out,
     path_argument,
     path_option,
+    print_skipped,
 )
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.formats import FORMATS, LAYOUTS, OUTPUTS
@@ -151,7 +152,10 @@ def _example_images(model: OpenedModel, images: str | None) -> Tensor:
     if images is not None:
         from dgmr_tp.data.streams import find_images
 
-        return torch.cat(list(find_images(images).sample(NUM_EXAMPLES, 0, model.preprocess)))
+        source = find_images(images)
+        examples = torch.cat(list(source.sample(NUM_EXAMPLES, 0, model.preprocess)))
+        print_skipped(source.broken, source.others)
+        return examples
     from PIL import Image
 
     from dgmr_tp.data.scenes import Scene

@@ -20,6 +20,7 @@ from dgmr_tp.cli.common import (
     out,
     path_argument,
     path_option,
+    print_skipped,
     require_new,
 )
 from dgmr_tp.errors import DgmrError
@@ -103,7 +104,7 @@ def rank(
     out.print(table)
     out.print("neurons for 99 %: this many neurons explain 99 % of the variance of the MLP's output")
     out.print("sensitivity: relative error of the embedding per relative error of the MLP's output")
-    _print_skipped(calibration.broken, calibration.other_files)
+    print_skipped(calibration.broken, calibration.others)
     out.print(f"written: {file}")
 
 
@@ -158,7 +159,7 @@ def amp(
         out.print(
             f"entropy {result.entropy:.4f} nats; the search cost {forward_passes:,.0f} forward passes of an image"
         )
-        _print_skipped(calibration.broken, calibration.other_files)
+        print_skipped(calibration.broken, calibration.others)
 
 
 @app.command()
@@ -213,7 +214,7 @@ def plan(
     else:
         _print_plans(opened, budget or [], plans)
     if calibration:
-        _print_skipped(calibration.broken, calibration.other_files)
+        print_skipped(calibration.broken, calibration.others)
     if file:
         atomic_write(file, plans[0].to_json() + "\n")
 
@@ -393,17 +394,14 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
         table.add_row(*cells)
     out.print(table)
     if pruned.images:
-        _print_skipped(pruned.images.broken, pruned.images.other_files)
+        if pruned.images.notice:
+            out.print(pruned.images.notice, soft_wrap=True)
+        print_skipped(pruned.images.broken, pruned.images.others)
     before, after = parameters(dense.tower), parameters(pruned.model.tower)
     out.print(
         f"{dense.name}: {before / 1e6:.2f} M → {after / 1e6:.2f} M parameters ({after / before - 1:+.1%}) in "
         f"{directory}"
     )
-
-
-def _print_skipped(broken: dict[str, str], other_files: int) -> None:
-    if broken or other_files:
-        out.print(f"skipped {len(broken)} images that do not decode and {other_files} files that are not images")
 
 
 def _print_plan(model: OpenedModel, plan: Plan) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dgmr_tp.cli.common import out, path_argument, path_option, require_new
+from dgmr_tp.cli.common import TrustRecipeOption, out, path_argument, path_option, require_new
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import atomic_write, check_output_directory
 
@@ -40,6 +40,7 @@ def run(
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Check and show the recipe without weights, data or a GPU. Runs nothing.")
     ] = False,
+    trust_recipe: TrustRecipeOption = False,
 ) -> None:
     """Run a recipe: prune, recover, distill, evaluate, export, report. Resumes where it was stopped."""
     from dgmr_tp.pipeline.recipe import load_recipe
@@ -54,7 +55,7 @@ def run(
 
     parsed = load_recipe(recipe, overrides or ())
     check_output_directory(directory or Path("runs") / parsed.name)
-    this_run = Run(parsed, directory or Path("runs") / parsed.name, tuple(overrides or ()))
+    this_run = Run(parsed, directory or Path("runs") / parsed.name, tuple(overrides or ()), trusted=trust_recipe)
     with preemptible():
         this_run.run(redo=redo, until=until, say=out.print)
         _write_report(this_run)
@@ -120,13 +121,14 @@ def distill(
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,
+    trust_recipe: TrustRecipeOption = False,
 ) -> None:
     """Run the distillation of a run directory. The deepspeed launcher starts this command in every process.
 
     On a cluster: dgmr-tp run RECIPE --until recover, then deepspeed --hostfile HOSTS --no_local_rank --module dgmr_tp
     distill RUN_DIR, then dgmr-tp run RECIPE.
     """
-    _train(directory, "distill", size)
+    _train(directory, "distill", size, trust_recipe)
 
 
 @app.command("tune-text")
@@ -137,19 +139,20 @@ def tune_text(
     size: Annotated[
         str | None, typer.Option(help="In a launched process: only this size, such as mlp_ratio-1.")
     ] = None,
+    trust_recipe: TrustRecipeOption = False,
 ) -> None:
     """Tune the text towers of a run directory to their pruned vision towers. Launched like distill."""
-    _train(directory, "tune_text", size)
+    _train(directory, "tune_text", size, trust_recipe)
 
 
-def _train(directory: Path, stage: str, size: str | None) -> None:
+def _train(directory: Path, stage: str, size: str | None, trusted: bool) -> None:
     import torch
 
     from dgmr_tp.distillation.engine import stop_deepspeed
     from dgmr_tp.distillation.processes import end_with_parent, is_worker, preemptible
     from dgmr_tp.pipeline.run import Run
 
-    this_run = Run.open(directory)
+    this_run = Run.open(directory, trusted=trusted)
     if getattr(this_run.recipe, stage) is None:
         raise DgmrError(f"the recipe of {directory} has no section {stage}. Add one and run again.")
     if not is_worker():

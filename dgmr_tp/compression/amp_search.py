@@ -18,7 +18,7 @@ from dgmr_tp.pruning import Plan, SitePlan
 from dgmr_tp.pruning.amp import TEMPERATURE, Objective, SearchState, entropy, gate_scores, search_widths
 from dgmr_tp.utils.config import Config
 from dgmr_tp.utils.distributed import broadcast_from_main, is_main_process
-from dgmr_tp.utils.files import atomic_write, read_json
+from dgmr_tp.utils.files import atomic_write, read_json, to_json
 
 
 class SearchConfig(Config):
@@ -103,7 +103,7 @@ def search(
 
     def remember(state: SearchState) -> None:
         if journal and is_main_process():
-            atomic_write(journal, json.dumps({"request": request, "state": asdict(state)}))
+            atomic_write(journal, to_json({"request": request, "state": asdict(state)}))
 
     # Only the main process's disk may hold the journal.
     state = broadcast_from_main(lambda: _read_journal(journal, request))

@@ -5,7 +5,7 @@ Images are read and preprocessed once. Everything below the public entry points 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,12 @@ class CalibrationImages:
     """Preprocessed images in batches ``[batch, 3, height, width]``, and what reading them skipped."""
 
     batches: list[Tensor]
-    broken: dict[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
     """Name and error of every image that did not decode."""
-    other_files: int = 0
-    """Files in the source that are not images."""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Number of files in the source that are not images, by extension."""
+    notice: str | None = None
+    """One line on how the classes were read, if they were and folders are nested."""
 
     @classmethod
     def read(
@@ -38,8 +40,8 @@ class CalibrationImages:
         """Read images from a path or a URL with the model's preprocessing, or take batches as they are.
 
         Args:
-            images: a folder, a tar, a folder of tars, a URL of shards, or preprocessed batches
-                ``[batch, 3, height, width]``.
+            images: a folder, a tar, a folder of tars, a URL of shards (see
+                :class:`~dgmr_tp.utils.sources.Source`), or preprocessed batches ``[batch, 3, height, width]``.
             model: gives the preprocessing.
             count: number of images. Default: :data:`NUM_CALIBRATION_IMAGES` from a path (all, if it holds fewer), and
                 all batches.
@@ -52,7 +54,7 @@ class CalibrationImages:
         if isinstance(images, str | Path):
             source = find_images(images)
             sampled = list(source.sample(count or NUM_CALIBRATION_IMAGES, seed, model.preprocess))
-            return cls(sampled, dict(source.broken), source.other_files)
+            return cls(sampled, dict(source.broken), source.others)
         batches = [_check_batch(batch) for batch in images]
         if count is None:
             return cls(batches)

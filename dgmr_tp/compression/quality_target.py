@@ -15,7 +15,7 @@ from torch import Tensor
 from dgmr_tp.compression.calibration import NUM_CALIBRATION_IMAGES, CalibrationImages
 from dgmr_tp.compression.prune import Pruned, prune_by_plan
 from dgmr_tp.compression.rankings import Rankings, rank
-from dgmr_tp.data.images import Images
+from dgmr_tp.data.images import Images, check_classes
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import ImageEncoder
@@ -86,8 +86,8 @@ def prune_to_target(
         images: a folder, a tar or shards of images like those that are served.
         min_cosine: minimum mean cosine between the embeddings of the pruned and the dense model.
         max_drop: maximum drop of the accuracy of a k-NN classifier, as a fraction of all images. k is 20, and the
-            calibration images are the neighbors. It needs classes: subfolders, or ``.cls`` in tars. Give one of the
-            two.
+            calibration images are the neighbors. It needs two or more classes: subfolders, or ``.cls`` in tars. Give
+            one of the two.
         criterion, num_calibration_images, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
         held_out: number of held-out images.
         rankings: rankings made before; ``criterion`` is then theirs. If they were made on other images, or on
@@ -101,14 +101,17 @@ def prune_to_target(
     name, limit = _target(min_cosine, max_drop)
     if held_out < MIN_HELD_OUT_IMAGES:
         raise DgmrError(f"held_out = {held_out} is too small. Hold out at least {MIN_HELD_OUT_IMAGES} images.")
-    pixels, labels = Images.find(images).sample_labeled(num_calibration_images + held_out, seed, model.preprocess)
+    source = Images.find(images)
+    pixels, labels = source.sample_labeled(num_calibration_images + held_out, seed, model.preprocess)
     _check_images(images, len(pixels), num_calibration_images, held_out, rankings)
     if max_drop is not None and None in labels:
         raise DgmrError(
             f"max_drop compares accuracies, but not every image in {images} has a class. Give subfolders, or use "
             "min_cosine."
         )
-    calibration = CalibrationImages(list(pixels[:-held_out].split(64)))
+    if max_drop is not None:
+        check_classes(images, source.records, labels, at_least=2)
+    calibration = CalibrationImages(list(pixels[:-held_out].split(64)), source.broken, source.others, source.notice)
     held_out_batches = CalibrationImages(list(pixels[-held_out:].split(64)))
     rankings = rankings or rank(model, criterion, calibration)
     classes = torch.tensor(np.unique([str(label) for label in labels], return_inverse=True)[1])

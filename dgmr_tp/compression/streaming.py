@@ -22,7 +22,7 @@ from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, Site
 from dgmr_tp.pruning.pruner import resize
-from dgmr_tp.utils.files import atomic_write, check_output, check_room, read_json, staging_directory
+from dgmr_tp.utils.files import atomic_write, check_output, check_room, read_json, staging_directory, to_json
 from dgmr_tp.utils.modules import meta_copy
 from dgmr_tp.utils.progress import report_progress
 
@@ -76,7 +76,7 @@ def prune_streaming(
         journal = staging / JOURNAL
 
         def remember(plan: Plan) -> None:
-            atomic_write(journal, json.dumps({"request": request, "plan": plan.to_json()}))
+            atomic_write(journal, to_json({"request": request, "plan": plan.to_json()}))
 
         previous = _read_journal(journal, request)
         plan = make_plan(opened, criterion, seed=seed, previous=previous, on_decision=remember, **amount)

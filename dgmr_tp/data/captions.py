@@ -78,7 +78,7 @@ class CaptionedImages:
                 f"{path} has no image of the split {' or '.join(TRAINING_SPLITS)}. Use a file with a training split."
             )
         records = [Record(str(file), file, 0, file.stat().st_size) for file in files]
-        return cls(Images(Path(folder), records, 0), captions, len(training) - len(captioned))
+        return cls(Images(Path(folder), records), captions, len(training) - len(captioned))
 
     def __len__(self) -> int:
         return len(self.captions)

@@ -42,7 +42,8 @@ def embed_share(
         Embeddings, float32 ``[n, width]``, and the indices of their images, int64 ``[n]``.
 
     Raises:
-        DgmrError: there are fewer images than processes, or no image of the share can be read.
+        DgmrError: there are fewer images than processes, no image of the share can be read, or an embedding is not
+            finite.
     """
     rank, world = get_rank(), get_world_size()
     if len(images) < world:
@@ -65,7 +66,10 @@ def embed_share(
             f"none of the {len(share)} images of {images.source} in the share of process {rank} can be read. "
             "Check the files."
         )
-    return torch.cat(embeddings), torch.cat(indices)
+    result = torch.cat(embeddings)
+    if not result.isfinite().all():
+        raise DgmrError("the encoder's outputs are not finite. Check its weights, or run it in float32.")
+    return result, torch.cat(indices)
 
 
 _Item = tuple[Tensor | None, int, dict[str, str]]

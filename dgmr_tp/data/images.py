@@ -7,10 +7,12 @@ images are counted. Images that do not decode are skipped and recorded. This mod
 
 from __future__ import annotations
 
-import io
+import posixpath
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dgmr_tp.data.decoding import EXTENSIONS, NUM_FIRST_BYTES, decode_image, is_image
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.utils.files import list_files
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
-"""Extensions of image files."""
+from dgmr_tp.utils.files import is_side_file, list_files
+from dgmr_tp.utils.sources import Source
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,18 @@ class Record:
     file: Path
     offset: int
     length: int
-    label: str | tuple[int, int] | None = None
-    """Its class: the name of its folder, or offset and length of its ``.cls`` in the tar."""
+    label: str | None = None
+    """Its class: the content of its ``.cls`` in the tar, or the name of its folder."""
+    has_cls: bool = False
+    """True if it has a ``.cls``."""
     text: tuple[int, int] | None = None
     """Offset and length of its ``.txt`` in the tar."""
+    upright: bool = False
+    """Turn it as its EXIF orientation says."""
 
     def class_name(self) -> str | None:
-        """Return its class, or None if it has none."""
-        if isinstance(self.label, tuple):
-            return self._read_bytes(*self.label).decode(errors="replace").strip()
-        return self.label
+        """Return its class, or None if it has none. A class that is only white space is none."""
+        return self.label or None
 
     def captions(self) -> list[str]:
         """Return the lines of its ``.txt``: the tar member, or the file of the same name next to the image.
@@ -57,7 +60,9 @@ class Record:
             if self.text is not None:
                 lines = self._read_bytes(*self.text).decode()
             else:
-                lines = text_file.read_text("utf-8") if self.file.suffix != ".tar" and text_file.exists() else ""
+                lines = (
+                    text_file.read_text("utf-8") if self.file.suffix.lower() != ".tar" and text_file.exists() else ""
+                )
         except UnicodeDecodeError as error:
             raise DgmrError(f"the captions of {self.name} are not UTF-8: {error}. Convert their .txt.") from error
         return [line.strip() for line in lines.splitlines() if line.strip()]
@@ -68,29 +73,12 @@ class Record:
         Raises:
             OSError: or another of pillow's errors, if the image is damaged.
         """
-        return decode_image(self._read_bytes(self.offset, self.length))
+        return decode_image(self._read_bytes(self.offset, self.length), self.upright)
 
     def _read_bytes(self, offset: int, length: int) -> bytes:
         with self.file.open("rb") as stream:
             stream.seek(offset)
             return stream.read(length)
-
-
-def decode_image(data: bytes) -> Any:
-    """Decode an image to an RGB PIL image.
-
-    Raises:
-        OSError: or another of pillow's errors, if the image is damaged.
-        ValueError: its pixel values have no known range.
-    """
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode.startswith("I;16"):  # pillow would clip at 255
-            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"its values, pillow's mode {image.mode}, have no known range")
-        return image.convert("RGB")
 
 
 def stack_batches(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
@@ -104,59 +92,77 @@ def stack_batches(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]
 class Images:
     """All images below a folder, or in a tar or a folder of tars, in the order of their names."""
 
-    source: Path
+    source: str | Path
     records: Sequence[Record]
-    other_files: int
-    """Number of files that are not images. Members of tars are not counted."""
+    others: Mapping[str, int] = field(default_factory=dict)
+    """Number of files that are not images, by extension. Members of tars are not counted."""
+    deepest: str | None = None
+    """A folder with images below the first level, which gives the classes. None if there is none."""
     broken: dict[str, str] = field(default_factory=dict)
     """Name and error of every image that did not decode so far."""
 
     @classmethod
     def find(cls, source: str | Path) -> Images:
-        """List the images of ``source``.
+        """List the images of ``source``: a path, or several by braces; see :class:`~dgmr_tp.utils.sources.Source`.
+
+        The class of an image is the first folder below the given folder, as in torchvision, or its ``.cls`` in a tar.
+        In tars without a ``.cls`` it is the first folder that differs between the images. Hidden files and those that
+        tools leave are not listed.
 
         Raises:
-            DgmrError: it does not exist, contains no image, or a tar is damaged.
+            DgmrError: it does not exist, contains no image, a folder cannot be listed, or a tar is damaged.
         """
-        source = Path(source)
-        if not source.exists():
-            raise DgmrError(
-                f"{source} does not exist. Give a folder of images, a .tar of images, or a folder of .tar shards."
-            )
+        parsed = Source.parse(source)
+        _check_local(parsed)
         records: list[Record] = []
-        other_files = 0
-        for path in list_files(source):
-            if path.suffix == ".tar":
-                records += _tar_records(path)
-            elif path.suffix.lower() in EXTENSIONS:
-                label = None if path.parent in (source, path) else path.parent.name
-                records.append(Record(str(path), path, 0, path.stat().st_size, label))
-            else:
-                other_files += 1
+        members: list[tuple[Record, tuple[str, ...]]] = []
+        others: Counter[str] = Counter()
+        deepest = None
+        for root in map(Path, parsed.parts):
+            for path in list_files(root):
+                if path.suffix.lower() == ".tar":
+                    members += _tar_records(path, parsed.upright, others)
+                elif is_image(path.name, partial(_first_bytes, path)):
+                    folders = path.relative_to(root).parts[:-1]
+                    label = folders[0] if folders else None
+                    deepest = "/".join(folders) if len(folders) > 1 and not deepest else deepest
+                    records.append(Record(str(path), path, 0, _size(path), label, upright=parsed.upright))
+                else:
+                    others[path.suffix.lower() or "no extension"] += 1
+        records = sorted([*records, *_classes_from_folders(members)], key=lambda record: record.file)
         if not records:
+            kinds = f": {_kinds(others)}" if others else ""
             raise DgmrError(
-                f"{source} contains no image ({other_files} other files). Image files end in {', '.join(EXTENSIONS)}; "
-                "shards of images end in .tar."
+                f"{source} contains no image ({sum(others.values())} other files){kinds}. Image files end in "
+                f"{', '.join(EXTENSIONS)}; shards of images end in .tar."
             )
-        return cls(source, records, other_files)
+        return cls(source, records, others, deepest)
+
+    @property
+    def other_files(self) -> int:
+        """Number of files that are not images."""
+        return sum(self.others.values())
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def classes(self) -> list[str]:
+    def classes(self, at_least: int = 1) -> list[str]:
         """Return the class of each image.
 
         Raises:
-            DgmrError: an image has no class.
+            DgmrError: an image has no class, or there are fewer than ``at_least`` classes.
         """
         names = [record.class_name() for record in self.records]
-        if None in names:
-            unlabeled = self.records[names.index(None)].name
-            raise DgmrError(
-                f"{unlabeled} has no class. Put each class in a separate folder, or give tars with .cls next to the "
-                "images."
-            )
+        check_classes(self.source, self.records, names, at_least)
         return [str(name) for name in names]
+
+    @property
+    def notice(self) -> str | None:
+        """One line on a layout in which folders are nested; None if there is none."""
+        if self.deepest is None:
+            return None
+        count = len({record.label for record in self.records if record.label})
+        return f"{self.source}: the first level of folders gives {count} classes, not the levels below ({self.deepest})"
 
     def split(self, count: int, seed: int) -> tuple[Images, Images]:
         """Return ``count`` images, drawn by ``seed``, and all others."""
@@ -210,10 +216,88 @@ class Images:
             )
 
 
-def _tar_records(path: Path) -> list[Record]:
+def check_classes(
+    source: str | Path, records: Sequence[Record], names: Sequence[str | None], at_least: int = 1
+) -> None:
+    """Check the classes of images before an accuracy is computed.
+
+    Args:
+        source: the images' source.
+        records: the images.
+        names: the class of each image.
+        at_least: minimum number of different classes.
+
+    Raises:
+        DgmrError: an image has no class, or there are too few classes.
+    """
+    if None in names:
+        unlabeled = records[names.index(None)]
+        reason = ": its .cls is empty" if unlabeled.has_cls else ""
+        raise DgmrError(
+            f"{unlabeled.name} has no class{reason}. Put each class in a separate folder, or give tars with .cls next "
+            "to the images."
+        )
+    if len(set(names)) < at_least:
+        raise DgmrError(
+            f"all {len(names)} images of {source} have one class, {names[0]}, and an accuracy needs at least "
+            f"{at_least}. Give the folder whose subfolders are the classes."
+        )
+
+
+def describe_others(others: Mapping[str, int]) -> str:
+    """Return the number of files that are not images, such as ``4 other files: .json 3, .heic 1``."""
+    return f"{sum(others.values())} other files: {_kinds(others)}"
+
+
+def _kinds(others: Mapping[str, int]) -> str:
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(others).most_common(5))
+
+
+def describe_skipped(broken: Mapping[str, str], others: Mapping[str, int]) -> str | None:
+    """Return lines on what reading a source skipped, and why; None if nothing was."""
+    if not broken and not others:
+        return None
+    lines = [f"skipped {len(broken)} images that do not decode and {sum(others.values())} files that are not images"]
+    if broken:
+        name, error = next(iter(broken.items()))
+        lines.append(f"  the first image: {name}: {error}")
+    if others:
+        lines.append(f"  {describe_others(others)}")
+    return "\n".join(lines)
+
+
+def _check_local(source: Source) -> None:
+    if source.is_url:
+        raise DgmrError(
+            f"{source.text} is a URL of shards, which are read from front to back. This needs random access: give a "
+            "folder of images, a .tar, or a folder of .tar shards on disk."
+        )
+    if missing := source.missing:
+        raise DgmrError(
+            f"{missing[0]} does not exist. Give a folder of images, a .tar of images, or a folder of .tar shards."
+        )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # a link to a missing file is an image that cannot be read
+        return 0
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(NUM_FIRST_BYTES)
+    except OSError:
+        return b""
+
+
+def _tar_records(path: Path, upright: bool, others: Counter[str]) -> list[tuple[Record, tuple[str, ...]]]:
+    """Return the images of a tar, and the folders of each in it. Symbolic links are counted in ``others``."""
     try:
         with tarfile.open(path, "r:") as tar:  # uncompressed, so that members can be read by their offset
-            members = [member for member in tar if member.isfile()]
+            members = [member for member in tar if not member.isdir()]
             # tarfile takes a damaged header for the end of the archive. The real end is a block of zeros.
             if not _is_zero_block(path, tar.offset):
                 raise tarfile.ReadError(f"it breaks off after {len(members)} files, at byte {tar.offset}")
@@ -221,14 +305,65 @@ def _tar_records(path: Path) -> list[Record]:
         raise DgmrError(
             f"cannot read the shard {path}: {error}. It must be an uncompressed tar; remove it or fetch it again."
         ) from error
-    metadata = {str(Path(m.name)): (m.offset_data, m.size) for m in members if m.name.endswith((".cls", ".txt"))}
-    records = []
+    regular = {member.name: member for member in members if member.isfile()}
+    places: dict[str, tuple[int, int]] = {}
+    names: dict[str, str] = {}
     for member in members:
-        name = Path(member.name)
-        if name.suffix.lower() in EXTENSIONS:
-            label, text = (metadata.get(str(name.with_suffix(suffix))) for suffix in (".cls", ".txt"))
-            records.append(Record(f"{path}:{member.name}", path, member.offset_data, member.size, label, text))
+        name = posixpath.normpath(member.name.lstrip("/"))
+        if any(map(is_side_file, name.split("/"))):
+            continue
+        target = regular.get(member.linkname if member.islnk() else member.name)  # a hard link is stored once
+        if target is None:
+            others["link in a tar"] += 1
+            continue
+        places[name], names[name] = (target.offset_data, target.size), member.name
+    records = []
+    with path.open("rb") as stream:
+
+        def read(place: tuple[int, int], limit: int | None = None) -> bytes:
+            stream.seek(place[0])
+            return stream.read(place[1] if limit is None else min(place[1], limit))
+
+        images = [name for name, place in places.items() if is_image(name, partial(read, place, NUM_FIRST_BYTES))]
+        for name in _main_images(images, places):
+            stem = posixpath.splitext(name)[0]
+            label = places.get(f"{stem}.cls")
+            record = Record(
+                f"{path}:{names[name]}",
+                path,
+                *places[name],
+                label=None if label is None else read(label).decode(errors="replace").strip(),
+                has_cls=label is not None,
+                text=places.get(f"{stem}.txt"),
+                upright=upright,
+            )
+            records.append((record, tuple(name.split("/")[:-1])))
     return records
+
+
+def _main_images(images: Sequence[str], places: Mapping[str, Any]) -> list[str]:
+    """Leave out images such as ``7.seg.png``, which belong to a webdataset sample with a main image, ``7.jpg``."""
+    stems = {name: posixpath.splitext(name)[0] for name in images}
+    samples = set(stems.values())
+
+    def is_main(name: str) -> bool:
+        folder, _, base = stems[name].rpartition("/")
+        sample = posixpath.join(folder, base.partition(".")[0])
+        if sample == stems[name] or sample not in samples:
+            return True
+        return any(f"{stems[name]}{suffix}" in places for suffix in (".cls", ".txt", ".json"))
+
+    return [name for name in images if is_main(name)]
+
+
+def _classes_from_folders(members: list[tuple[Record, tuple[str, ...]]]) -> list[Record]:
+    """Take the classes from the folders in the tars if no image has a ``.cls``. Folders that all share say nothing."""
+    if not members or any(record.has_cls for record, _ in members):
+        return [record for record, _ in members]
+    paths = [folders for _, folders in members]
+    differs = [a != b for a, b in zip(min(paths), max(paths), strict=False)]
+    shared = differs.index(True) if True in differs else len(differs)
+    return [replace(record, label=folders[shared]) if len(folders) > shared else record for record, folders in members]
 
 
 def _is_zero_block(path: Path, offset: int) -> bool:

@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dgmr_tp.data.images import EXTENSIONS, Images, decode_image, stack_batches
+from dgmr_tp.data.decoding import EXTENSIONS, decode_image
+from dgmr_tp.data.images import Images, stack_batches
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.sources import Source, is_url
 
 SHUFFLE_BUFFER = 1000
 """Samples in the shuffle buffer, from which the next one is drawn. The order inside a shard is not random."""
-
-
-def is_url(source: str | Path) -> bool:
-    """Return whether webdataset opens ``source``: ``https://host/{000..099}.tar`` or ``pipe:aws s3 cp s3://… -``."""
-    return str(source).startswith("pipe:") or "://" in str(source)
 
 
 def find_images(source: str | Path) -> Images | Stream:
@@ -41,10 +38,12 @@ class Stream:
     """
 
     def __init__(self, source: str) -> None:
+        parsed = Source.parse(source)
         self.source = source
-        self.shards = require("webdataset", "distill").shardlists.expand_urls(source)
+        self.shards = list(parsed.parts)
+        self.upright = parsed.upright
         self.broken: dict[str, str] = {}
-        self.other_files = 0
+        self.others: dict[str, int] = {}
 
     def shard(self, position: int, seed: int) -> str:
         """Return the shard at ``position`` of an endless order, in which each epoch is another permutation."""
@@ -65,7 +64,7 @@ class Stream:
             samples = dataset.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=random.Random(seed))
             for name, data in _encoded_images(shard, samples):
                 try:
-                    image = decode_image(data)
+                    image = decode_image(data, self.upright)
                 except Exception as error:  # pillow and its codecs raise many exception classes for damaged files
                     self.broken[name] = str(error) or type(error).__name__
                     continue

@@ -19,7 +19,7 @@ from torch import OutOfMemoryError, Tensor, distributed
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_dict, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import atomic_write, sha256, to_json
 
 MANIFEST = "manifest.json"
 """Written last, after every process has written its files: the :class:`Checkpoint` with the SHA-256 of each file."""
@@ -73,7 +73,7 @@ def save(
     files = _checksums(folder)
     with report_write_errors(folder):
         if is_main_process():
-            atomic_write(folder / MANIFEST, json.dumps(asdict(checkpoint) | {"files": files}))
+            atomic_write(folder / MANIFEST, to_json(asdict(checkpoint) | {"files": files}))
         distributed.barrier()
     if is_main_process():
         complete = sorted(path.parent for path in directory.glob(f"step*/{MANIFEST}"))

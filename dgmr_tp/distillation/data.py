@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from dgmr_tp.data.images import EXTENSIONS, Images
+from dgmr_tp.data.decoding import EXTENSIONS
+from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.processes import ignore_sigterm_until
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank
 
 SampleKey = tuple[int, int]
@@ -204,7 +205,7 @@ def _load(crops: Dataset, workers: int, **batching: Any) -> Generator[Sample]:
     try:
         yield from loader
     except DgmrError as error:  # a worker's error has its traceback before the message
-        raise DgmrError(str(error).strip().splitlines()[-1].removeprefix("dgmr_tp.errors.DgmrError: ")) from None
+        raise DgmrError(first_line(error)) from None
     finally:
         finished.set()
 

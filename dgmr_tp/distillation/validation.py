@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import atomic_write, read_json, sha256
+from dgmr_tp.utils.files import atomic_write, read_json, sha256, to_json
 from dgmr_tp.utils.knn import predict_classes
 
 NUM_NEIGHBORS = 20
@@ -68,7 +67,7 @@ class HeldOutSet:
             raise DgmrError(
                 f"none of the {len(images)} held-out images can be read. Repair them, or hold out more images."
             )
-        too_few = None in names or len(images) < MIN_IMAGES_PER_CLASS * len(set(names))
+        too_few = None in names or len(set(names)) < 2 or len(images) < MIN_IMAGES_PER_CLASS * len(set(names))
         self.classes = None if too_few else numbers[self.decoded]
         self.teacher_embeddings = self._embed_all(embed)
 
@@ -143,7 +142,7 @@ class BestWeights:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, self._file(step))
                 entry = {"score": score, "step": step, "sha256": sha256(self._file(step))}
-                atomic_write(self.manifest, json.dumps(entry))
+                atomic_write(self.manifest, to_json(entry))
                 for other in self.directory.glob(self._file("*").name):
                     if other != self._file(step):
                         other.unlink()

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dgmr_tp.data.labels import CLASSNAMES_FILE, TEMPLATES_FILE, read_class_names, read_prompts
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.utils.lazy_imports import require
 
-CLASSNAMES_FILE = "classnames.txt"
-TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 
 
@@ -28,7 +27,8 @@ def class_embeddings(model: OpenedModel, classes: Path) -> Tensor:
             ``zeroshot_classification_templates.txt`` in the same directory, if it exists.
 
     Raises:
-        DgmrError: the file cannot be read, it names fewer than two classes, or the model has no text tower.
+        DgmrError: the file cannot be read, it names fewer than two classes, a name is empty, a prompt is wrong, or the
+            model has no text tower.
     """
     if classes.suffix == ".pt":
         return read_class_embeddings(classes)
@@ -37,9 +37,8 @@ def class_embeddings(model: OpenedModel, classes: Path) -> Tensor:
             f"{model.name} has no text tower for the classes of {classes}. Use a CLIP, or saved class embeddings (.pt)."
         )
     names_path = classes / CLASSNAMES_FILE if classes.is_dir() else classes
-    names, templates = _read_names(names_path, names_path.with_name(TEMPLATES_FILE))
-    if len(names) < 2:
-        raise DgmrError(f"{names_path} names {len(names)} classes. Give at least two, one per line.")
+    names, templates_path = read_class_names(names_path, numbered=False), names_path.with_name(TEMPLATES_FILE)
+    templates = read_prompts(templates_path) if templates_path.exists() else DEFAULT_TEMPLATES
     metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
     device = next(model.text.parameters()).device.type
     model.module.eval()  # some text towers have dropout
@@ -52,19 +51,17 @@ def read_class_embeddings(path: Path) -> Tensor:
     """Read class embeddings, float32 ``[width, classes]``, that clip_benchmark's ``--save_clf`` stored.
 
     Raises:
-        DgmrError: the file cannot be read.
+        DgmrError: the file cannot be read, or has another content.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True).float()
+        embeddings = torch.load(path, map_location="cpu", weights_only=True).float()
     except Exception as error:  # pickle and torch raise many kinds
-        raise DgmrError(f"cannot read the class embeddings {path}: {first_line(error)}") from error
-
-
-def _read_names(names_path: Path, templates_path: Path) -> tuple[list[str], list[str]]:
-    """Return the class names and the prompt templates, or the default template."""
-    try:
-        names = [line.strip() for line in names_path.read_text("utf-8").splitlines() if line.strip()]
-        lines = templates_path.read_text("utf-8").splitlines() if templates_path.exists() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise DgmrError(f"cannot read the class names {names_path}: {first_line(error)}") from error
-    return names, [line for line in lines if "{c}" in line] or DEFAULT_TEMPLATES
+        raise DgmrError(
+            f"cannot read the class embeddings {path}: {first_line(error)}. Give a file that --save-classifier wrote."
+        ) from error
+    if embeddings.ndim != 2 or embeddings.shape[1] < 2 or not embeddings.isfinite().all():
+        raise DgmrError(
+            f"{path} is not the class embeddings of two or more classes: its shape is {list(embeddings.shape)}, or a "
+            "number in it is not finite. Give a file that --save-classifier wrote."
+        )
+    return embeddings

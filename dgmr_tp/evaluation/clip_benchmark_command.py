@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.evaluation.checked_metrics import checked_metrics
 from dgmr_tp.evaluation.linear_probe import linear_probe
 from dgmr_tp.utils.lazy_imports import require
 
@@ -26,7 +27,9 @@ Loader = Callable[..., tuple[nn.Module, Callable[[Any], Tensor], Callable[[list[
 
 
 def run_clip_benchmark(arguments: Sequence[str], load: Loader) -> None:
-    """Run clip_benchmark's command line with the given arguments. ``--model_type`` defaults to ``dgmr_tp``.
+    """Run clip_benchmark's command line with the given arguments.
+
+    ``--model_type`` defaults to ``dgmr_tp``. ``--pretrained`` then defaults to ``none``.
 
     Args:
         arguments: arguments of the command, such as ``["eval", "--model", "demo", …]``.
@@ -40,11 +43,13 @@ def run_clip_benchmark(arguments: Sequence[str], load: Loader) -> None:
     names_type = any(argument.partition("=")[0] == "--model_type" for argument in arguments)
     if command[1:2] == ["eval"] and not names_type:
         command += ["--model_type", MODEL_TYPE]
-    with _registered(load), patch.object(sys, "argv", command):
+        if not any(argument.startswith("--pretrained") for argument in arguments):
+            command += ["--pretrained", "none"]  # clip_benchmark would report its default, which is not used
+    with _registered(load), checked_metrics("the data set"), patch.object(sys, "argv", command):
         try:
             cli.main()
-        except DgmrError:
-            raise
+        except DgmrError as error:  # a worker's error has its traceback before the message
+            raise DgmrError(first_line(error)) from error
         except Exception as error:
             raise DgmrError(f"clip_benchmark: {type(error).__name__}: {first_line(error)}") from error
 

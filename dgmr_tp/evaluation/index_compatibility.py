@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dgmr_tp.data.embeddings import embed_share
-from dgmr_tp.data.images import Images
+from dgmr_tp.data.images import Images, describe_skipped
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.lazy_imports import require
@@ -192,7 +192,8 @@ def compare_encoders(
 
     Returns:
         The result of :func:`compare_embeddings`, in which the ``worst`` images have a ``name`` and a ``thumbnail`` (a
-        data URI) instead of a row. ``left_out`` is the number of images that could not be decoded.
+        data URI) instead of a row. ``left_out`` is the number of images that could not be decoded, and ``skipped``
+        lines on everything that was skipped, or None.
 
     Raises:
         DgmrError: there are no images, or as :func:`compare_embeddings`.
@@ -206,7 +207,7 @@ def compare_encoders(
     result = compare_embeddings(
         old_rows.cpu(), new_rows.cpu(), classifier=classifier, queries=queries, thresholds=thresholds, seed=seed
     )
-    result["left_out"] = len(sample.broken)
+    result["left_out"], result["skipped"] = len(sample.broken), describe_skipped(sample.broken, sample.others)
     for worst in result["worst"]:
         record = sample.records[int(places[worst.pop("row")])]
         worst |= {"name": record.name, "thumbnail": _thumbnail(record.read())}

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dgmr_tp.data.embeddings import embed_share
-from dgmr_tp.data.images import Images
+from dgmr_tp.data.images import Images, check_classes
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, all_reduce_sum
@@ -57,22 +57,35 @@ def knn_accuracy(
         ``{"knn@10": …, "knn@20": …, …}`` as fractions. A k above the number of training images is left out.
 
     Raises:
-        DgmrError: an image has no class, or a test class does not occur in training.
+        DgmrError: an image has no class, a test class does not occur in training, the training images that decode have
+            one class or are fewer than ten, or an embedding is not finite.
     """
     train_classes, test_classes = train.classes(), test.classes()
-    names = sorted({*train_classes, *test_classes})
+    _check_training_classes(train, train_classes, test, test_classes)
+    names = sorted(set(train_classes))
     number = {name: i for i, name in enumerate(names)}
     options: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers}
     share = embed_share(embed, preprocess, train, title="training images", **options)
     bank, places = (all_gather_rows(part.to(device)) for part in share)
-    labels = torch.tensor([number[train_classes[place]] for place in places.tolist()], device=bank.device)
-    if missing := set(test_classes) - {names[i] for i in labels.unique().tolist()}:
+    _check_training_classes(train, [train_classes[place] for place in places.tolist()], test, test_classes)
+    if len(bank) < min(NEIGHBORS):
         raise DgmrError(
-            f"{test.source} has the class {min(missing)!r}, which is missing in {train.source}. Give both the same "
-            "classes."
+            f"{train.source} has {len(bank)} images that decode, and {min(NEIGHBORS)} neighbors are the fewest that "
+            "vote. Give more training images."
         )
+    labels = torch.tensor([number[train_classes[place]] for place in places.tolist()], device=bank.device)
     queries, places = embed_share(embed, preprocess, test, title="test images", **options)
     answers = torch.tensor([number[test_classes[place]] for place in places.tolist()], device=bank.device)
     correct = (predict_classes(bank, labels, queries, NEIGHBORS) == answers).sum(1)
     counts = all_reduce_sum(torch.cat([correct, correct.new_tensor([len(queries)])]).double())
     return {f"knn@{k}": float(counts[i] / counts[-1]) for i, k in enumerate(NEIGHBORS) if k <= len(bank)}
+
+
+def _check_training_classes(train: Images, train_classes: list[str], test: Images, test_classes: list[str]) -> None:
+    """Raise DgmrError if a test class does not occur in training, or if there is a single class to choose from."""
+    if missing := set(test_classes) - set(train_classes):
+        raise DgmrError(
+            f"{test.source} has the class {min(missing)!r}, which is missing in {train.source}. Give both the same "
+            "classes."
+        )
+    check_classes(train.source, train.records, train_classes, at_least=2)

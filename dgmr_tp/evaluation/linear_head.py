@@ -73,7 +73,7 @@ def read_head(path: Path) -> LinearHead:
     except Exception as error:  # unpickling and safetensors raise many kinds for damaged files
         problem = first_line(error)
     raise DgmrError(
-        f"{path} is not a linear head: {problem}. Give a file with weight [classes, width] and bias [classes]."
+        f"{path} is not a linear head: {problem}. Give a file with weight [classes, width] and bias [classes]"
     )
 
 
@@ -90,7 +90,7 @@ def fit_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images, *
         DgmrError: an image has no class, all images that can be decoded have the same class, or an embedding is not
             finite.
     """
-    classes = train.classes()
+    classes = train.classes(at_least=2)
     share = embed_share(embed, preprocess, train, title="training images", **options)
     embeddings, places = (all_gather_rows(part.to(options["device"])).cpu() for part in share)
     labels = [classes[place] for place in places.tolist()]
@@ -99,7 +99,6 @@ def fit_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images, *
             f"the images of {train.source} that can be decoded have one class, {labels[0]}. Give images of two or "
             "more classes."
         )
-    _check_finite(embeddings)
     try:
         regression = fit_logistic_regression(F.normalize(embeddings, dim=-1).numpy(), labels).best_estimator_
     except ValueError as error:  # too few images to choose the regularization on a fifth of them
@@ -133,7 +132,8 @@ def head_accuracy(
     classes = test.classes()
     embeddings, places = embed_share(embed, preprocess, test, title="test images", **options)
     logits = embeddings if head is None else _apply_head(head, embeddings)
-    _check_finite(logits)
+    if logits.shape[1] < 2:
+        raise DgmrError("the classifier has one output, and an accuracy needs at least two. Use another classifier.")
     number = _class_numbers(test, classes, logits.shape[1], head)
     answers = torch.tensor([number[classes[place]] for place in places.tolist()], device=logits.device)
     ranks = (logits >= logits.gather(1, answers[:, None])).sum(1) - 1
@@ -163,11 +163,6 @@ def _apply_head(head: LinearHead, embeddings: Tensor) -> Tensor:
     return F.linear(features, head.weight.to(embeddings.device), head.bias.to(embeddings.device))
 
 
-def _check_finite(values: Tensor) -> None:
-    if not values.isfinite().all():
-        raise DgmrError("the encoder's outputs are not finite. Check its weights, or run it in float32.")
-
-
 def _class_numbers(test: Images, classes: list[str], outputs: int, head: LinearHead | None) -> dict[str, int]:
     """Return the logit of each class: by the head's names, by the numbers in ``.cls``, or in the order of the names."""
     names = sorted(set(classes))
@@ -179,7 +174,7 @@ def _class_numbers(test: Images, classes: list[str], outputs: int, head: LinearH
             )
         return {name: row for row, name in enumerate(head.classes)}
     pairs = zip(test.records, classes, strict=True)
-    if all(isinstance(record.label, tuple) and name.isdecimal() for record, name in pairs):
+    if all(record.has_cls and name.isdecimal() for record, name in pairs):
         number = {name: int(name) for name in names}
         fits = max(number.values()) < outputs
     else:

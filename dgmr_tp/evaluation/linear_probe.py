@@ -38,10 +38,12 @@ def linear_probe(
         ``{"lp_acc1_sklearn": …}`` as a fraction. The name differs from clip_benchmark's because the method does.
 
     Raises:
-        DgmrError: a class has fewer training images than ``fewshot_k``.
+        DgmrError: there is one class, or a class has fewer training images than ``fewshot_k``.
     """
     train_features, train_labels = (part.numpy() for part in image_features(model, train, normalize=normalize))
     test_features, test_labels = (part.numpy() for part in image_features(model, test, normalize=normalize))
+    if len(np.unique(train_labels)) < 2:
+        raise DgmrError("the training images have one class. Give images of two or more classes.")
     rows = np.random.default_rng(0).permutation(len(train_labels))
     if fewshot_k > 0:
         rows = np.concatenate([rows[train_labels[rows] == label][:fewshot_k] for label in np.unique(train_labels)])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import tempfile
@@ -23,13 +22,17 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 
+from dgmr_tp.data.labels import check_class_names
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.evaluation.checked_metrics import checked_metrics
+from dgmr_tp.evaluation.class_embeddings import read_class_embeddings
 from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
+from dgmr_tp.evaluation.shards import KINDS, dataset_kind
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
-from dgmr_tp.utils.files import atomic_write
+from dgmr_tp.utils.files import atomic_write, to_json
 from dgmr_tp.utils.lazy_imports import require
 
 RECALLS = (1, 5, 10)
@@ -89,6 +92,18 @@ def split_over_processes(encode_image: Callable[[Tensor], Tensor]) -> Callable[[
     return encode
 
 
+def require_finite(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function with the same result that raises DgmrError if an embedding is not finite."""
+
+    def encode(images: Tensor) -> Tensor:
+        embeddings = encode_image(images)
+        if not embeddings.isfinite().all():
+            raise DgmrError("the encoder's outputs are not finite. Check its weights, or run it in float32.")
+        return embeddings
+
+    return encode
+
+
 def evaluate(
     model: nn.Module,
     preprocess: Callable[[Any], Tensor],
@@ -135,36 +150,36 @@ def evaluate(
             set cannot be read, or a linear probe on a GPU was started by torchrun.
     """
     require("clip_benchmark", "eval")
-    root = Path(root)
-    if not root.is_dir():
-        raise DgmrError(f"the data set directory {root} does not exist. Check --root, or the root in the recipe.")
+    root = find_root(dataset, root)
     task = default_task(dataset, root) if task == "auto" else task
     device = _device_of(model)
     _check_request(name, model, tokenizer, task, load_classifiers, device)
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist. Check the path.")
+    encode: Any = model.encode_image
     if distributed.is_initialized():
-        model = CLIPWithEncoder(model, split_over_processes(model.encode_image))
-    output.parent.mkdir(parents=True, exist_ok=True)
+        encode = split_over_processes(encode)
+    model = CLIPWithEncoder(model, require_finite(encode))
     data = _DatasetLoader(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
     try:
-        with _progress_on_terminal_only():
+        with _progress_on_terminal_only(), checked_metrics(f"{dataset} in {root}"):
             torch.manual_seed(SEED)
             model.eval()
             if task == "linear_probe":
-                metrics = _linear_probe(model, data, device, output.parent)
+                metrics = _linear_probe(model, data, device)
             else:
                 save = save_classifier if is_main_process() else None
                 metrics = _zero_shot(model, tokenizer, data, device, save, load_classifiers)
-    except DgmrError:
-        raise
+    except DgmrError as error:  # a worker's error has its traceback before the message
+        raise DgmrError(first_line(error)) from error
     except Exception as error:  # data sets and loaders of clip_benchmark raise many kinds
         raise DgmrError(
             f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if is_main_process():
-        atomic_write(output, json.dumps(result_json(dataset, name, task, metrics)))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(output, to_json(result_json(dataset, name, task, metrics)))
     return metrics
 
 
@@ -182,16 +197,28 @@ def result_json(
     }
 
 
-def default_task(dataset: str, root: Path) -> str:
+def find_root(dataset: str, root: str | Path) -> Path:
+    """Return the directory of a data set. ``{dataset}`` in it stands for the name, as in clip_benchmark.
+
+    Raises:
+        DgmrError: it does not exist.
+    """
+    name = dataset.removeprefix("wds/")
+    filled = str(root).replace("{dataset}", name).replace("{dataset_cleaned}", name.replace("/", "-"))
+    for path in (Path(root).expanduser(), Path(filled).expanduser()):
+        if path.is_dir():
+            return path
+    raise DgmrError(f"the data set directory {root} does not exist. Check --root, or the root in the recipe.")
+
+
+def default_task(dataset: str, root: str | Path) -> str:
     """Return the default task of a data set.
 
     A webdataset directory states it in ``dataset_type.txt``. For other data sets clip_benchmark knows it.
     """
     if not dataset.startswith("wds/"):
         return require("clip_benchmark.datasets.builder", "eval").get_dataset_default_task(dataset)
-    kind = root / "dataset_type.txt"
-    retrieval = kind.exists() and kind.read_text("utf-8").strip() == "retrieval"
-    return "zeroshot_retrieval" if retrieval else "zeroshot_classification"
+    return KINDS[dataset_kind(find_root(dataset, root))]
 
 
 def tabulate(files: Iterable[Path], table: Path) -> None:
@@ -287,6 +314,11 @@ def _zero_shot(
     dataset, loader = data.test_loader()
     options = {"device": device, "amp": False}
     if data.task == "zeroshot_retrieval":
+        if hasattr(dataset, "__len__") and len(dataset) < max(RECALLS):
+            raise DgmrError(
+                f"{data.dataset} in {data.root} has {len(dataset)} images, and recall@{max(RECALLS)} needs at least "
+                f"{max(RECALLS)}. Give more images."
+            )
         metric = require("clip_benchmark.metrics.zeroshot_retrieval", "eval")
         return metric.evaluate(model, loader, tokenizer, recall_k_list=list(RECALLS), **options)
     if data.task == "image_caption_selection":
@@ -298,6 +330,13 @@ def _zero_shot(
             f"{data.dataset} in {data.root} has no class names or no prompts for zero-shot classification. "
             "Give custom class names and prompts, or choose another task."
         )
+    check_class_names(classes, f"{data.dataset} in {data.root}")
+    for path in load_classifiers:
+        if (columns := read_class_embeddings(path).shape[1]) != len(classes):
+            raise DgmrError(
+                f"{path} has the embeddings of {columns} classes, but {data.dataset} in {data.root} has "
+                f"{len(classes)}. Use class embeddings of this data set."
+            )
     metric = require("clip_benchmark.metrics.zeroshot_classification", "eval")
     return metric.evaluate(
         model,
@@ -311,7 +350,7 @@ def _zero_shot(
     )
 
 
-def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: Path) -> dict[str, float]:
+def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str) -> dict[str, float]:
     """Return clip_benchmark's metrics of a linear probe on a GPU, or those of our own on a CPU.
 
     On a GPU we compute the features and store them where clip_benchmark looks for features of an earlier run. It would
@@ -323,7 +362,7 @@ def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: 
         return linear_probe(model, train, test)
     metric = require("clip_benchmark.metrics.linear_probe", "eval")
     model_id = "model"
-    with tempfile.TemporaryDirectory(dir=scratch, prefix=".features-") as features_root:
+    with tempfile.TemporaryDirectory() as features_root:
         (Path(features_root) / model_id).mkdir()
         for split, batches in (("train", train), ("test", test)):
             features, labels = image_features(model, batches, device=device)

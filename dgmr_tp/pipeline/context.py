@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dgmr_tp.data.images import Images
-from dgmr_tp.data.streams import Stream, find_images, is_url
+from dgmr_tp.data.streams import Stream, find_images
 from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.pipeline.recipe import GENERATED, Recipe, is_generated
 from dgmr_tp.pipeline.run_directory import RunDirectory, fingerprint
 from dgmr_tp.pruning import Plan
+from dgmr_tp.utils.sources import is_url
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.stages.base import Stage
@@ -28,10 +29,14 @@ class RunContext:
         recipe: the recipe.
         run_directory: manifests and folders of the run.
         stages: the registry of stages, in their order.
+        trusted: the user trusts the shell commands in the recipe.
     """
 
-    def __init__(self, recipe: Recipe, run_directory: RunDirectory, stages: Sequence[Stage]) -> None:
+    def __init__(
+        self, recipe: Recipe, run_directory: RunDirectory, stages: Sequence[Stage], trusted: bool = False
+    ) -> None:
         self.recipe = recipe
+        self.trusted = trusted
         self.run_directory = run_directory
         self.stages = stages
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dgmr_tp.data.streams import is_url
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.context import RunContext
 from dgmr_tp.pipeline.recipe import Recipe, is_generated
 from dgmr_tp.utils.config import data_paths
+from dgmr_tp.utils.sources import Source, is_url
 
 
 def run_preflight(context: RunContext) -> None:
@@ -35,4 +35,18 @@ def run_preflight(context: RunContext) -> None:
 def path_status(recipe: Recipe) -> dict[str, bool]:
     """Return whether each path that the recipe reads exists, by key. URLs and generated data sets are left out."""
     local = {key: path for key, path in recipe.paths.items() if not is_generated(path) and not is_url(path)}
-    return {key: Path(path).exists() for key, path in local.items()}
+    return {key: not Source.parse(path).missing for key, path in local.items()}
+
+
+def check_trust(context: RunContext) -> None:
+    """Check that the user trusts the shell commands in the recipe, if it contains any.
+
+    Raises:
+        DgmrError: names the key and the command.
+    """
+    for key, path in context.recipe.paths.items():
+        if Source.parse(path).runs_command and not context.trusted:
+            raise DgmrError(
+                f"{key}: {path} runs a shell command on this machine. Read it, and give --trust-recipe if you trust "
+                "the recipe."
+            )

@@ -70,8 +70,9 @@ class Recipe(Config):
     """Seed of all random choices."""
     model: ModelSection
     scenes: ScenesSection | None = None
-    images: Annotated[str, DataPath()]
-    """Unlabeled images: a folder, a tar, a folder of tars, a URL of shards, or ``scenes:images``."""
+    images: Annotated[str, DataPath(urls=True)]
+    """Unlabeled images: a folder, a tar, a folder of tars, a URL of shards, or ``scenes:images``. A ``pipe:`` URL runs
+    a shell command and needs ``--trust-recipe``."""
     prune: PruneSection
     recover: RecoverConfig | None = None
     distill: DistillConfig | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -13,12 +12,12 @@ from typing import Any
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.context import RunContext
-from dgmr_tp.pipeline.preflight import run_preflight
+from dgmr_tp.pipeline.preflight import check_trust, run_preflight
 from dgmr_tp.pipeline.recipe import Recipe, parse_recipe
 from dgmr_tp.pipeline.run_directory import RunDirectory, Step
 from dgmr_tp.pipeline.stages import STAGE_NAMES, STAGES
 from dgmr_tp.pipeline.stages.training import TrainingStage
-from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory, read_json
+from dgmr_tp.utils.files import LOCK_NAME, atomic_write, lock_directory, read_json, write_json
 
 RECIPE = "recipe.json"
 """The resolved recipe, in the run directory."""
@@ -33,16 +32,19 @@ class Run:
         recipe: the recipe.
         directory: the run directory; made at the first start.
         overrides: the ``--set`` options that are part of ``recipe``, to be recorded.
+        trusted: the user trusts the shell commands in the recipe, ``pipe:`` URLs.
 
     Raises:
         DgmrError: the directory exists but is not a run directory.
     """
 
-    def __init__(self, recipe: Recipe, directory: str | Path, overrides: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, recipe: Recipe, directory: str | Path, overrides: tuple[str, ...] = (), *, trusted: bool = False
+    ) -> None:
         self.recipe = recipe
         self.overrides = overrides
         self.run_directory = RunDirectory(directory)
-        self.context = RunContext(recipe, self.run_directory, STAGES)
+        self.context = RunContext(recipe, self.run_directory, STAGES, trusted)
         path = self.run_directory.path
         is_new = not path.exists() or all(file.name == LOCK_NAME for file in path.iterdir())
         if not is_new and not (path / RECIPE).exists():
@@ -51,13 +53,13 @@ class Run:
             )
 
     @classmethod
-    def open(cls, directory: str | Path) -> Run:
+    def open(cls, directory: str | Path, *, trusted: bool = False) -> Run:
         """Open the run that was started in ``directory``."""
         path = Path(directory) / RECIPE
         if not path.exists():
             raise DgmrError(f"{directory} is not a run directory: it has no {RECIPE}. Name one made by dgmr-tp run.")
         content = read_json(path, dict, remedy="Start the run again with its recipe.")
-        return cls(parse_recipe(content, path), directory)
+        return cls(parse_recipe(content, path), directory, trusted=trusted)
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -79,13 +81,14 @@ class Run:
             say: receives one line per step.
 
         Raises:
-            DgmrError: another run works here, a preflight check fails, a finished step was made from something else, or
-                the error of a step.
+            DgmrError: another run works here, a preflight check fails, the recipe runs a shell command that is not
+                trusted, a finished step was made from something else, or the error of a step.
         """
         for name in (redo, until):
             if name is not None and name not in STAGE_NAMES:
                 raise DgmrError(f"unknown stage {name!r}. Use one of {', '.join(STAGE_NAMES)}.")
         run_preflight(self.context)
+        check_trust(self.context)
         root = self.run_directory.path
         with lock_directory(root, "dgmr-tp run is working"):
             dropped = STAGE_NAMES[STAGE_NAMES.index(redo) :] if redo else ()
@@ -95,7 +98,7 @@ class Run:
             for stage in dropped:
                 shutil.rmtree(root / stage, ignore_errors=True)
             atomic_write(root / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")
-            atomic_write(root / OVERRIDES, json.dumps(list(self.overrides), indent=1) + "\n")
+            write_json(root / OVERRIDES, list(self.overrides))
             last = STAGE_NAMES.index(until) if until else len(STAGE_NAMES)
             for step in self.steps:
                 if STAGE_NAMES.index(step.stage) <= last:
@@ -114,9 +117,10 @@ class Run:
         """Run one launched process of a training stage. Rank 0 leaves the model and its figures.
 
         Raises:
-            DgmrError: the recipe has no such training, a step that it reads is not finished, or it was started from
-                something else.
+            DgmrError: the recipe runs a shell command that is not trusted, it has no such training, a step that it
+                reads is not finished, or it was started from something else.
         """
+        check_trust(self.context)
         stage = next(stage for stage in STAGES if stage.name == name)
         assert isinstance(stage, TrainingStage)
         step = next((step for step in self.steps if step.key == f"{name}/{size}"), None)

@@ -21,15 +21,17 @@ from typing import Any
 from dgmr_tp.distillation.checkpoints import MANIFEST as CHECKPOINT_MANIFEST
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import (
-    atomic_write,
     list_files,
     read_json,
     sha256,
     staging_path,
     sync,
     sync_tree,
+    to_json,
     write_errors,
+    write_json,
 )
+from dgmr_tp.utils.sources import Source
 
 PACKAGES = (
     "dgmr-tp",
@@ -135,7 +137,7 @@ class RunDirectory:
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
         if not request.exists():
-            atomic_write(request, json.dumps(made_from, indent=1) + "\n")
+            write_json(request, made_from)
         return staging
 
     def run_step(self, step: Step) -> None:
@@ -145,8 +147,7 @@ class RunDirectory:
         if not manifest.exists():  # otherwise only the rest of this method is left to do
             with write_errors(self.folder(step.key)):
                 figures = step.work(staging)
-            content = {"made_from": self._made_from(step), "figures": figures}
-            atomic_write(manifest, json.dumps(content, indent=1) + "\n")
+            write_json(manifest, {"made_from": self._made_from(step), "figures": figures})
         sync_tree(staging)
         shutil.rmtree(staging / "checkpoints", ignore_errors=True)
         shutil.rmtree(self.folder(step.key), ignore_errors=True)  # a folder without its manifest
@@ -158,7 +159,7 @@ class RunDirectory:
         manifests = {key: self.folder(key) / MANIFEST for key in step.inputs}
         inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
         made_from = {"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}
-        return json.loads(json.dumps(made_from))
+        return json.loads(to_json(made_from))
 
 
 def _read_json_or_none(path: Path) -> Any:
@@ -181,11 +182,12 @@ def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def fingerprint(source: str) -> str | None:
-    """Return a hash of the names and sizes of all files at a local path; None if there is no such path."""
-    path = Path(source.removeprefix("local-dir:"))
-    if not path.exists():
+    """Return a hash of the names and sizes of all files at a source; None if it is not on disk."""
+    parsed = Source.parse(source.removeprefix("local-dir:"))
+    if parsed.is_url or parsed.missing:
         return None
-    return digest([(str(file.relative_to(path)), file.stat().st_size) for file in list_files(path)])
+    files = [(str(file.relative_to(part)), file) for part in parsed.parts for file in list_files(Path(part))]
+    return digest([(name, file.stat().st_size if file.exists() else 0) for name, file in files])
 
 
 def digest(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.cost import Cost
 from dgmr_tp.pruning.sites import Site
+from dgmr_tp.utils.files import to_json
 
 PLAN_FORMAT = 1
 """Version of the JSON format."""
@@ -49,7 +50,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Return the plan as JSON, indented by one space."""
-        return json.dumps({"format": PLAN_FORMAT, **asdict(self)}, indent=1)
+        return to_json({"format": PLAN_FORMAT, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

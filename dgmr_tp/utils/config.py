@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationInfo, field_validator
 from pydantic_core import CoreSchema, core_schema
 
+from dgmr_tp.utils.sources import is_url
+
 
 class Config(BaseModel):
     """An immutable configuration section. Attribute docstrings describe the keys.
@@ -27,7 +29,7 @@ class Config(BaseModel):
             return value  # a section checks its own values
         values = _scalars(value)
         if any(isinstance(item, str) and not item.strip() for item in values):
-            raise ValueError("an empty text is not allowed")
+            raise ValueError("the value is empty; give one, or leave the key out")
         if any(isinstance(item, bool) for item in values) and _mentions(annotation, _is_number):
             raise ValueError("true and false are not numbers")
         if isinstance(value, list) and (repeated := [item for item in value if value.count(item) > 1]):
@@ -85,14 +87,21 @@ class DataPath:
 
     Args:
         kind: ``file`` or ``directory`` if it must be one of them; ``any`` otherwise.
+        urls: accept URLs of shards too.
     """
 
-    def __init__(self, kind: Literal["file", "directory", "any"] = "any") -> None:
+    def __init__(self, kind: Literal["file", "directory", "any"] = "any", *, urls: bool = False) -> None:
         self.kind = kind
+        self.urls = urls
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        expand: Callable[[Any], Any] = expand_home
-        return core_schema.no_info_after_validator_function(expand, handler(source))
+        check: Callable[[str | None], str | None] = self._check
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+    def _check(self, path: str | None) -> str | None:
+        if path and not self.urls and is_url(path):
+            raise ValueError("a URL of shards is not read here; give files on disk")
+        return expand_home(path)
 
 
 class KeyedPath(NamedTuple):

@@ -7,18 +7,18 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.utils.interrupts import output_open
@@ -35,6 +35,8 @@ REMEDIES = {
 }
 """What to do about an error of writing, by number."""
 V = TypeVar("V")
+SIDE_FILES = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db", "desktop.ini"})
+"""Files and folders that file managers, archivers and network disks leave next to the data."""
 
 
 class DirectoryLocked(DgmrError):
@@ -127,12 +129,13 @@ def write_errors(path: Path) -> Iterator[None]:
     """Turn the errors of writing ``path`` in the context into a DgmrError that names it."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # each library has its own class
         cause = error
         if match := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors
             cause = OSError(int(match[1]), os.strerror(int(match[1])))
         is_torch_writer = "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-        if not isinstance(cause, OSError) and not isinstance(error, SafetensorError) and not is_torch_writer:
+        is_safetensors = type(error).__name__ == "SafetensorError"  # that library is not imported for every command
+        if not (isinstance(cause, OSError) or is_safetensors or is_torch_writer):
             raise
         number = cause.errno if isinstance(cause, OSError) else None
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else first_line(error)
@@ -293,18 +296,62 @@ def read_json(path: Path, parse: Callable[[Any], V] = lambda content: content, *
         raise DgmrError(f"{path} is damaged: {type(error).__name__}: {first_line(error)}. {remedy}") from error
 
 
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return the JSON text of a value. Numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    atomic_write(path, to_json(value, indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_side_file(name: str) -> bool:
+    """Return whether a file or folder of this name belongs to a tool and not to the data: hidden, or a known name."""
+    return name.startswith(".") or name in SIDE_FILES
+
+
 def list_files(source: Path) -> list[Path]:
-    """Return all files below a directory, sorted, following links to directories. A file is returned as itself."""
+    """Return all files below a directory, sorted, following links to directories. A file is returned as itself.
+
+    Files of tools (:func:`is_side_file`) are left out. A link whose target is missing is a file that cannot be read.
+
+    Raises:
+        DgmrError: a directory cannot be listed.
+    """
     if not source.is_dir():
         return [source]
     files, visited = [], set()
-    for folder, subfolders, names in os.walk(source, followlinks=True):
+    for folder, subfolders, names in os.walk(source, followlinks=True, onerror=_refuse_folder):
         if (real := os.path.realpath(folder)) in visited:  # a link to a parent directory
             subfolders.clear()
             continue
         visited.add(real)
-        files += [Path(folder, name) for name in names]
-    return sorted(path for path in files if path.is_file())
+        subfolders[:] = [name for name in subfolders if not is_side_file(name)]
+        files += [Path(folder, name) for name in names if not is_side_file(name)]
+    return sorted(path for path in files if _is_file_or_dangling_link(path))
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise DgmrError(
+        f"cannot list the folder {error.filename}: {error.strerror}. Change its permissions, or move it elsewhere."
+    ) from error
+
+
+def _is_file_or_dangling_link(path: Path) -> bool:
+    try:
+        return path.is_file() or (path.is_symlink() and not path.exists())
+    except PermissionError as error:  # a folder that can be listed, but not entered
+        _refuse_folder(PermissionError(error.errno, error.strerror, str(path.parent)))
+        raise
 
 
 def sha256(path: Path) -> str:

@@ -55,8 +55,8 @@ CASES = [
     Case("--budget twice", "plan --budget params=0.9 --budget params=0.90", says="--budget params=0.9 is given more"),
     Case("--budget without a number", "plan --budget params", says="--budget params is not NAME=NUMBER"),
     Case("--budget with spaces", "plan --budget 'params=0.8, flops=0.8'", code=0, says="transformer.resblocks.5.mlp"),
-    Case("an empty path", "prune -o out --plan ''", says="Invalid value for '--plan': the path is empty"),
-    Case("an empty output", "prune -o ''", says="the path is empty"),
+    Case("an empty path", "prune -o out --plan ''", says="the argument after --plan is empty"),
+    Case("an empty output", "prune -o ''", says="the argument after -o is empty"),
     Case("a directory as a plan", "prune -o out --plan .", says="Invalid value for '--plan': . is not a file"),
     Case("a directory as rankings", "plan --rankings .", says="Invalid value for '--rankings': . is not a file"),
     Case(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dgmr_tp.data.streams import is_url
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step, digest, package_versions
 from dgmr_tp.pipeline.stages.base import require_adapter
 from dgmr_tp.pipeline.stages.training import TrainingStage
+from dgmr_tp.utils.sources import is_url
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext

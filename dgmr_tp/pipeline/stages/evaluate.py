@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.config import Config
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import sha256, write_json
 from dgmr_tp.utils.lazy_imports import require_installed
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def _measure_model(context: RunContext, model: OpenedModel, folder: Path, label:
         )
         own["head"] = _with_skipped(figures, test)
     for name, figures in own.items():
-        atomic_write(folder / f"{label}-{name}.json", json.dumps(figures, indent=1) + "\n")
+        write_json(folder / f"{label}-{name}.json", figures)
     titles = {"knn": KNN_TITLE, "head": HEAD_TITLE}
     return {**{titles[name]: figures for name, figures in own.items()}, **metrics}
 

@@ -51,4 +51,4 @@ def _recover(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     pruned.module.cpu()
     pruned.save(folder / "model", plan, final=context.run_directory.folder(f"recover/{size}") / "model")
     sites = [row._asdict() for row in table]
-    return {"sites": sites, "broken_images": images.broken, "other_files": images.other_files}
+    return {"sites": sites, "broken_images": dict(images.broken), "other_files": sum(images.others.values())}

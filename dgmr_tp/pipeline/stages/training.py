@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from abc import abstractmethod
 from functools import partial
@@ -16,7 +15,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
-from dgmr_tp.utils.files import atomic_write, read_json, sha256
+from dgmr_tp.utils.files import read_json, sha256, write_json
 from dgmr_tp.utils.lazy_imports import require_installed
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ class TrainingStage(Stage):
         context.release_dense()  # the memory belongs to the training
         if not (folder / FIGURES).exists():
             arguments = [self.command, str(context.run_directory.path), "--size", size]
+            arguments += ["--trust-recipe"] if context.trusted else []
             launch(arguments, config.processes, config.batch_size, folder / STOP_FILE, config.hostfile)
         if not (folder / FIGURES).exists():
             raise DgmrError("the deepspeed launcher was killed. Run again to resume from the last checkpoint.")
@@ -97,7 +97,7 @@ class TrainingStage(Stage):
             model.save(
                 folder / "model", context.plan(step.size), final=context.run_directory.folder(step.key) / "model"
             )
-            atomic_write(folder / FIGURES, json.dumps(figures, indent=1) + "\n")
+            write_json(folder / FIGURES, figures)
 
 
 def _check_hosts(key: str, hostfile: str) -> None:
