@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import call_command, pictures, redraw, timm_tower
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from pydantic import ValidationError
 from tokenizers import Tokenizer
@@ -27,6 +28,7 @@ from dgmr_tp.cli import models
 from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.export import onnx_file
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.export.export_tower import ExportTower
@@ -135,6 +137,41 @@ def test_a_runtime_opens_the_files_as_export_json_says(exported):
     assert sizes[1] < 0.8 * sizes[0]
 
 
+def check_half_precision(path, inputs, expected):
+    """Check a float16 file by the standard: its checker, and its reference implementation in true half precision."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    [outputs] = ReferenceEvaluator(model).run(["embedding"], {model.graph.input[0].name: inputs.numpy()})
+    assert worst(torch.from_numpy(outputs), expected) < 1e-2
+
+
+def test_float16_files_follow_the_standard(exported):
+    tower, folder, _ = exported
+    with torch.no_grad():
+        check_half_precision(folder / "model.fp16.onnx", pictures(2), tower(pictures(2)))
+
+
+def test_a_float16_file_that_overflows_fails(tmp_path):
+    """One neuron is out of float16's range. In float32, the tower computes the same as without the change."""
+    tower = redraw(timm_tower())
+    with torch.no_grad():
+        expected = tower(pictures(2))
+        mlp = tower.blocks[1].mlp
+        mlp.fc1.weight[7] *= 1e5
+        mlp.fc1.bias[7] *= 1e5
+        mlp.fc2.weight[:, 7] /= 1e5
+        assert worst(tower(pictures(2)), expected) < 0.1
+    report = bundle(export_tower(tower), tmp_path, formats=["onnx-fp16"])
+    assert re.fullmatch(
+        r"its node \S+ \((MatMul|Add|Gemm)\) exceeds float16's range of 65504", failures(report)["model.fp16.onnx"]
+    )
+    assert names(tmp_path) == ["export.json", "model.fp16.onnx.failed"]
+    model = onnx.load(tmp_path / "model.fp16.onnx.failed")
+    with np.errstate(all="ignore"):
+        [outputs] = ReferenceEvaluator(model).run(None, {"image": pictures(2).numpy()})
+    assert not np.isfinite(outputs).all()
+
+
 def test_embeddings_of_length_one(exported, tmp_path):
     tower = exported[0]
     report = bundle(export_tower(tower, normalized=True), tmp_path, formats=["onnx"])
@@ -161,6 +198,9 @@ def test_a_text_tower(tmp_path):
         expected = demo.module.eval().encode_text(texts)
     assert worst(open_exported(tmp_path / "text.onnx")(texts), expected) < 1e-4 < worst(expected.flip(0), expected)
     assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
+    onnx_file.to_float16(tmp_path / "text.onnx", tmp_path / "text.fp16.onnx")
+    check_half_precision(tmp_path / "text.fp16.onnx", texts, expected)
+    assert onnx_file.find_overflow(tmp_path / "text.fp16.onnx", texts) is None, "the mask's infinities are allowed"
     opened = torch.jit.load(str(tmp_path / "text.pt"))
     assert not any("visual" in name for name, _ in opened.named_parameters()), (
         "the text tower's file has no vision tower"
