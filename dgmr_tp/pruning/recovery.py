@@ -22,6 +22,7 @@ residual stream (EVA-CLIP-E, SwinV2), the first target cannot be computed, and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -45,6 +46,11 @@ from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT_INTERVAL = 10
 """One image in this many is held out of the fit and decides whether the refit is used."""
+MIN_HELD_OUT_TOKENS = 10
+"""Minimum number of held-out tokens that judge a refit.
+
+If the held-out images have fewer of the tokens that the head reads, all tokens judge.
+"""
 INTERPOLATION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights between the two regression targets (0: dense MLP output, 1: residual stream).
 
@@ -133,7 +139,8 @@ def recover(
         One entry per pruned site inside the blocks, in the order of the blocks.
 
     Raises:
-        DgmrError: there are fewer than ten images, the damping is negative, or the activations are not finite.
+        DgmrError: there are fewer than ten images, the damping is negative, the activations are not finite, or the
+            held-out images do not differ.
     """
     if damping < 0:
         raise DgmrError(f"damping = {damping} is negative. Give 0 or more.")
@@ -158,7 +165,10 @@ def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor]
         consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
         weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
         widest = max((consumer.in_features for consumer in consumers), default=0)
-        if fewer_tokens_than_neurons(weight, num_images, widest):
+        num_held_out = num_images // HELD_OUT_INTERVAL
+        if fewer_tokens_than_neurons(weight, num_images, widest) or fewer_tokens_than_neurons(
+            weight, num_held_out, MIN_HELD_OUT_TOKENS
+        ):
             weight = token_weights(pruned, state_after, last=False)
         for index, state in enumerate(dense_states):  # in place, because the states of all images are large
             dense_states[index] = dense_block(state)
@@ -285,6 +295,11 @@ def _refit_layer(
         error = validation.relative_error(scale * new_weight.double(), scaled_bias)
         candidates.append((error, new_weight, new_bias))
     cut_error = validation.relative_error(weight, bias)
+    if not math.isfinite(cut_error):
+        raise DgmrError(
+            f"the dense model's output at {name} is the same for all held-out calibration images, so the recovery "
+            "cannot be judged. Give different images."
+        )
     recovered_error, new_weight, new_bias = min(candidates, key=lambda candidate: candidate[0])
     improved = recovered_error < cut_error
     if improved:
