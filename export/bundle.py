@@ -36,6 +36,7 @@ def export_bundle(
     tolerance: Mapping[str, float] | None = None,
     dense: Path | None = None,
     latency_batches: Sequence[int] = (1, 8),
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the towers' files, verify each in its own process, and record the results in ``export.json``.
 
@@ -52,6 +53,7 @@ def export_bundle(
             int8 0.2 (a cosine of 0.98).
         dense: directory with an earlier export of the unpruned model. Its files are timed in turn with the new ones.
         latency_batches: batch sizes to time.
+        notes: sentences for readers of the files, stored in ``export.json``.
 
     Returns:
         The content of ``export.json``: model, preprocessing, opset, threads and versions; per tower the names, shapes
@@ -89,6 +91,7 @@ def export_bundle(
         "format": 2,
         "model": model,
         "preprocess": dict(preprocess),
+        "notes": list(notes),
         "towers": described,
         "opset": onnx_file.OPSET,
         "threads": torch.get_num_threads(),

@@ -13,9 +13,11 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnxruntime
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import call_command, pictures, redraw, timm_tower
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
@@ -327,7 +329,6 @@ def test_files_that_no_runtime_can_open_are_one_sentence(exported, tmp_path):
 
 @pytest.mark.slow
 def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     demo = open_model("demo")
     picture = Image.fromarray(Scene.draw(0, 1).image()).resize((90, 71))
     images = torch.stack([demo.preprocess(picture), demo.preprocess(picture.rotate(90))])
@@ -343,9 +344,26 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
     assert session.run(["text_embeds"], {"input_ids": demo.tokenizer(["a", "b"]).numpy()})[0].shape == (2, 128)
     with pytest.raises(DgmrError, match="cannot resize by 'longest'"):
-        image_processor({**demo.preprocess_config, "resize_mode": "longest"}, 64)
+        image_processor({**demo.preprocess_config, "resize_mode": "longest"}, (64, 64))
     with pytest.raises(DgmrError, match="unknown layout 'core'"):
         export_model(demo, images, tmp_path, **{**options, "layout": "core"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("squash", {"height": 64, "width": 32}), ("shortest", {"shortest_edge": 64})]
+)
+def test_a_processor_of_images_that_are_not_square(mode, expected):
+    """The reference is open_clip's own preprocessing."""
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": mode}
+    config = image_processor(preprocess, (64, 32))
+    assert config["size"] == expected and config["crop_size"] == {"height": 64, "width": 32}
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=(64, 32), **preprocess), is_train=False
+    )
+    picture = Image.fromarray(Scene.draw(0, 1).image()).resize((90, 71))
+    del config["image_processor_type"]
+    pixels = transformers.CLIPImageProcessor(**config)(images=picture, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 32) and (pixels[0] - transform(picture)).abs().max() < 0.05
 
 
 @pytest.mark.slow

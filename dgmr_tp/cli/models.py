@@ -80,8 +80,8 @@ def export(
             dense_dir, dense_model = Path(scratch), open_model(dense, dense_pretrained)
             if dense_model.image_size != opened.image_size:
                 raise DgmrError(
-                    f"{dense} takes images of {dense_model.image_size} pixels, and {model} of {opened.image_size}. "
-                    "Give the model that was pruned as --dense."
+                    f"{dense} takes images of {dense_model.image_size} pixels (height, width), and {model} of "
+                    f"{opened.image_size}. Give the model that was pruned as --dense."
                 )
             export_model(dense_model, examples, dense_dir, source=dense, latency_batches=(), **options)
         source = os.path.relpath(Path(opened.source).resolve(), out_dir.resolve()) if opened.source else model
@@ -89,6 +89,8 @@ def export(
     for name in names:
         if notice := FORMATS[name].notice:
             out.print(f"{name}: {notice}", soft_wrap=True)
+    for note in bundle["notes"]:
+        out.print(note, soft_wrap=True)
     for tower in bundle["towers"].values():
         for entry in tower["files"].values():
             _print_file(out_dir, entry)

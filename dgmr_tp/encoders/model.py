@@ -128,7 +128,7 @@ class OpenedModel:
         return text_only if hasattr(text_only, "encode_text") else _loader(self.library).TextTower(text_only)
 
     @property
-    def image_size(self) -> int | None:
+    def image_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the images that ``preprocess`` returns.
 
         None if the preprocessing is unknown.
@@ -136,7 +136,8 @@ class OpenedModel:
         if not self.preprocess_config:
             return None
         size = self.preprocess_config.get("size") or self.preprocess_config["input_size"]
-        return size if isinstance(size, int) else size[-1]
+        height, width = (size, size) if isinstance(size, int) else size[-2:]
+        return int(height), int(width)
 
     @property
     def weights_name(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
-from dgmr_tp.pruning.cost import costs
+from dgmr_tp.pruning.cost import ImageSize, costs
 from dgmr_tp.pruning.importance import DGMRImportance, PrecomputedScores
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
@@ -59,7 +59,7 @@ class MLPPruner:
         sites: Sequence[Site] | None = None,
         weight_hashes: Mapping[str, str] | None = None,
         name: str | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         **amount: Unpack[Amount],
     ) -> None:
         self.model = model
