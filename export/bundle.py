@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ from dgmr_tp.export import onnx_file
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.export.verify import VERIFIED, verify
-from dgmr_tp.utils.files import atomic_write, sha256
+from dgmr_tp.utils.files import DirectoryLocked, atomic_write, lock_directory, sha256
 from dgmr_tp.utils.lazy_imports import require
 
 MANIFEST = "export.json"
 PROGRAM_BYTES = 10e6
 """Disk space that a file needs for the program, in addition to the weights."""
+
+EXPORTING = "dgmr-tp export is working"
 
 
 def export_bundle(
@@ -66,13 +70,12 @@ def export_bundle(
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
         raise DgmrError(f"unknown export format {unknown[0]!r}. Use {', '.join(FORMATS)}.")
-    directory.mkdir(parents=True, exist_ok=True)
-    _delete_earlier_export(directory)
+    references = [tower.reference_outputs() for tower in towers]
     tolerances = {name: file_format.tolerance for name, file_format in FORMATS.items()} | dict(tolerance or {})
     described = {}
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".export-") as staging:
-        for tower in towers:
-            expected = tower.reference_outputs()
+    with scratch_directory(directory, ".export-") as staging:
+        _delete_earlier_export(directory)
+        for tower, expected in zip(towers, references, strict=True):
             files = {}
             for name in formats:
                 files[name] = _export_file(
@@ -80,7 +83,7 @@ def export_bundle(
                     tower,
                     expected,
                     directory,
-                    Path(staging),
+                    staging,
                     dense=dense,
                     tolerance=tolerances[name],
                     latency_batches=latency_batches,
@@ -99,6 +102,31 @@ def export_bundle(
     }
     atomic_write(directory / MANIFEST, json.dumps(result, indent=1) + "\n")
     return result
+
+
+@contextlib.contextmanager
+def scratch_directory(directory: Path, prefix: str) -> Iterator[Path]:
+    """Create ``directory`` and yield a scratch directory in it, which is deleted at the end.
+
+    Scratch directories of processes that were killed are deleted first. If an error leaves ``directory`` empty and it
+    did not exist before, it is deleted too.
+    """
+    is_new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"{prefix}*"):
+        with contextlib.suppress(DirectoryLocked), lock_directory(leftover, EXPORTING):
+            shutil.rmtree(leftover)
+    try:
+        with (
+            tempfile.TemporaryDirectory(dir=directory, prefix=prefix) as scratch,
+            lock_directory(Path(scratch), EXPORTING),
+        ):
+            yield Path(scratch)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
 
 
 def failures(bundle: Mapping[str, Any]) -> dict[str, str]:
@@ -192,7 +220,7 @@ def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str 
     """
     file_format = FORMATS[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk_space(tower, path.parent)
+    _reserve_disk_space(tower, path.parent)
     try:
         if file_format.write:
             file_format.write(tower, path)
@@ -209,8 +237,11 @@ def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str 
     return None
 
 
-def _check_disk_space(tower: ExportTower, folder: Path) -> None:
-    """Raise an error if a file may not fit on the disk. torch's writers abort the process when the disk is full."""
+def _reserve_disk_space(tower: ExportTower, folder: Path) -> None:
+    """Raise an error if a file may not fit on the disk, into a quota, or below a file-size limit.
+
+    torch's writers abort the process in these cases. The space is therefore allocated and freed before they start.
+    """
     tensors = (*tower.module.parameters(), *tower.module.buffers())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     needed, free = 1.2 * size + PROGRAM_BYTES, shutil.disk_usage(folder).free
@@ -219,3 +250,12 @@ def _check_disk_space(tower: ExportTower, folder: Path) -> None:
             f"a file of the {tower.kind} tower takes up to {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free. "
             "Free disk space."
         )
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, int(needed))
+        except OSError as error:
+            if error.errno in (errno.EFBIG, errno.EDQUOT, errno.ENOSPC):
+                raise DgmrError(
+                    f"a file of the {tower.kind} tower takes up to {needed / 1e6:.0f} MB, which the output directory "
+                    f"cannot hold: {error.strerror}. Free disk space, or raise the file-size limit (ulimit -f)."
+                ) from error

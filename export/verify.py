@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dgmr_tp.export.export_tower import ExportTower
@@ -63,7 +63,8 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="dgmr-verify-") as name:
         scratch = Path(name)
         tensors = {"input": tower.examples, **dict(zip(tower.output_names, expected, strict=True))}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch / "examples.safetensors")
+        examples = save({name: tensor.contiguous() for name, tensor in tensors.items()})
+        (scratch / "examples.safetensors").write_bytes(examples)
         request = {
             "format": format_name,
             "file": str(path.absolute()),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,7 +32,7 @@ from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export import onnx_file
-from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export.bundle import export_bundle, failures, scratch_directory
 from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS, open_exported
@@ -445,6 +446,29 @@ def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, 
         ):
             bundle(export_tower, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "torchscript", "pt2"])
+def test_a_file_size_limit_is_one_sentence_and_nothing_is_left(tmp_path, file_format):
+    """torch's writers abort the process at the limit."""
+    export_tower = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            DgmrError, match=r"up to 10 MB, which the output directory cannot hold: File too large\. Free"
+        ):
+            bundle(export_tower, tmp_path / "out", formats=[file_format])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_directories_of_killed_exports_are_deleted(tmp_path):
+    (tmp_path / ".export-killed" / "image onnx").mkdir(parents=True)
+    with scratch_directory(tmp_path, ".export-") as running, scratch_directory(tmp_path, ".export-"):
+        assert running.exists() and not (tmp_path / ".export-killed").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_configuration_takes_the_names_in_the_registries():

@@ -6,7 +6,6 @@ The library is imported inside the commands, so that ``--help`` does not load to
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +58,7 @@ def export(
 ) -> None:
     """Export a model's towers. Every file is verified against PyTorch in its own process, and timed."""
     from dgmr_tp.encoders import open_model
-    from dgmr_tp.export.bundle import failures
+    from dgmr_tp.export.bundle import failures, scratch_directory
     from dgmr_tp.export.layouts import export_model
 
     names = [name.strip() for name in formats.split(",")]
@@ -73,11 +72,10 @@ def export(
         "formats": names,
         "tolerance": tolerances,
     }
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".dense-") as scratch:
+    with scratch_directory(out_dir, ".dense-") as scratch:
         dense_dir = None
         if dense:
-            dense_dir, dense_model = Path(scratch), open_model(dense, dense_pretrained)
+            dense_dir, dense_model = scratch, open_model(dense, dense_pretrained)
             if dense_model.image_size != opened.image_size:
                 raise DgmrError(
                     f"{dense} takes images of {dense_model.image_size} pixels (height, width), and {model} of "

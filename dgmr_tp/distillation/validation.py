@@ -17,6 +17,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.pruning.cost import ImageSize, image_shape
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write, sha256
@@ -40,7 +41,7 @@ class HeldOutSet:
         batch_size: images in a batch.
 
     Raises:
-        DgmrError: no image decodes.
+        DgmrError: no image decodes, or an embedding is not finite.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class HeldOutSet:
     @torch.no_grad()
     def _embed_all(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the embeddings of the images of all processes that decode."""
-        return all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+        embeddings = all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+        return check_embeddings(embeddings, "the held-out images")
 
     def _knn_accuracy(self, embeddings: Tensor) -> dict[str, float]:
         if self.classes is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.lazy_imports import require
 
 CLASSNAMES_FILE = "classnames.txt"
@@ -45,7 +46,7 @@ def class_embeddings(model: OpenedModel, classes: Path) -> Tensor:
     model.module.eval()  # some text towers have dropout
     with contextlib.redirect_stderr(io.StringIO()):  # hide the progress bar
         embeddings = metric.zero_shot_classifier(model.text, model.tokenizer, names, templates, device, amp=False)
-    return embeddings.float().cpu()
+    return check_embeddings(embeddings, "the classes").float().cpu()
 
 
 def read_class_embeddings(path: Path) -> Tensor:

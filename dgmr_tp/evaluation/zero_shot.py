@@ -27,6 +27,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write
@@ -52,16 +53,23 @@ class DatasetConfig(Config):
 
 
 class CLIPWithEncoder(nn.Module):
-    """A CLIP with another image encoder, such as an exported file. Text goes through the CLIP's text tower."""
+    """A CLIP with another image encoder, such as an exported file. Text goes through the CLIP's text tower.
+
+    Embeddings that are not finite raise DgmrError.
+    """
 
     def __init__(self, clip: nn.Module, encode_image: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.clip = clip
-        self.encode_image = encode_image
+        self.image_encoder = encode_image
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the image encoder's embeddings."""
+        return check_embeddings(self.image_encoder(images), "the images")
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Return the CLIP's text embeddings."""
-        return self.clip.encode_text(text)  # type: ignore[operator]
+        return check_embeddings(self.clip.encode_text(text), "the texts")  # type: ignore[operator]
 
 
 def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
@@ -72,7 +80,7 @@ def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None 
         encode_image: image encoder to use instead of the model's own.
     """
     if encode_image is None and hasattr(model.module, "encode_image"):
-        return model.module
+        return CLIPWithEncoder(model.module, model.module.encode_image)  # type: ignore[arg-type]
     return CLIPWithEncoder(model.text or model.module, encode_image or ImageEncoder(model.adapter))
 
 
@@ -138,6 +146,7 @@ def evaluate(
     root = Path(root)
     if not root.is_dir():
         raise DgmrError(f"the data set directory {root} does not exist. Check --root, or the root in the recipe.")
+    encode_image: Any = model.encode_image
     task = default_task(dataset, root) if task == "auto" else task
     device = _device_of(model)
     _check_request(name, model, tokenizer, task, load_classifiers, device)
@@ -145,8 +154,8 @@ def evaluate(
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist. Check the path.")
     if distributed.is_initialized():
-        model = CLIPWithEncoder(model, split_over_processes(model.encode_image))
-    output.parent.mkdir(parents=True, exist_ok=True)
+        encode_image = split_over_processes(encode_image)
+    model = CLIPWithEncoder(model, encode_image)
     data = _DatasetLoader(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
     try:
         with _progress_on_terminal_only():
@@ -164,6 +173,7 @@ def evaluate(
             f"clip_benchmark cannot evaluate {dataset} in {root}: {type(error).__name__}: {first_line(error)}"
         ) from error
     if is_main_process():
+        output.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(output, json.dumps(result_json(dataset, name, task, metrics)))
     return metrics
 
@@ -323,6 +333,7 @@ def _linear_probe(model: nn.Module, data: _DatasetLoader, device: str, scratch: 
         return linear_probe(model, train, test)
     metric = require("clip_benchmark.metrics.linear_probe", "eval")
     model_id = "model"
+    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=scratch, prefix=".features-") as features_root:
         (Path(features_root) / model_id).mkdir()
         for split, batches in (("train", train), ("test", test)):

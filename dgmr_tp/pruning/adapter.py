@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.sites import Site, find_sites
 
 
@@ -98,6 +99,24 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.adapter.embed(last_state(self.adapter, images))
+
+
+def check_embeddings(embeddings: Tensor, source: str) -> Tensor:
+    """Return embeddings that are about to be used.
+
+    Args:
+        embeddings: of any shape.
+        source: what was embedded, for the message.
+
+    Raises:
+        DgmrError: an embedding is not finite.
+    """
+    if not bool(embeddings.isfinite().all()):
+        raise DgmrError(
+            f"some embeddings of {source} are not finite. Check the weights and the preprocessing, or compute in "
+            "float32."
+        )
+    return embeddings
 
 
 def last_state(adapter: TowerAdapter, images: Tensor) -> Tensor:

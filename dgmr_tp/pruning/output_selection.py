@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, run_blocks
+from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks
 from dgmr_tp.pruning.calibration import Moments, fewer_tokens_than_neurons, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import evaluating
@@ -241,7 +241,8 @@ def _first_images(states: list[Tensor]) -> list[Tensor]:
 
 def _embeddings(adapter: TowerAdapter, states: Iterable[Tensor], depth: int) -> Tensor:
     """Run the tower from states before block ``depth``. Returns float64 ``[images, embedding]``."""
-    return torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
+    embeddings = torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
+    return check_embeddings(embeddings, "the calibration images")
 
 
 @contextmanager

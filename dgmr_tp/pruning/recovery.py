@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter
+from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks
 from dgmr_tp.pruning.calibration import (
     Moments,
     detach_output,
@@ -155,6 +155,7 @@ def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor]
         raise DgmrError(
             f"recovery needs at least {HELD_OUT_INTERVAL} calibration images and got {num_images}. Give more images."
         )
+    check_embeddings(dense.embed(run_blocks(dense.blocks(), states[0])), "the dense model")
     dense_states = list(states)
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
