@@ -41,6 +41,7 @@ def export_bundle(
     dense: Path | None = None,
     latency_batches: Sequence[int] = (1, 8),
     notes: Sequence[str] = (),
+    model_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Write the towers' files, verify each in its own process, and record the results in ``export.json``.
 
@@ -58,6 +59,7 @@ def export_bundle(
         dense: directory with an earlier export of the unpruned model. Its files are timed in turn with the new ones.
         latency_batches: batch sizes to time.
         notes: sentences for readers of the files, stored in ``export.json``.
+        model_sha256: hash of the model's weights, stored in ``export.json``. Readers of the files compare it.
 
     Returns:
         The content of ``export.json``: model, preprocessing, opset, threads and versions; per tower the names, shapes
@@ -93,6 +95,7 @@ def export_bundle(
     result = {
         "format": 2,
         "model": model,
+        "model_sha256": model_sha256,
         "preprocess": dict(preprocess),
         "notes": list(notes),
         "towers": described,

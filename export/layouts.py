@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.encoders.model import is_model_name
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.export_tower import ExportTower
@@ -29,6 +31,7 @@ from dgmr_tp.export.formats import LAYOUTS
 from dgmr_tp.export.towers import export_towers
 from dgmr_tp.utils.files import atomic_write
 from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.modules import state_sha256
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers of the interpolations, which transformers uses too."""
@@ -84,7 +87,15 @@ def export_model(
         )
     towers = apply_layout(layout, export_towers(model, images, outputs=outputs, normalized=normalized, text=text))
     notes = _processor_notes(processor_config) if processor_config else []
-    result = export_bundle(towers, directory, model=source, preprocess=model.preprocess_config, notes=notes, **options)
+    result = export_bundle(
+        towers,
+        directory,
+        model=source,
+        preprocess=model.preprocess_config,
+        notes=notes,
+        model_sha256=state_sha256(model.module),
+        **options,
+    )
     if processor_config is not None:
         _write_json(directory / "preprocessor_config.json", processor_config)
     elif layout == "huggingface":
@@ -96,6 +107,23 @@ def export_model(
         if text:
             _transformers_tokenizer(model).save_pretrained(str(directory / "textual"))
     return result
+
+
+def recorded_source(source: str, model: OpenedModel, directory: Path) -> str:
+    """Return how ``export.json`` names a model.
+
+    Args:
+        source: the source that was opened.
+        model: the opened model.
+        directory: the directory of ``export.json``.
+
+    Returns:
+        ``source`` if it is a name. Otherwise the path relative to ``directory``, which starts with a dot.
+    """
+    if model.source is None or is_model_name(source):
+        return source
+    relative = os.path.relpath(model.source.resolve(), directory.resolve())
+    return relative if relative.startswith(os.pardir) else os.path.join(os.curdir, relative)
 
 
 def apply_layout(layout: str, towers: Sequence[ExportTower]) -> list[ExportTower]:

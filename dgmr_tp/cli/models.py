@@ -5,7 +5,6 @@ The library is imported inside the commands, so that ``--help`` does not load to
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,7 +58,7 @@ def export(
     """Export a model's towers. Every file is verified against PyTorch in its own process, and timed."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.export.bundle import failures, scratch_directory
-    from dgmr_tp.export.layouts import export_model
+    from dgmr_tp.export.layouts import export_model, recorded_source
 
     names = [name.strip() for name in formats.split(",")]
     tolerances = dict(_parse_tolerance(entry) for entry in tolerance or [])
@@ -82,7 +81,7 @@ def export(
                     f"{opened.image_size}. Give the model that was pruned as --dense."
                 )
             export_model(dense_model, examples, dense_dir, source=dense, latency_batches=(), **options)
-        source = os.path.relpath(Path(opened.source).resolve(), out_dir.resolve()) if opened.source else model
+        source = recorded_source(model, opened, out_dir)
         bundle = export_model(opened, examples, out_dir, source=source, text=text, dense=dense_dir, **options)
     for name in names:
         if notice := FORMATS[name].notice:

@@ -347,6 +347,11 @@ def is_library_name(source: str) -> bool:
     return library in NAMED_LIBRARIES and bool(name)
 
 
+def is_model_name(source: str) -> bool:
+    """Return whether ``source`` names a model independently of the working directory. Otherwise it is a path."""
+    return is_library_name(source) or source.startswith(HUB) or source == "demo"
+
+
 def open_model(
     source: str, pretrained: str | None = None, *, image_size: int | None = None, weights: Weights = "memory"
 ) -> OpenedModel:
