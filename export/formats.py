@@ -199,11 +199,17 @@ def open_exported(path: Path, *, trusted: bool = False, threads: int | None = No
 
     def embed(inputs: Tensor) -> Tensor:
         try:
-            return run(inputs.cpu())[0].to(inputs.device)
+            embeddings = run(inputs.cpu())[0].to(inputs.device)
         except Exception as error:
             raise DgmrError(
                 f"{path} does not accept inputs of shape {list(inputs.shape)}: {first_line(error)}"
             ) from error
+        if embeddings.ndim != 2 or len(embeddings) != len(inputs):
+            raise DgmrError(
+                f"the first output of {path} has the shape {list(embeddings.shape)} for {len(inputs)} inputs, and "
+                "embeddings have [inputs, width]. Export the embedding as the first output."
+            )
+        return embeddings
 
     return embed
 

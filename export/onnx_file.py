@@ -28,6 +28,14 @@ Norms need the range. onnxruntime 1.31 on a CPU, at its default settings, crashe
 operators are float16.
 """
 
+INPUT_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(int32)": torch.int32,
+}
+"""Input types of images and token ids that a file may have, as onnxruntime names them."""
 CONSTANT_OPS = ("Constant", "ConstantOfShape")
 """Operators that make the infinities of attention masks."""
 
@@ -102,12 +110,16 @@ def to_int8(source: Path, path: Path) -> None:
 def read(path: Path, threads: int | None = None) -> TowerFunction:
     """Open the file with onnxruntime on the CPU.
 
+    Files with a fixed batch size are run in batches of that size, the last one padded. Inputs are converted to the
+    file's precision, and outputs to float32.
+
     Args:
         path: an ONNX file of any precision.
         threads: threads of one operator; None lets onnxruntime use one per core.
 
     Raises:
-        DgmrError: a file with external weights is missing.
+        DgmrError: a file with external weights is missing, or the file does not have exactly one input of a supported
+            type.
         Exception: onnxruntime's own errors for a file that it cannot open.
     """
     runtime = require("onnxruntime", "export")
@@ -123,8 +135,34 @@ def read(path: Path, threads: int | None = None) -> TowerFunction:
         if missing := _missing_weight_files(path):  # onnxruntime does not name them
             raise DgmrError(f"the weights file {', '.join(missing)} is missing next to it") from error
         raise
-    [name] = [value.name for value in session.get_inputs()]
-    return lambda inputs: tuple(torch.from_numpy(rows) for rows in session.run(None, {name: inputs.numpy()}))
+    inputs = session.get_inputs()
+    if len(inputs) != 1:
+        raise DgmrError(
+            f"it has {len(inputs)} inputs ({', '.join(value.name for value in inputs)}), and an encoder has one. "
+            "Export the image tower alone."
+        )
+    name, dtype, batch_size = inputs[0].name, INPUT_DTYPES.get(inputs[0].type), (inputs[0].shape or [None])[0]
+    if dtype is None:
+        raise DgmrError(
+            f"its input {name} is a {inputs[0].type}, and preprocessed inputs are one of {', '.join(INPUT_DTYPES)}. "
+            "Export the tower without its preprocessing."
+        )
+
+    def run(rows: Tensor) -> tuple[Tensor, ...]:
+        if rows.is_floating_point() != dtype.is_floating_point:
+            raise ValueError(f"its input {name} is a {inputs[0].type}, and these inputs are {rows.dtype}")
+        size = batch_size if isinstance(batch_size, int) else len(rows)
+        batches = []
+        for batch in rows.to(dtype).split(size):
+            count = len(batch)
+            if count < size:
+                batch = torch.cat([batch, batch[-1:].expand(size - count, *batch.shape[1:])])
+            outputs = session.run(None, {name: batch.numpy()})
+            batches.append([torch.from_numpy(values)[:count] for values in outputs])
+        columns = [torch.cat(values) for values in zip(*batches, strict=True)]
+        return tuple(values.float() if values.is_floating_point() else values for values in columns)
+
+    return run
 
 
 def find_overflow(path: Path, examples: Tensor) -> str | None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import call_command, pictures, redraw, timm_tower
+from inputs.exports import onnx_mean
 from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from pydantic import ValidationError
@@ -326,6 +327,32 @@ def test_files_that_no_runtime_can_open_are_one_sentence(exported, tmp_path):
         open_exported(tmp_path / "a.tflite")
     with pytest.raises(DgmrError, match="does not exist"):
         open_exported(tmp_path / "a.onnx")
+
+
+@pytest.mark.parametrize("batch", [1, 3, "batch"])
+@pytest.mark.parametrize("dtype", [onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16])
+def test_files_of_any_batch_and_precision_are_run(tmp_path, batch, dtype):
+    images = pictures(7, size=8)
+    outputs = open_exported(onnx_mean(tmp_path / "a.onnx", dtype, [batch, 3, 8, 8]))(images)
+    assert outputs.dtype == torch.float32 and outputs.shape == (7, 3)
+    assert torch.allclose(outputs, images.mean((2, 3)), atol=1e-6 if dtype == onnx.TensorProto.FLOAT else 1e-3)
+
+
+def test_files_that_are_not_an_encoder_are_one_sentence(tmp_path):
+    two = onnx_mean(tmp_path / "two.onnx", onnx.TensorProto.FLOAT, [1, 3, 8, 8], inputs=2)
+    with pytest.raises(DgmrError, match=r"cannot open .*two.onnx: it has 2 inputs \(pixels0, pixels1\)"):
+        open_exported(two)
+    with pytest.raises(DgmrError, match=r"its input pixels0 is a tensor\(uint8\), and preprocessed inputs are one of"):
+        open_exported(onnx_mean(tmp_path / "bytes.onnx", onnx.TensorProto.UINT8, [1, 3, 8, 8]))
+    tokens = onnx_mean(tmp_path / "tokens.onnx", onnx.TensorProto.INT64, [1, 3, 8, 8])
+    with pytest.raises(DgmrError, match=r"its input pixels0 is a tensor\(int64\), and these inputs are torch.float32"):
+        open_exported(tokens)(pictures(2, size=8))
+    maps = open_exported(onnx_mean(tmp_path / "maps.onnx", onnx.TensorProto.FLOAT, ["n", 3, 8, 8], keepdims=1))
+    with pytest.raises(DgmrError, match=r"first output of .*maps.onnx has the shape \[2, 3, 1, 1\] for 2 inputs"):
+        maps(pictures(2, size=8))
+    fixed = open_exported(onnx_mean(tmp_path / "fixed.onnx", onnx.TensorProto.FLOAT, [1, 3, 8, 8]))
+    with pytest.raises(DgmrError, match=r"does not accept inputs of shape \[2, 3, 9, 9\]"):
+        fixed(pictures(2, size=9))
 
 
 @pytest.mark.slow

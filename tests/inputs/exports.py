@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
+import onnx
 import timm
 import torch
 from families import VIT
@@ -22,6 +24,22 @@ def rectangular(folder: Path) -> None:
     module.pretrained_cfg["input_size"] = (3, 64, 32)
     timm.models.save_for_hf(module, folder / "rectangular", safe_serialization=True)
     pictures(folder / "images", [f"{i}.png" for i in range(12)])
+
+
+def onnx_mean(path, dtype, shape, *, inputs=1, keepdims=0):
+    """Write an ONNX file that returns the mean of every channel, as tools other than ours write files."""
+    helper, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    names = [f"pixels{i}" for i in range(inputs)]
+    nodes = [helper.make_node("Cast", [name], [f"{name} float"], to=float32) for name in names]
+    nodes.append(helper.make_node("Sum", [f"{name} float" for name in names], ["sum"]))
+    nodes.append(helper.make_node("ReduceMean", ["sum", "axes"], ["mean"], keepdims=keepdims))
+    nodes.append(helper.make_node("Cast", ["mean"], ["output"], to=dtype))
+    values = [helper.make_tensor_value_info(name, dtype, shape) for name in names]
+    axes = onnx.numpy_helper.from_array(np.array([2, 3]), "axes")
+    output = helper.make_tensor_value_info("output", dtype, None)
+    graph = helper.make_graph(nodes, "mean", values, [output], [axes])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9), path)
+    return path
 
 
 @functools.cache
@@ -43,6 +61,12 @@ def overflowing(folder: Path) -> None:
     shutil.copytree(_overflowing()[0], folder, dirs_exist_ok=True)
 
 
+def fixed_batch(folder: Path) -> None:
+    """Write an ONNX file that takes one image at a time, and images."""
+    onnx_mean(folder / "old.onnx", onnx.TensorProto.FLOAT16, [1, 3, 64, 64])
+    pictures(folder / "images", [f"{i}.png" for i in range(100)])
+
+
 OVERFLOW = "are not finite. Check the weights and the preprocessing, or compute in float32."
 OVERFLOWS = {
     "zero-shot": "eval clip --dataset wds/scenes --root scenes -o out",
@@ -58,6 +82,20 @@ OVERFLOWS = {
 
 CASES = [
     *(Case(f"embeddings overflow, {name}", command, overflowing, says=OVERFLOW) for name, command in OVERFLOWS.items()),
+    Case(
+        "ONNX file with batch 1 and float16 inputs",
+        "compare old.onnx old.onnx --text demo --images images -o out",
+        fixed_batch,
+        0,
+        "keep the index",
+        ("out",),
+    ),
+    Case(
+        "ONNX file with two inputs",
+        "compare two.onnx demo --text demo --images images -o out",
+        lambda folder: onnx_mean(folder / "two.onnx", onnx.TensorProto.FLOAT, [1, 3, 64, 64], inputs=2),
+        says="cannot open two.onnx: it has 2 inputs (pixels0, pixels1), and an encoder has one.",
+    ),
     Case(
         "rectangular model, inspect",
         "inspect rectangular",
