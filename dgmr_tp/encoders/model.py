@@ -86,6 +86,8 @@ class OpenedModel:
     @property
     def has_adapter(self) -> bool:
         """True if :attr:`adapter` exists. Without one, a tower can be pruned but not recovered or distilled."""
+        if not has_adapter(self.tower):
+            return False
         try:
             return self.adapter is not None
         except DgmrError:
@@ -313,13 +315,18 @@ def adapt(tower: nn.Module, name: str | None = None, **outside: nn.Module) -> To
         outside: modules outside the tower that its adapter takes, such as ``projection``.
 
     Raises:
-        DgmrError: no adapter is known for this class. The tower can be pruned, but not recovered.
+        DgmrError: no adapter is known for this class. The message says whether the tower can be pruned.
     """
     path = find_by_class(ADAPTERS, tower)
     if path is None:
+        problem, remedy = "it cannot be recovered or distilled", "Prune it with MLPPruner, or use"
+        try:
+            find_sites(tower)
+        except DgmrError:
+            problem, remedy = f"{problem}, and it has no MLP that can be pruned", "Use"
         raise DgmrError(
-            f"no adapter is known for {type(tower).__module__}.{type(tower).__name__}, so it cannot be recovered or "
-            f"distilled. Prune it with MLPPruner, or use one of {', '.join(ADAPTERS)}."
+            f"no adapter is known for {type(tower).__module__}.{type(tower).__name__}, so {problem}. {remedy} one of "
+            f"{', '.join(ADAPTERS)}."
         )
     module_name, class_name = path.split(".")
     adapter_class = getattr(require(f"dgmr_tp.encoders.{module_name}", "encoders"), class_name)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgmr_tp.errors import DgmrError
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning.sites import Site, find_sites
 
 
@@ -117,6 +117,32 @@ def check_embeddings(embeddings: Tensor, source: str) -> Tensor:
             "float32."
         )
     return embeddings
+
+
+def stem_states(adapter: TowerAdapter, images: Iterable[Tensor]) -> list[Tensor]:
+    """Return the states before the first block.
+
+    Raises:
+        DgmrError: the tower does not take images of this shape, or the batches differ in it.
+    """
+    states, shapes = [], set()
+    for batch in images:
+        shapes.add(tuple(batch.shape[1:]))
+        if len(shapes) > 1:
+            raise DgmrError(
+                f"the batches hold images of the shapes {' and '.join(map(str, sorted(shapes)))}. Give images of one "
+                "shape."
+            )
+        try:
+            states.append(adapter.stem(batch))
+        except (DgmrError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:  # every library checks sizes in its own way
+            raise DgmrError(
+                f"{adapter.name} does not take images of shape {list(batch.shape[1:])}: "
+                f"{first_line(error).rstrip('.')}. Give images as its preprocessing returns them."
+            ) from error
+    return states
 
 
 def last_state(adapter: TowerAdapter, images: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks
+from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import (
     Moments,
     detach_output,
@@ -41,7 +41,7 @@ from dgmr_tp.pruning.calibration import (
     token_weights,
 )
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating
 from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT_INTERVAL = 10
@@ -139,17 +139,19 @@ def recover(
         One entry per pruned site inside the blocks, in the order of the blocks.
 
     Raises:
-        DgmrError: there are fewer than ten images, the damping is negative, the activations are not finite, or the
-            held-out images do not differ.
+        DgmrError: a tower has no weights or does not take the images, there are fewer than ten images, the damping is
+            negative, the activations are not finite, or the held-out images do not differ.
     """
     if damping < 0:
         raise DgmrError(f"damping = {damping} is negative. Give 0 or more.")
+    check_weights(dense.tower)
+    check_weights(pruned.tower)
     with evaluating(dense.tower, pruned.tower):
         return _recover(dense, pruned, images, damping)
 
 
 def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor], damping: float) -> list[SiteRecovery]:
-    states = [pruned.stem(batch) for batch in images]
+    states = stem_states(pruned, images)
     num_images = sum(map(len, states))
     if num_images < HELD_OUT_INTERVAL:
         raise DgmrError(

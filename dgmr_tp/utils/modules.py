@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.errors import DgmrError
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -36,6 +38,15 @@ def state_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raise DgmrError if a parameter is on the meta device, which stores no values."""
+    name = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
+    if name is not None:
+        raise DgmrError(
+            f"{name} of {type(module).__name__} is on the meta device and has no values. Open the model with weights."
+        )
 
 
 @contextmanager
