@@ -83,7 +83,7 @@ def main() -> None:
     dense = open_model(f"open_clip:{args.model}", "none")
     models = {"dense": dense, "pruned": prune(dense, criterion="random", mlp_ratio=1).model}
     ideal = flops(dense.tower, dense.image_size) / flops(models["pruned"].tower, dense.image_size)
-    images = torch.randn(32, 3, dense.image_size, dense.image_size, device=args.device, dtype=dtype)
+    images = torch.randn(32, 3, *dense.image_size, device=args.device, dtype=dtype)
     builders: dict[str, Callable] = {"torch.compile": torch_compile, "AOTInductor": aotinductor}
     providers = [name for name in PROVIDERS[args.device] if name in onnxruntime.get_available_providers()]
     builders |= {f"onnxruntime {name}": with_onnxruntime(name) for name in providers}

@@ -34,7 +34,7 @@ BATCH_SIZE, REPEATS = 8, {"ViT-B-16": 9, "ViT-L-14": 5}
 def measure(name: str, widths: tuple[int, ...], repeats: int) -> dict[str, dict[str, float]]:
     """Return the speed-up, the ratio of the FLOPs and the median time for every hidden width."""
     dense, rows = open_model(f"open_clip:{name}", "none"), {}
-    images = torch.randn(BATCH_SIZE, 3, dense.image_size, dense.image_size)
+    images = torch.randn(BATCH_SIZE, 3, *dense.image_size)
     dense_flops = flops(dense.tower, dense.image_size)
     with tempfile.TemporaryDirectory() as scratch:
         runs = {}

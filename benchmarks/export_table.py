@@ -44,7 +44,7 @@ def measure(family: str, tower: str, file_format: str) -> dict[str, object]:
         redraw(model.module)
         keep = {site.name: site.hidden // 2 + i % 3 for i, site in enumerate(model.sites)}
         pruned = prune(model, criterion="l2", keep=keep).model
-        images = pictures(8, size=pruned.image_size)
+        images = pictures(8, size=pruned.image_size[0])
         towers = export_towers(pruned, images, outputs=("embedding", "patches"), text=tower == "text")[-1:]
         options = {"model": "", "preprocess": {}, "formats": [file_format], "latency_batches": ()}
         report = export_bundle(towers, Path(scratch) / "out", **options)

@@ -71,7 +71,7 @@ def opened(source: str, **options):
 def row(name: str, source: str, published: str, published_flops: str) -> str:
     model = opened(source)
     tower, sites = model.tower, model.sites
-    at_224 = model if model.image_size == 224 else opened(source, image_size=224)
+    at_224 = model if model.image_size == (224, 224) else opened(source, image_size=224)
     costs = (parameter_cost(tower, sites), flop_cost(at_224.tower, sites, 224))
     shapes: dict[tuple[int, int], int] = {}
     for site in sites:

@@ -33,6 +33,8 @@ def export_bundle(
     tolerance: Mapping[str, float] | None = None,
     dense: Path | None = None,
     latency_batches: Sequence[int] = (1, 8),
+    notes: Sequence[str] = (),
+    model_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Write the towers' files, verify each in its own process, and record the results in ``export.json``.
 
@@ -49,6 +51,8 @@ def export_bundle(
             int8 0.2 (a cosine of 0.98).
         dense: directory with an earlier export of the unpruned model. Its files are timed in turn with the new ones.
         latency_batches: batch sizes to time.
+        notes: sentences for readers of the files, stored in ``export.json``.
+        model_sha256: hash of the model's weights, stored in ``export.json``. Readers of the files compare it.
 
     Returns:
         The content of ``export.json``: model, preprocessing, opset, threads and versions; per tower the names, shapes
@@ -61,12 +65,12 @@ def export_bundle(
     """
     if unknown := [name for name in {*formats, *(tolerance or {})} if name not in FORMATS]:
         raise DgmrError(f"unknown export format {unknown[0]!r}. Use {', '.join(FORMATS)}.")
+    references = [tower.reference_outputs() for tower in towers]
     tolerances = {name: file_format.tolerance for name, file_format in FORMATS.items()} | dict(tolerance or {})
     described = {}
     with scratch_directory(directory / "export", "export is writing") as staging:
         _delete_earlier_export(directory)
-        for tower in towers:
-            expected = tower.reference_outputs()
+        for tower, expected in zip(towers, references, strict=True):
             files = {}
             for name in formats:
                 files[name] = _export_file(
@@ -84,7 +88,9 @@ def export_bundle(
     result = {
         "format": 2,
         "model": model,
+        "model_sha256": model_sha256,
         "preprocess": dict(preprocess),
+        "notes": list(notes),
         "towers": described,
         "opset": onnx_file.OPSET,
         "threads": torch.get_num_threads(),
@@ -186,7 +192,7 @@ def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str 
     """
     file_format = FORMATS[name]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_disk_space(tower, path.parent)
+    _reserve_disk_space(tower, path.parent)
     try:
         with write_errors(path):
             if file_format.write:
@@ -204,8 +210,11 @@ def _write(name: str, tower: ExportTower, path: Path, onnx_source: Path) -> str 
     return None
 
 
-def _check_disk_space(tower: ExportTower, folder: Path) -> None:
-    """Raise an error if a file may not fit on the disk. torch's writers abort the process when the disk is full."""
+def _reserve_disk_space(tower: ExportTower, folder: Path) -> None:
+    """Raise an error if a file may not fit on the disk, into a quota, or below a file-size limit.
+
+    torch's writers abort the process in these cases. The space is therefore allocated and freed before they start.
+    """
     tensors = (*tower.module.parameters(), *tower.module.buffers())
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     check_room(folder, int(1.2 * size + PROGRAM_BYTES), f"a file of the {tower.kind} tower")

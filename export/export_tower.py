@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.pruning.adapter import check_embeddings
+
 TowerFunction = Callable[[Tensor], tuple[Tensor, ...]]
 """An opened file: maps a batch of inputs to its outputs, float32 on the CPU."""
 
@@ -31,9 +33,13 @@ class ExportTower:
 
     @torch.no_grad()
     def reference_outputs(self, batch_size: int = 8) -> tuple[Tensor, ...]:
-        """Return PyTorch's outputs for all examples."""
+        """Return PyTorch's outputs for all examples.
+
+        Raises:
+            DgmrError: an output is not finite.
+        """
         batches = [as_tuple(self.module(batch)) for batch in self.examples.split(batch_size)]
-        return tuple(torch.cat(rows) for rows in zip(*batches, strict=True))
+        return tuple(check_embeddings(torch.cat(rows), f"the {self.kind} tower") for rows in zip(*batches, strict=True))
 
 
 def as_tuple(outputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -36,6 +36,11 @@ class Format:
     """Write a tower to a file."""
     convert: Callable[[Path, Path], None] | None = None
     """Convert the tower's ``onnx`` file to this format."""
+    find_problem: Callable[[Path, Tensor], str | None] | None = None
+    """Look for a problem that the file's outputs on this machine do not show, with the examples of the verification.
+
+    It returns the problem, or None.
+    """
     runtime: str = "torch"
     """Package that runs the file. ``export.json`` records its version."""
     code: bool = True
@@ -75,6 +80,7 @@ FORMATS: dict[str, Format] = {
         read=_function("onnx_file", "read"),
         tolerance=1e-2,
         convert=_function("onnx_file", "to_float16"),
+        find_problem=_function("onnx_file", "find_overflow"),
         runtime="onnxruntime",
         code=False,
         measured=True,
@@ -193,11 +199,17 @@ def open_exported(path: Path, *, trusted: bool = False, threads: int | None = No
 
     def embed(inputs: Tensor) -> Tensor:
         try:
-            return run(inputs.cpu())[0].to(inputs.device)
+            embeddings = run(inputs.cpu())[0].to(inputs.device)
         except Exception as error:
             raise DgmrError(
                 f"{path} does not accept inputs of shape {list(inputs.shape)}: {first_line(error)}"
             ) from error
+        if embeddings.ndim != 2 or len(embeddings) != len(inputs):
+            raise DgmrError(
+                f"the first output of {path} has the shape {list(embeddings.shape)} for {len(inputs)} inputs, and "
+                "embeddings have [inputs, width]. Export the embedding as the first output."
+            )
+        return embeddings
 
     return embed
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dgmr_tp.encoders import OpenedModel
+from dgmr_tp.encoders.model import is_model_name
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.export.bundle import export_bundle
 from dgmr_tp.export.export_tower import ExportTower
@@ -28,6 +30,7 @@ from dgmr_tp.export.formats import LAYOUTS
 from dgmr_tp.export.towers import export_towers
 from dgmr_tp.utils.files import write_json
 from dgmr_tp.utils.lazy_imports import require
+from dgmr_tp.utils.modules import state_sha256
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers of the interpolations, which transformers uses too."""
@@ -71,23 +74,55 @@ def export_model(
         raise DgmrError(
             f"immich takes CLIP models of open_clip, and {model.name} is from {model.library}. Use another layout."
         )
+    size = (images.shape[-2], images.shape[-1])
     processor = getattr(model.preprocess, "processor", None)
     processor_config = None
     if layout == "huggingface" and processor is None:
-        processor_config = image_processor(model.preprocess_config, model.image_size)
+        processor_config = image_processor(model.preprocess_config, size)
     normalized = normalized or layout == "immich"
+    if layout == "immich" and size[0] != size[1]:
+        raise DgmrError(
+            f"immich takes square images, and {model.name} takes {size[0]} × {size[1]} pixels. Use another layout."
+        )
     towers = apply_layout(layout, export_towers(model, images, outputs=outputs, normalized=normalized, text=text))
-    result = export_bundle(towers, directory, model=source, preprocess=model.preprocess_config, **options)
+    notes = _processor_notes(processor_config) if processor_config else []
+    result = export_bundle(
+        towers,
+        directory,
+        model=source,
+        preprocess=model.preprocess_config,
+        notes=notes,
+        model_sha256=state_sha256(model.module),
+        **options,
+    )
     if processor_config is not None:
         _write_json(directory / "preprocessor_config.json", processor_config)
     elif layout == "huggingface":
         processor.save_pretrained(str(directory))
     if layout == "immich":
-        _write_json(directory / "visual" / "preprocess_cfg.json", {**model.preprocess_config, "size": model.image_size})
+        preprocess = {**model.preprocess_config, "size": size[0]}
+        _write_json(directory / "visual" / "preprocess_cfg.json", preprocess)
         _write_json(directory / "config.json", model.config)
         if text:
             _transformers_tokenizer(model).save_pretrained(str(directory / "textual"))
     return result
+
+
+def recorded_source(source: str, model: OpenedModel, directory: Path) -> str:
+    """Return how ``export.json`` names a model.
+
+    Args:
+        source: the source that was opened.
+        model: the opened model.
+        directory: the directory of ``export.json``.
+
+    Returns:
+        ``source`` if it is a name. Otherwise the path relative to ``directory``, which starts with a dot.
+    """
+    if model.source is None or is_model_name(source):
+        return source
+    relative = os.path.relpath(model.source.resolve(), directory.resolve())
+    return relative if relative.startswith(os.pardir) else os.path.join(os.curdir, relative)
 
 
 def apply_layout(layout: str, towers: Sequence[ExportTower]) -> list[ExportTower]:
@@ -111,7 +146,7 @@ def apply_layout(layout: str, towers: Sequence[ExportTower]) -> list[ExportTower
     return renamed
 
 
-def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
+def image_processor(preprocess: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Return a ``preprocessor_config.json`` that makes transformers' CLIPImageProcessor preprocess as the model does.
 
     Args:
@@ -132,21 +167,34 @@ def image_processor(preprocess: dict[str, Any], size: int) -> dict[str, Any]:
         raise DgmrError(
             f"transformers' CLIPImageProcessor has no interpolation {interpolation!r}. Use the layout plain."
         )
-    edge = math.floor(size / crop)
+    height, width = size
+    # CLIPImageProcessor keeps the aspect ratio only if the shorter edge is given. It has to be long enough for both.
+    edge = math.floor(max(size) / crop)
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": size, "width": size} if squash else {"shortest_edge": edge},
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": edge},
         "resample": RESAMPLE[interpolation],
         "do_center_crop": not squash,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(preprocess["mean"]),
         "image_std": list(preprocess["std"]),
     }
+
+
+def _processor_notes(processor_config: dict[str, Any]) -> list[str]:
+    """Return where a ``preprocessor_config.json`` of :func:`image_processor` differs from the model's preprocessing."""
+    height, width = processor_config["crop_size"]["height"], processor_config["crop_size"]["width"]
+    if height == width or not processor_config["do_center_crop"]:
+        return []
+    return [
+        f"preprocessor_config.json crops {'portrait' if height > width else 'landscape'} images more than the model's "
+        "own preprocessing, because CLIPImageProcessor resizes by the shorter edge. Other images are the same."
+    ]
 
 
 def _transformers_tokenizer(model: OpenedModel) -> Any:

@@ -87,6 +87,14 @@ def measured_flops(opened):
     return counter.get_total_flops()
 
 
+@pytest.mark.parametrize("size", [(64, 32), (32, 64), (32, 32)])
+def test_flops_of_a_tower_are_those_of_its_images(size):
+    tower = timm_tower(img_size=size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        tower(torch.zeros(1, 3, *size).requires_grad_(True))
+    assert flops(tower, size) == flop_cost(tower, find_sites(tower), size).total == counter.get_total_flops()
+
+
 def test_costs_per_neuron_are_what_pruning_saves(model):
     sites, tower = block_sites(model), model.tower
     size, work = parameter_cost(tower, sites), flop_cost(tower, sites, 32)

@@ -1,6 +1,7 @@
 """Our evaluations give the numbers of clip_benchmark's command line, and those of direct computations."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from dgmr_tp.evaluation.zoo import CLASSIFICATION, RETRIEVAL, find_zoo, knn_fold
 from dgmr_tp.export.bundle import export_bundle, failures
 from dgmr_tp.export.towers import export_towers
 from dgmr_tp.pruning.cost import flops, parameters
+from dgmr_tp.utils.modules import state_sha256
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,43 @@ def test_several_models_in_one_table_and_csv(demo, data, tmp_path, capsys):
         load_encoder(str(tmp_path / "model.onnx"))
 
 
+def test_a_file_is_evaluated_with_the_model_that_it_was_exported_from(demo, tmp_path, monkeypatch):
+    place, files = tmp_path / "place", tmp_path / "place" / "files"
+    demo.save(place / "model")
+    model = open_model(str(place / "model"))
+    files.mkdir()
+    script = torch.jit.trace(nn.Flatten(), torch.rand(2, 3, 64, 64))
+    torch.jit.save(script, files / "model.pt")
+    entry = {"sha256": {"model.pt": hashlib.sha256((files / "model.pt").read_bytes()).hexdigest()}}
+    origin = {"model": "../model", "model_sha256": state_sha256(model.module)}
+    bundle = {**origin, "towers": {"image": {"files": {"pt": entry}}}}
+    (files / "export.json").write_text(json.dumps(bundle))
+
+    def source(path):
+        return load_encoder(str(path), trusted=True).model.source
+
+    (tmp_path / "model").mkdir()  # of the same relative path, in the working directory
+    monkeypatch.chdir(tmp_path)
+    (files / "sub").mkdir()
+    assert source("place/files/model.pt") == source(files / "sub" / ".." / "model.pt") == place / "model"
+    (files / "model.pt").rename(files / "renamed.pt")
+    assert source("place/files/renamed.pt") == place / "model"
+    moved = tmp_path / "elsewhere" / "files"
+    shutil.copytree(files, moved)
+    with pytest.raises(DgmrError, match=r"exported from \.\./model, and .*elsewhere/model does not exist.*--text"):
+        source(moved / "renamed.pt")
+    assert load_encoder(str(moved / "renamed.pt"), text="demo", trusted=True).model.name == "demo"
+    other = model.copy()
+    with torch.no_grad():
+        other.text.token_embedding.weight.mul_(1.01)
+    other.save(moved.parent / "model")
+    with pytest.raises(DgmrError, match=r"elsewhere/model has other weights than the model that .*--text"):
+        source(moved / "renamed.pt")
+    torch.jit.save(torch.jit.trace(nn.ReLU(), torch.rand(2, 3, 64, 64)), files / "renamed.pt")
+    with pytest.raises(DgmrError, match=r"no export.json next to it that describes it\. Name the model with --text"):
+        source(files / "renamed.pt")
+
+
 @pytest.mark.parametrize("task", ["zeroshot_classification", "zeroshot_retrieval", "linear_probe"])
 def test_the_result_is_the_one_of_clip_benchmarks_own_command_line(demo, data, tmp_path, task):
     root = tmp_path / "set"
@@ -239,7 +278,7 @@ def test_with_few_classes_there_is_no_figure_that_is_not_a_number(tmp_path, monk
 def test_embeddings_that_are_not_finite_have_no_accuracy(demo, data, tmp_path):
     broken = CLIPWithEncoder(demo.module, lambda images: torch.full((len(images), 128), torch.nan))
     for root in ("classes", "captions"):
-        with pytest.raises(DgmrError, match="the encoder's outputs are not finite"):
+        with pytest.raises(DgmrError, match="embeddings of the images are not finite"):
             run(demo, broken, data / root, tmp_path / "r.json")
     assert not list(tmp_path.iterdir())
 

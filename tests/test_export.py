@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,10 +14,14 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import onnxruntime
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import call_command, pictures, redraw, timm_tower
+from inputs.exports import onnx_mean
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from pydantic import ValidationError
 from tokenizers import Tokenizer
@@ -27,7 +32,8 @@ from dgmr_tp.cli import models
 from dgmr_tp.data.scenes import CLASSNAMES, Scene
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.export.bundle import export_bundle, failures
+from dgmr_tp.export import onnx_file
+from dgmr_tp.export.bundle import export_bundle, failures, scratch_directory
 from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.export.export_tower import ExportTower
 from dgmr_tp.export.formats import FORMATS, open_exported
@@ -135,6 +141,41 @@ def test_a_runtime_opens_the_files_as_export_json_says(exported):
     assert sizes[1] < 0.8 * sizes[0]
 
 
+def check_half_precision(path, inputs, expected):
+    """Check a float16 file by the standard: its checker, and its reference implementation in true half precision."""
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    [outputs] = ReferenceEvaluator(model).run(["embedding"], {model.graph.input[0].name: inputs.numpy()})
+    assert worst(torch.from_numpy(outputs), expected) < 1e-2
+
+
+def test_float16_files_follow_the_standard(exported):
+    tower, folder, _ = exported
+    with torch.no_grad():
+        check_half_precision(folder / "model.fp16.onnx", pictures(2), tower(pictures(2)))
+
+
+def test_a_float16_file_that_overflows_fails(tmp_path):
+    """One neuron is out of float16's range. In float32, the tower computes the same as without the change."""
+    tower = redraw(timm_tower())
+    with torch.no_grad():
+        expected = tower(pictures(2))
+        mlp = tower.blocks[1].mlp
+        mlp.fc1.weight[7] *= 1e5
+        mlp.fc1.bias[7] *= 1e5
+        mlp.fc2.weight[:, 7] /= 1e5
+        assert worst(tower(pictures(2)), expected) < 0.1
+    report = bundle(export_tower(tower), tmp_path, formats=["onnx-fp16"])
+    assert re.fullmatch(
+        r"its node \S+ \((MatMul|Add|Gemm)\) exceeds float16's range of 65504", failures(report)["model.fp16.onnx"]
+    )
+    assert names(tmp_path) == ["export.json", "model.fp16.onnx.failed"]
+    model = onnx.load(tmp_path / "model.fp16.onnx.failed")
+    with np.errstate(all="ignore"):
+        [outputs] = ReferenceEvaluator(model).run(None, {"image": pictures(2).numpy()})
+    assert not np.isfinite(outputs).all()
+
+
 def test_embeddings_of_length_one(exported, tmp_path):
     tower = exported[0]
     report = bundle(export_tower(tower, normalized=True), tmp_path, formats=["onnx"])
@@ -161,6 +202,9 @@ def test_a_text_tower(tmp_path):
         expected = demo.module.eval().encode_text(texts)
     assert worst(open_exported(tmp_path / "text.onnx")(texts), expected) < 1e-4 < worst(expected.flip(0), expected)
     assert report["towers"]["text"]["input"] == {"name": "text", "shape": ["batch", texts.shape[1]], "dtype": "int64"}
+    onnx_file.to_float16(tmp_path / "text.onnx", tmp_path / "text.fp16.onnx")
+    check_half_precision(tmp_path / "text.fp16.onnx", texts, expected)
+    assert onnx_file.find_overflow(tmp_path / "text.fp16.onnx", texts) is None, "the mask's infinities are allowed"
     opened = torch.jit.load(str(tmp_path / "text.pt"))
     assert not any("visual" in name for name, _ in opened.named_parameters()), (
         "the text tower's file has no vision tower"
@@ -285,9 +329,34 @@ def test_files_that_no_runtime_can_open_are_one_sentence(exported, tmp_path):
         open_exported(tmp_path / "a.onnx")
 
 
+@pytest.mark.parametrize("batch", [1, 3, "batch"])
+@pytest.mark.parametrize("dtype", [onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16])
+def test_files_of_any_batch_and_precision_are_run(tmp_path, batch, dtype):
+    images = pictures(7, size=8)
+    outputs = open_exported(onnx_mean(tmp_path / "a.onnx", dtype, [batch, 3, 8, 8]))(images)
+    assert outputs.dtype == torch.float32 and outputs.shape == (7, 3)
+    assert torch.allclose(outputs, images.mean((2, 3)), atol=1e-6 if dtype == onnx.TensorProto.FLOAT else 1e-3)
+
+
+def test_files_that_are_not_an_encoder_are_one_sentence(tmp_path):
+    two = onnx_mean(tmp_path / "two.onnx", onnx.TensorProto.FLOAT, [1, 3, 8, 8], inputs=2)
+    with pytest.raises(DgmrError, match=r"cannot open .*two.onnx: it has 2 inputs \(pixels0, pixels1\)"):
+        open_exported(two)
+    with pytest.raises(DgmrError, match=r"its input pixels0 is a tensor\(uint8\), and preprocessed inputs are one of"):
+        open_exported(onnx_mean(tmp_path / "bytes.onnx", onnx.TensorProto.UINT8, [1, 3, 8, 8]))
+    tokens = onnx_mean(tmp_path / "tokens.onnx", onnx.TensorProto.INT64, [1, 3, 8, 8])
+    with pytest.raises(DgmrError, match=r"its input pixels0 is a tensor\(int64\), and these inputs are torch.float32"):
+        open_exported(tokens)(pictures(2, size=8))
+    maps = open_exported(onnx_mean(tmp_path / "maps.onnx", onnx.TensorProto.FLOAT, ["n", 3, 8, 8], keepdims=1))
+    with pytest.raises(DgmrError, match=r"first output of .*maps.onnx has the shape \[2, 3, 1, 1\] for 2 inputs"):
+        maps(pictures(2, size=8))
+    fixed = open_exported(onnx_mean(tmp_path / "fixed.onnx", onnx.TensorProto.FLOAT, [1, 3, 8, 8]))
+    with pytest.raises(DgmrError, match=r"does not accept inputs of shape \[2, 3, 9, 9\]"):
+        fixed(pictures(2, size=9))
+
+
 @pytest.mark.slow
 def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
     demo = open_model("demo")
     picture = Image.fromarray(Scene.draw(0, 1).image()).resize((90, 71))
     images = torch.stack([demo.preprocess(picture), demo.preprocess(picture.rotate(90))])
@@ -303,9 +372,26 @@ def test_hugging_faces_layout_is_read_by_transformers(tmp_path):
     session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "text_model.onnx"))
     assert session.run(["text_embeds"], {"input_ids": demo.tokenizer(["a", "b"]).numpy()})[0].shape == (2, 128)
     with pytest.raises(DgmrError, match="cannot resize by 'longest'"):
-        image_processor({**demo.preprocess_config, "resize_mode": "longest"}, 64)
+        image_processor({**demo.preprocess_config, "resize_mode": "longest"}, (64, 64))
     with pytest.raises(DgmrError, match="unknown layout 'core'"):
         export_model(demo, images, tmp_path, **{**options, "layout": "core"})
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"), [("squash", {"height": 64, "width": 32}), ("shortest", {"shortest_edge": 64})]
+)
+def test_a_processor_of_images_that_are_not_square(mode, expected):
+    """The reference is open_clip's own preprocessing."""
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": mode}
+    config = image_processor(preprocess, (64, 32))
+    assert config["size"] == expected and config["crop_size"] == {"height": 64, "width": 32}
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(size=(64, 32), **preprocess), is_train=False
+    )
+    picture = Image.fromarray(Scene.draw(0, 1).image()).resize((90, 71))
+    del config["image_processor_type"]
+    pixels = transformers.CLIPImageProcessor(**config)(images=picture, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 32) and (pixels[0] - transform(picture)).abs().max() < 0.05
 
 
 @pytest.mark.slow
@@ -387,6 +473,29 @@ def test_a_disk_without_room_is_one_sentence_before_a_writer_meets_it(tmp_path, 
         ):
             bundle(export_tower, tmp_path, formats=["torchscript"])
         assert not names(tmp_path)
+
+
+@pytest.mark.parametrize("file_format", ["onnx", "torchscript", "pt2"])
+def test_a_file_size_limit_is_one_sentence_and_nothing_is_left(tmp_path, file_format):
+    """torch's writers abort the process at the limit."""
+    export_tower = ExportTower("image", nn.Sequential(nn.Flatten(), nn.Linear(48, 8)), torch.rand(4, 3, 4, 4), "image")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(
+            DgmrError, match=r"up to 10 MB, which the output directory cannot hold: File too large\. Free"
+        ):
+            bundle(export_tower, tmp_path / "out", formats=[file_format])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scratch_directories_of_killed_exports_are_deleted(tmp_path):
+    (tmp_path / ".export-killed" / "image onnx").mkdir(parents=True)
+    with scratch_directory(tmp_path, ".export-") as running, scratch_directory(tmp_path, ".export-"):
+        assert running.exists() and not (tmp_path / ".export-killed").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_configuration_takes_the_names_in_the_registries():

@@ -201,7 +201,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 
 def test_models_open_by_name():
     model = open_model("timm:vit_tiny_patch16_224", "none")
-    assert model.image_size == 224 and len(model.adapter.blocks()) == 12
+    assert model.image_size == (224, 224) and len(model.adapter.blocks()) == 12
     assert model.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 224, 224)
 
 
@@ -290,13 +290,13 @@ def test_classes_of_its_own_survive(tmp_path):
 )
 def test_an_image_size_of_its_own_survives(tmp_path, name):
     opened = open_model(name, "none", image_size=64)
-    assert opened.image_size == 64
+    assert opened.image_size == (64, 64)
     images = pictures(2, size=64)
     with torch.no_grad():
         expected = opened.tower.eval()(images)
     opened.save(tmp_path / "saved")
     again = load_pruned(tmp_path / "saved")
-    assert again.image_size == 64
+    assert again.image_size == (64, 64)
     assert again.preprocess(__import__("PIL.Image").Image.new("RGB", (300, 200))).shape == (3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again.tower.eval()(images), expected)
@@ -374,5 +374,5 @@ def test_one_prune_finds_the_sites_and_hashes_each_weight_once(monkeypatch):
                 monkeypatch.setattr(module, function.__name__, counting(function))
     model = open_model("demo")
     calls.update(dict.fromkeys(calls, 0))
-    table = prune(model, [pictures(16, size=model.image_size)], mlp_ratio=1).table
+    table = prune(model, [pictures(16, size=model.image_size[0])], mlp_ratio=1).table
     assert calls == {"find_sites": 1, "weight_sha256": len(table)}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import timm
@@ -10,11 +11,13 @@ import torch_pruning as tp
 from compress import make_plan
 from conftest import pictures, redraw, timm_tower
 from torch import nn
+from torch.nn.utils import parametrizations
 
-from dgmr_tp import DGMRImportance, MLPPruner, prune
+from dgmr_tp import DGMRImportance, MLPPruner, open_model, prune
 from dgmr_tp.encoders import adapt
+from dgmr_tp.encoders.model import wrap_tower
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning import Plan, find_sites, last_state
+from dgmr_tp.pruning import Plan, find_sites, last_state, recover
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.selection import select_diverse_rows
 from dgmr_tp.pruning.sites import sites_inside
@@ -250,3 +253,56 @@ def test_sites_inside_a_module_have_relative_paths(tower):
     block = name.removesuffix(".mlp")
     assert sites_inside(sites, block) == find_sites(tower.get_submodule(block))
     assert sites_inside(sites, "") == sites
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2"])
+@pytest.mark.parametrize(
+    "parametrize",
+    [parametrizations.weight_norm, nn.utils.weight_norm, nn.utils.spectral_norm, parametrizations.orthogonal],
+)
+def test_parametrized_mlps_are_refused(parametrize, layer):
+    tower = redraw(timm_tower())
+    parametrize(tower.blocks[1].mlp.get_submodule(layer))
+    with pytest.raises(DgmrError, match=rf"the weight of blocks.1.mlp.{layer} is computed from other tensors .*Remove"):
+        prune(tower, mlp_ratio=1)
+
+
+def test_a_model_without_weights_is_refused():
+    plan = MLPPruner(timm_tower(), mlp_ratio=1).plan()
+    empty, demo = timm_tower().to("meta"), open_model("demo", weights="none")
+    for call in (
+        lambda: MLPPruner(empty, mlp_ratio=1).plan(),
+        lambda: MLPPruner(empty, tp.importance.MagnitudeImportance(p=2), mlp_ratio=1).plan(),
+        lambda: MLPPruner(empty).apply(plan),
+        lambda: prune(empty, mlp_ratio=1),
+        lambda: prune(empty, [pictures(20)], mlp_ratio=1),
+        lambda: prune(demo, mlp_ratio=1),
+        lambda: recover(adapt(empty), adapt(empty), [pictures(20)]),
+    ):
+        with pytest.raises(DgmrError, match=r"is on the meta device and has no values. Open the model with weights"):
+            call()
+
+
+@pytest.mark.parametrize("criterion", ["output", "l2", "amp"])
+@pytest.mark.parametrize("shape", [(3, 40, 40), (3, 32, 40), (1, 32, 32)])
+def test_images_that_the_tower_does_not_take_are_refused(tower, criterion, shape):
+    images = [torch.randn(20, *shape)]
+    with pytest.raises(DgmrError, match=rf"does not take images of shape {re.escape(str(list(shape)))}: .*[^.]\. Give"):
+        prune(tower, images, criterion=criterion, mlp_ratio=1)
+    with pytest.raises(DgmrError, match="does not take images of shape"):
+        recover(adapt(tower), adapt(tower), images)
+
+
+def test_images_of_two_sizes_are_refused():
+    """This tower takes both sizes, and the token weights of one would be wrong for the other."""
+    with pytest.raises(DgmrError, match=r"shapes \(3, 32, 32\) and \(3, 40, 40\). Give images of one shape"):
+        prune(redraw(timm_tower(dynamic_img_size=True)), [pictures(20), pictures(20, size=40)], mlp_ratio=1)
+
+
+def test_a_tower_without_mlps_is_not_sent_to_the_pruner():
+    resnet, mixer = timm.create_model("resnet18"), timm.create_model("mixer_s32_224")
+    with pytest.raises(DgmrError, match=r"recovered or distilled, and it has no MLP that can be pruned. Use one of"):
+        adapt(resnet)
+    with pytest.raises(DgmrError, match=r"recovered or distilled. Prune it with MLPPruner, or use one of"):
+        adapt(mixer)
+    assert not wrap_tower(resnet).has_adapter and not wrap_tower(mixer).has_adapter

@@ -16,6 +16,7 @@ from dgmr_tp.compression.prune import prune
 from dgmr_tp.encoders import adapt
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import MLPPruner, last_state, recover
+from dgmr_tp.pruning.adapter import run_blocks
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.recovery import Moments, _gain, _refit_layer, refit
 
@@ -323,6 +324,42 @@ def test_bf16_recovers(tower):
     report = recover(dense, pruned, [pictures(100).bfloat16()])
     assert all(parameter.dtype == torch.bfloat16 for parameter in pruned.tower.parameters())
     assert any(entry.recovered_error < 0.8 * entry.cut_error for entry in report)
+
+
+@pytest.mark.parametrize("images", [10, 19, 20])
+def test_few_images_recover_every_block(images):
+    """One or two images are held out. The head reads one token of each, and the last block has 16 neurons."""
+    tower = redraw(timm_tower())
+    dense, pruned = pruned_pair(tower, keep=8)
+    cut = copy.deepcopy(pruned)
+    report = recover(dense, pruned, [pictures(images)])
+    for entry, block, cut_block in zip(report, pruned.blocks(), cut.blocks(), strict=True):
+        assert entry.cut_error > 0.01 and not entry.fit_rejected and entry.recovered_error < entry.cut_error
+        assert not torch.equal(linears(block)[-1].weight, linears(cut_block)[-1].weight)
+    with torch.no_grad():  # the error of the last block, on all tokens of the held-out images
+        held_out = pictures(images)[9::10]
+        state, target = run_blocks(pruned.blocks()[:-1], pruned.stem(held_out)), last_state(dense, held_out)
+        after = cut.blocks()[-1](state)
+        consumer = linears(cut.blocks()[-1])[-1]
+        consumer.weight.zero_(), consumer.bias.zero_()
+        output = target - cut.blocks()[-1](state)
+    weight = token_weights(dense, target, last=False)[:, None] / len(held_out)
+    error = (weight * (target - after).square()).sum()
+    variance = (weight * (output - (weight * output).sum((0, 1))).square()).sum()
+    assert report[-1].cut_error == pytest.approx(float(error / variance), rel=1e-4)
+
+
+def test_held_out_images_without_differences_are_refused(tower):
+    images = pictures(10).repeat(10, 1, 1, 1)[[*range(9), 0] * 10]
+    with pytest.raises(DgmrError, match=r"resblocks.2.mlp|blocks.2.mlp is the same for all held-out .* Give different"):
+        recover(*pruned_pair(tower, keep=8), [images])
+
+
+def test_error_of_a_constant_target():
+    h, y = torch.randn(50, 4), torch.ones(50, 3)
+    moments = moments_of(h.numpy(), y.numpy(), np.ones(50))
+    assert moments.relative_error(torch.zeros(3, 4).double(), torch.ones(3).double()) == 0
+    assert moments.relative_error(torch.zeros(3, 4).double(), torch.zeros(3).double()) == np.inf
 
 
 def test_too_few_images_are_refused(tower):

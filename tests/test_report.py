@@ -112,10 +112,48 @@ def test_many_data_sets_are_printed_whole_at_80_columns(tmp_path):
     stream = io.StringIO()
     print_table(collect(tmp_path, "run", figures), Console(file=stream, width=80))
     text = stream.getvalue()
-    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    lines = [line for line in text.splitlines() if not line.startswith("measured by")]
+    assert "…" not in text and max(map(len, lines)) <= 80
     for i, name in enumerate(names):
-        assert name in text and text.count(f"{10.1 + 10 * i:.1f}") == 2
+        assert name in text and "\n".join(lines).count(f"{10.1 + 10 * i:.1f}") == 2
     assert text.count("4350.00") == text.count("1237.00") == 1
+
+
+def test_nothing_that_was_measured_is_missing(tmp_path):
+    """The training did not help, images were skipped, and an exported format and metrics are unknown to the tables."""
+    size, broken = "mlp_ratio-1", {"a.png": "cut", "b.png": "cut"}
+    known = {"wds/a": {"acc1": 0.111, "acc5": 0.222}, "k-NN": {"knn@20": 0.333}, "linear head": {"head@1": 0.444}}
+    probe = {"wds/p": {"lp_acc1": 0.555, "images_left_out": 1}}
+    figures = {
+        "rank/all": {"broken_images": broken},
+        f"prune/{size}": {},
+        f"recover/{size}": {"sites": [], "broken_images": broken},
+        f"distill/{size}": {"best_step": 0, "scores": [[0, 0.9], [2, 0.7]], "broken_images": {"c.png": "cut"}},
+        f"tune_text/{size}": {"losses": [[1, 2.0], [2, 1.0]]},
+        "evaluate/dense": {"dense": {**known, **probe}},
+        f"evaluate/{size}": {"distilled": {**known, "wds/later": {"acc1": 0.666}}},
+        f"export/{size}": {"towers": {}, "metrics": {"tflite": {"wds/a": {"acc1": 0.777}}}},
+        f"compare/{size}": None,
+    }
+    report = collect(tmp_path, "run", figures)
+    page = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", write_html(report, tmp_path / "report.html").read_text()))
+    stream = io.StringIO()
+    print_table(report, Console(file=stream, width=80))
+    printed = " ".join(stream.getvalue().split())
+    for text in (page, printed):
+        for value in ("11.1", "33.3", "44.4", "55.5", "66.6", "77.7", "tflite", "lp_acc1", "later"):
+            assert value in text, value
+        assert (
+            "22.2" not in text
+            and "mlp_ratio 1, distilled: no step beat the recovered model; its weights were kept" in text
+        )
+    assert "mlp_ratio 1, distilled wds/a acc5 0.2220" in page
+    assert "a top-1 clip_benchmark" in page and "k-NN top-1 dgmr-tp" in page and "linear head top-1 dgmr-tp" in page
+    assert "measured by clip_benchmark: wds/" not in printed and "measured by dgmr-tp: k-NN, linear head" in printed
+    assert "skipped: 2 in rank, 2 in recover, 1 in distill." in page
+    assert "mlp_ratio 1, rank: 2 images did not decode" in printed and "wds/p: 1 images do not decode" in printed
+    figures[f"distill/{size}"]["best_step"] = 2
+    assert "no step beat" not in write_html(collect(tmp_path, "run", figures), tmp_path / "report.html").read_text()
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

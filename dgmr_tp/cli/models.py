@@ -5,7 +5,6 @@ The library is imported inside the commands, so that ``--help`` does not load to
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +69,7 @@ def export(
     """Export a model's towers. Every file is verified against PyTorch in its own process, and timed."""
     from dgmr_tp.encoders import open_model
     from dgmr_tp.export.bundle import failures
-    from dgmr_tp.export.layouts import export_model
+    from dgmr_tp.export.layouts import export_model, recorded_source
 
     names = names_in("--formats", formats, FORMATS)
     output_names = names_in("--outputs", outputs, OUTPUTS)
@@ -97,15 +96,17 @@ def export(
             dense_dir, dense_model = scratch, open_model(dense, dense_pretrained)
             if dense_model.image_size != opened.image_size:
                 raise DgmrError(
-                    f"{dense} takes images of {dense_model.image_size} pixels, and {model} of {opened.image_size}. "
-                    "Give the model that was pruned as --dense."
+                    f"{dense} takes images of {dense_model.image_size} pixels (height, width), and {model} of "
+                    f"{opened.image_size}. Give the model that was pruned as --dense."
                 )
             export_model(dense_model, examples, dense_dir, source=dense, latency_batches=(), **options)
-        source = os.path.relpath(Path(opened.source).resolve(), out_dir.resolve()) if opened.source else model
+        source = recorded_source(model, opened, out_dir)
         bundle = export_model(opened, examples, out_dir, source=source, text=text, dense=dense_dir, **options)
     for name in names:
         if notice := FORMATS[name].notice:
             out.print(f"{name}: {notice}")
+    for note in bundle["notes"]:
+        out.print(note)
     for tower in bundle["towers"].values():
         for entry in tower["files"].values():
             _print_file(out_dir, entry)

@@ -16,6 +16,8 @@ from torch import Tensor
 from dgmr_tp.data.streams import find_images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import stem_states
+from dgmr_tp.utils.modules import check_weights
 
 NUM_CALIBRATION_IMAGES = 1024
 """Images read from a folder or shards when the caller gives no number."""
@@ -48,7 +50,7 @@ class CalibrationImages:
             seed: draws the images from a path.
 
         Raises:
-            DgmrError: the path holds no readable image, a batch has another shape, or the batches hold fewer than
+            DgmrError: the path holds no readable image, the tower does not take a batch, or the batches hold fewer than
                 ``count`` images.
         """
         if isinstance(images, str | Path):
@@ -56,6 +58,11 @@ class CalibrationImages:
             sampled = list(source.sample(count or NUM_CALIBRATION_IMAGES, seed, model.preprocess))
             return cls(sampled, dict(source.broken), source.others)
         batches = [_check_batch(batch) for batch in images]
+        if model.has_adapter:
+            check_weights(model.tower)
+            reference = next(model.tower.parameters())
+            with torch.no_grad():  # one image of each batch: does the tower take them?
+                stem_states(model.adapter, (batch[:1].to(reference.device, reference.dtype) for batch in batches))
         if count is None:
             return cls(batches)
         if (given := sum(map(len, batches))) < count:

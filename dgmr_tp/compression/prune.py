@@ -19,6 +19,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, SiteRecovery, recover
 from dgmr_tp.pruning.allocation import given_amount
 from dgmr_tp.utils.config import Config
+from dgmr_tp.utils.modules import check_weights
 
 
 class RecoverConfig(Config):
@@ -95,6 +96,7 @@ def prune(
         DgmrError: bad input; the message says what to do.
     """
     dense = _opened(model, pretrained)
+    check_weights(dense.tower)
     calibration = None
     if images is not None:
         calibration = CalibrationImages.read(images, dense, num_calibration_images, seed)

@@ -19,6 +19,7 @@ from dgmr_tp.data.images import Images, check_classes
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.pruning.allocation import given_amount, minimum_widths
 from dgmr_tp.pruning.cost import parameter_cost, parameters
 from dgmr_tp.utils.knn import nearest_classes
@@ -196,7 +197,8 @@ def _check_images(
 def _embeddings(model: OpenedModel, images: CalibrationImages) -> Tensor:
     encoder = ImageEncoder(model.adapter)
     with evaluating(model.tower):
-        return torch.cat([encoder(batch).float().cpu() for batch in images.on(model)])
+        rows = [check_embeddings(encoder(batch), "the held-out images").float().cpu() for batch in images.on(model)]
+    return torch.cat(rows)
 
 
 def _interval(values: np.ndarray, seed: int) -> Sequence[float]:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size
 from dgmr_tp.utils.progress import report_progress
 
@@ -57,7 +58,8 @@ def embed_share(
     for step, (batch, batch_indices, batch_broken) in enumerate(loader, start=1):
         broken |= batch_broken
         if len(batch_indices):
-            embeddings.append(embed(batch.to(device)).float().to(device))
+            rows = check_embeddings(embed(batch.to(device)), str(images.source))
+            embeddings.append(rows.float().to(device))
             indices.append(batch_indices)
         report_progress(title, min(len(share), step * batch_size), len(share))
     images.broken |= all_gather_dict(broken)

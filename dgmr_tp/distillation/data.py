@@ -221,7 +221,7 @@ def _collate(samples: list[Sample]) -> Sample:
 
 
 def training_transform(
-    preprocess: dict[str, Any], size: int, min_crop: float, flip: bool, augment: str = "clip"
+    preprocess: dict[str, Any], size: int | tuple[int, int], min_crop: float, flip: bool, augment: str = "clip"
 ) -> Callable[[Any], Tensor]:
     """Return a random resized crop (bicubic), normalized as the encoder expects it.
 

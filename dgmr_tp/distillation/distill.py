@@ -30,7 +30,7 @@ from dgmr_tp.distillation.losses import Features, FeatureTap
 from dgmr_tp.distillation.validation import HeldOutSet
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.cost import flops
+from dgmr_tp.pruning.cost import flops, image_shape
 from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.lazy_imports import require
 
@@ -71,7 +71,7 @@ def distill(
         device, precision = current_device(), config.precision
         student_flops, teacher_flops = (flops(model.tower, model.image_size) for model in (student, teacher))
         tap = FeatureTap(student.adapter, config.loss, recompute=config.recompute)
-        probe = torch.zeros(1, 3, student.image_size, student.image_size, device="meta")
+        probe = torch.zeros(1, *image_shape(student.image_size), device="meta")
         teacher_tap, release_teacher = _prepare_teacher(
             FeatureTap(teacher.adapter, config.loss), probe, config, directory
         )

@@ -89,7 +89,10 @@ class TrainingResult(NamedTuple):
     """Result of a training, other than the weights."""
 
     step: int
-    """Step after which the weights were taken: the best one if the task has a score, otherwise the last one."""
+    """Step after which the weights were taken: the best one if the task has a score, otherwise the last one.
+
+    0: no step scored higher than the model before the training.
+    """
     broken: dict[str, str]
     """Images that did not decode, and the errors."""
 
@@ -205,6 +208,8 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         tensors = {**frozen, **weights}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
             tensor.data = tensors[name]
+        if step == 0:
+            print(f"  {config.title}: no step beat the model before the training; its weights were kept", flush=True)
     return TrainingResult(step, broken)
 
 

@@ -21,6 +21,7 @@ from dgmr_tp.distillation.engine import MAX_REDUCE_BUCKET, freeze_unused_paramet
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import TowerAdapter
+from dgmr_tp.pruning.cost import ImageSize, image_shape
 from dgmr_tp.utils.modules import meta_copy
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -77,8 +78,10 @@ class MemoryEstimator:
         image_size: height and width of the images.
     """
 
-    def __init__(self, student: TowerAdapter, teacher: TowerAdapter, config: DistillConfig, image_size: int) -> None:
-        probe = torch.zeros(1, 3, image_size, image_size, device="meta", dtype=config.precision)
+    def __init__(
+        self, student: TowerAdapter, teacher: TowerAdapter, config: DistillConfig, image_size: ImageSize
+    ) -> None:
+        probe = torch.zeros(1, *image_shape(image_size), device="meta", dtype=config.precision)
         self.itemsize = config.precision.itemsize
         tap = FeatureTap(student, config.loss)
         freeze_unused_parameters(tap, probe.float())

@@ -202,10 +202,6 @@ class ImageEmbeddings:
                 workers=config.workers,
                 title="embed the images",
             )
-        if not embeddings.isfinite().all():
-            raise DgmrError(
-                f"some embeddings of {pairs.images.source} are not finite. Check the weights and the preprocessing."
-            )
         rows = np.full((len(range(rank, len(pairs), world)), embeddings.shape[1]), np.nan, np.float32)
         rows[indices.numpy() // world] = embeddings.cpu().numpy()
         path = _rank_files(directory, world)[rank]

@@ -16,6 +16,8 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import check_embeddings
+from dgmr_tp.pruning.cost import ImageSize, image_shape
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write, read_json, sha256, to_json
 from dgmr_tp.utils.knn import predict_classes
@@ -38,7 +40,7 @@ class HeldOutSet:
         batch_size: images in a batch.
 
     Raises:
-        DgmrError: no image decodes.
+        DgmrError: no image decodes, or an embedding is not finite.
     """
 
     def __init__(
@@ -46,13 +48,13 @@ class HeldOutSet:
         images: Images,
         preprocess: Callable[[Any], Tensor],
         embed: Callable[[Tensor], Tensor],
-        image_size: int,
+        image_size: ImageSize,
         batch_size: int,
     ) -> None:
         rank, world = get_rank(), get_world_size()
         # Parameters may be gathered for each batch, so that all processes need the same number of batches.
         count = -(-len(images) // world)
-        pixels, decoded = torch.zeros(count, 3, image_size, image_size), torch.zeros(count, dtype=torch.bool)
+        pixels, decoded = torch.zeros(count, *image_shape(image_size)), torch.zeros(count, dtype=torch.bool)
         for row, index in enumerate(range(rank, len(images), world)):
             if (image := images.read(index)) is not None:
                 pixels[row], decoded[row] = preprocess(image), True
@@ -95,7 +97,8 @@ class HeldOutSet:
     @torch.no_grad()
     def _embed_all(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the embeddings of the images of all processes that decode."""
-        return all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+        embeddings = all_gather_rows(torch.cat([embed(batch).float() for batch in self.batches]))[self.decoded]
+        return check_embeddings(embeddings, "the held-out images")
 
     def _knn_accuracy(self, embeddings: Tensor) -> dict[str, float]:
         if self.classes is None:

@@ -85,6 +85,8 @@ class OpenedModel:
     @property
     def has_adapter(self) -> bool:
         """True if :attr:`adapter` exists. Without one, a tower can be pruned but not recovered or distilled."""
+        if not has_adapter(self.tower):
+            return False
         try:
             return self.adapter is not None
         except DgmrError:
@@ -127,7 +129,7 @@ class OpenedModel:
         return text_only if hasattr(text_only, "encode_text") else _loader(self.library).TextTower(text_only)
 
     @property
-    def image_size(self) -> int | None:
+    def image_size(self) -> tuple[int, int] | None:
         """Height and width in pixels of the images that ``preprocess`` returns.
 
         None if the preprocessing is unknown.
@@ -135,7 +137,8 @@ class OpenedModel:
         if not self.preprocess_config:
             return None
         size = self.preprocess_config.get("size") or self.preprocess_config["input_size"]
-        return size if isinstance(size, int) else size[-1]
+        height, width = (size, size) if isinstance(size, int) else size[-2:]
+        return int(height), int(width)
 
     @property
     def weights_name(self) -> str:
@@ -303,13 +306,18 @@ def adapt(tower: nn.Module, name: str | None = None, **outside: nn.Module) -> To
         outside: modules outside the tower that its adapter takes, such as ``projection``.
 
     Raises:
-        DgmrError: no adapter is known for this class. The tower can be pruned, but not recovered.
+        DgmrError: no adapter is known for this class. The message says whether the tower can be pruned.
     """
     path = find_by_class(ADAPTERS, tower)
     if path is None:
+        problem, remedy = "it cannot be recovered or distilled", "Prune it with MLPPruner, or use"
+        try:
+            find_sites(tower)
+        except DgmrError:
+            problem, remedy = f"{problem}, and it has no MLP that can be pruned", "Use"
         raise DgmrError(
-            f"no adapter is known for {type(tower).__module__}.{type(tower).__name__}, so it cannot be recovered or "
-            f"distilled. Prune it with MLPPruner, or use one of {', '.join(ADAPTERS)}."
+            f"no adapter is known for {type(tower).__module__}.{type(tower).__name__}, so {problem}. {remedy} one of "
+            f"{', '.join(ADAPTERS)}."
         )
     module_name, class_name = path.split(".")
     adapter_class = getattr(require(f"dgmr_tp.encoders.{module_name}", "encoders"), class_name)
@@ -335,6 +343,11 @@ def is_library_name(source: str) -> bool:
     """Return whether ``source`` names a library's model: ``open_clip:NAME`` or ``timm:NAME``."""
     library, _, name = source.partition(":")
     return library in NAMED_LIBRARIES and bool(name)
+
+
+def is_model_name(source: str) -> bool:
+    """Return whether ``source`` names a model independently of the working directory. Otherwise it is a path."""
+    return is_library_name(source) or source.startswith(HUB) or source == "demo"
 
 
 def open_model(

@@ -202,7 +202,8 @@ def _processor(directory: Path) -> Any:
 
 
 def _preprocess_config(processor: Any) -> dict[str, Any]:
-    size = dict(getattr(processor, "crop_size", None) or processor.size)
+    crop_size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", True) else None
+    size = dict(crop_size or processor.size)
     return {
         "size": [size.get("height", size.get("shortest_edge")), size.get("width", size.get("shortest_edge"))],
         "mean": list(processor.image_mean),

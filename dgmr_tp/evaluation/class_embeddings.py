@@ -12,6 +12,7 @@ from torch import Tensor
 from dgmr_tp.data.labels import CLASSNAMES_FILE, TEMPLATES_FILE, read_class_names, read_prompts
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError, first_line
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.lazy_imports import require
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
@@ -44,7 +45,7 @@ def class_embeddings(model: OpenedModel, classes: Path) -> Tensor:
     model.module.eval()  # some text towers have dropout
     with contextlib.redirect_stderr(io.StringIO()):  # hide the progress bar
         embeddings = metric.zero_shot_classifier(model.text, model.tokenizer, names, templates, device, amp=False)
-    return embeddings.float().cpu()
+    return check_embeddings(embeddings, "the classes").float().cpu()
 
 
 def read_class_embeddings(path: Path) -> Tensor:

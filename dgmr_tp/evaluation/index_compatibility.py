@@ -21,6 +21,7 @@ from torch import Tensor
 from dgmr_tp.data.embeddings import embed_share
 from dgmr_tp.data.images import Images, describe_skipped
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.lazy_imports import require
 
@@ -233,9 +234,8 @@ def _cosines_and_agreement(old: Tensor, new: Tensor, classifier: Tensor | None) 
     """Return the cosine of each image's embeddings, and the share of equal zero-shot decisions."""
     cosines, equal = [], []
     for old_chunk, new_chunk in zip(old.split(CHUNK_ROWS), new.split(CHUNK_ROWS), strict=True):
-        old_chunk, new_chunk = old_chunk.float(), new_chunk.float()
-        if not bool(old_chunk.isfinite().all() and new_chunk.isfinite().all()):
-            raise DgmrError("some embeddings are not finite. Check the encoders, or compute the embeddings in float32.")
+        old_chunk = check_embeddings(old_chunk.float(), "the old encoder")
+        new_chunk = check_embeddings(new_chunk.float(), "the new encoder")
         cosines.append(F.cosine_similarity(old_chunk, new_chunk))
         if classifier is not None:
             equal.append((old_chunk @ classifier).argmax(1) == (new_chunk @ classifier).argmax(1))

@@ -9,12 +9,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, is_library_name, open_model
+from dgmr_tp.encoders.model import is_model_name
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import MANIFEST
 from dgmr_tp.export.formats import is_exported_file, open_exported
 from dgmr_tp.pruning import ImageEncoder
-from dgmr_tp.utils.files import read_json
+from dgmr_tp.utils.files import read_json, sha256
+from dgmr_tp.utils.modules import state_sha256
 
 
 @dataclass(frozen=True)
@@ -45,25 +47,59 @@ def load_encoder(
 
     Raises:
         DgmrError: as :func:`dgmr_tp.open_model` and :func:`~dgmr_tp.export.formats.open_exported`, or the model of a
-            file is not known.
+            file is not known, does not exist, or has other weights than at the export.
     """
     exported = open_exported(Path(source), trusted=trusted) if is_exported_file(source) else None
-    name = (text or _model_of_file(Path(source))) if exported else source
+    origin = _origin_of_file(Path(source)) if exported and text is None else None
+    name = origin.model if origin else text or source
     model = open_model(name, pretrained if is_library_name(name) else None)
+    if origin and origin.sha256 not in (None, state_sha256(model.module)):
+        remedy = "Name its weights with --pretrained" if is_library_name(name) else "Name that model with --text"
+        raise DgmrError(f"{name} has other weights than the model that {source} was exported from. {remedy}.")
     model.module.to(device).eval()
     return LoadedEncoder(model, as_clip(model, exported), exported or ImageEncoder(model.adapter), device)
 
 
-def _model_of_file(path: Path) -> str:
-    """Return the model that a file was exported from, as its ``export.json`` states it.
+@dataclass(frozen=True)
+class _Origin:
+    """The model that a file was exported from, as its ``export.json`` states it."""
 
-    ``export.json`` is in the file's directory or, in some layouts, one level above.
+    model: str
+    """A source of :func:`dgmr_tp.open_model`."""
+    sha256: str | None
+    """:func:`~dgmr_tp.utils.modules.state_sha256` of the model. Files of older versions have none."""
+
+
+def _origin_of_file(path: Path) -> _Origin:
+    """Find the origin of a file in the ``export.json`` in its directory or, in some layouts, one level above.
+
+    The file is recognized by its SHA-256.
+
+    Raises:
+        DgmrError: no ``export.json`` describes this file, or the path of its model does not exist.
     """
-    for folder in (path.parent, path.parent.parent):
+    digest = sha256(path)
+    for folder in (path.resolve().parent, path.resolve().parent.parent):
         if not (folder / MANIFEST).exists():
             continue
-        model = read_json(
-            folder / MANIFEST, lambda content: str(content["model"]), remedy="Name the model with --text."
+        model, model_sha256, digests = read_json(
+            folder / MANIFEST,
+            lambda bundle: (
+                str(bundle["model"]),
+                bundle.get("model_sha256"),
+                [entry["sha256"].values() for tower in bundle["towers"].values() for entry in tower["files"].values()],
+            ),
+            remedy="Export again, or name the model with --text.",
         )
-        return str(folder / model) if (folder / model).is_dir() else model
-    raise DgmrError(f"{path} has no {MANIFEST} next to it that names its model. Name the model with --text.")
+        if not any(digest in values for values in digests):
+            continue
+        directory = (folder / model).resolve()
+        if is_model_name(model):
+            return _Origin(model, model_sha256)
+        if not directory.is_dir():
+            raise DgmrError(
+                f"{path} was exported from {model}, and {directory} does not exist. Restore it, or name the model "
+                "with --text."
+            )
+        return _Origin(str(directory), model_sha256)
+    raise DgmrError(f"{path} has no {MANIFEST} next to it that describes it. Name the model with --text.")

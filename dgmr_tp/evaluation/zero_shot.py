@@ -30,6 +30,7 @@ from dgmr_tp.evaluation.class_embeddings import read_class_embeddings
 from dgmr_tp.evaluation.linear_probe import image_features, linear_probe
 from dgmr_tp.evaluation.shards import KINDS, dataset_kind
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.pruning.adapter import check_embeddings
 from dgmr_tp.utils.config import Config, DataPath
 from dgmr_tp.utils.distributed import all_gather_rows, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write, to_json
@@ -55,16 +56,23 @@ class DatasetConfig(Config):
 
 
 class CLIPWithEncoder(nn.Module):
-    """A CLIP with another image encoder, such as an exported file. Text goes through the CLIP's text tower."""
+    """A CLIP with another image encoder, such as an exported file. Text goes through the CLIP's text tower.
+
+    Embeddings that are not finite raise DgmrError.
+    """
 
     def __init__(self, clip: nn.Module, encode_image: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.clip = clip
-        self.encode_image = encode_image
+        self.image_encoder = encode_image
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return the image encoder's embeddings."""
+        return check_embeddings(self.image_encoder(images), "the images")
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Return the CLIP's text embeddings."""
-        return self.clip.encode_text(text)  # type: ignore[operator]
+        return check_embeddings(self.clip.encode_text(text), "the texts")  # type: ignore[operator]
 
 
 def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None = None) -> nn.Module:
@@ -75,7 +83,7 @@ def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None 
         encode_image: image encoder to use instead of the model's own.
     """
     if encode_image is None and hasattr(model.module, "encode_image"):
-        return model.module
+        return CLIPWithEncoder(model.module, model.module.encode_image)  # type: ignore[arg-type]
     return CLIPWithEncoder(model.text or model.module, encode_image or ImageEncoder(model.adapter))
 
 
@@ -88,18 +96,6 @@ def split_over_processes(encode_image: Callable[[Tensor], Tensor]) -> Callable[[
         padding = images[:1].expand(share * world_size - len(images), *images.shape[1:])
         padded = torch.cat([images, padding])  # no process gets an empty batch, which some runtimes refuse
         return all_gather_rows(encode_image(padded[rank * share :][:share]))[: len(images)]
-
-    return encode
-
-
-def require_finite(encode_image: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Return a function with the same result that raises DgmrError if an embedding is not finite."""
-
-    def encode(images: Tensor) -> Tensor:
-        embeddings = encode_image(images)
-        if not embeddings.isfinite().all():
-            raise DgmrError("the encoder's outputs are not finite. Check its weights, or run it in float32.")
-        return embeddings
 
     return encode
 
@@ -160,7 +156,7 @@ def evaluate(
     encode: Any = model.encode_image
     if distributed.is_initialized():
         encode = split_over_processes(encode)
-    model = CLIPWithEncoder(model, require_finite(encode))
+    model = CLIPWithEncoder(model, encode)
     data = _DatasetLoader(dataset, root, preprocess, task, annotations, classnames, templates, batch_size, workers)
     try:
         with _progress_on_terminal_only(), checked_metrics(f"{dataset} in {root}"):

@@ -17,7 +17,7 @@ from dgmr_tp.encoders import OpenedModel, open_model
 from dgmr_tp.pipeline.preflight import path_status
 from dgmr_tp.pipeline.recipe import Recipe
 from dgmr_tp.pruning import MLPPruner, Site
-from dgmr_tp.pruning.cost import costs
+from dgmr_tp.pruning.cost import costs, image_shape
 from dgmr_tp.pruning.pruner import resize
 from dgmr_tp.utils.yaml_reader import Dumper
 
@@ -112,7 +112,7 @@ def _parameter_groups(config: DistillConfig, student: OpenedModel, keep: dict[st
     resize(student.tower, keep)
     tap = FeatureTap(student.adapter, config.loss)
     assert student.image_size is not None
-    freeze_unused_parameters(tap, torch.zeros(1, 3, student.image_size, student.image_size, device="meta"))
+    freeze_unused_parameters(tap, torch.zeros(1, *image_shape(student.image_size), device="meta"))
     groups = []
     for group in parameter_groups(tap, config.weight_decay):
         count = sum(parameter.numel() for parameter in group["params"])

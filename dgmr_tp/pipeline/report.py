@@ -14,7 +14,8 @@ from rich.table import Table
 
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.pipeline.stages import STAGES
-from dgmr_tp.pipeline.stages.evaluate import DENSE
+from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.evaluate import DENSE, HEAD_TITLE, KNN_TITLE
 from dgmr_tp.utils.files import atomic_write
 
 METRIC_COLUMNS = 3
@@ -27,6 +28,8 @@ METRIC_TITLES = {
     "head@1": "top-1",
 }
 """Metrics that the tables show, and what they are called there."""
+OWN_TOOL = "dgmr-tp"
+"""What the tables name as the tool of figures that clip_benchmark does not compute."""
 Figures = Mapping[str, dict[str, Any] | None]
 """The figures of every step, by key, such as ``prune/mlp_ratio-1``; None for a step that has not run."""
 
@@ -39,12 +42,23 @@ class Curve(NamedTuple):
     logarithmic: bool
 
 
+class Measurement(NamedTuple):
+    """A metric of a model or an exported file."""
+
+    model: str
+    dataset: str
+    metric: str
+    value: float
+
+
 class TrainingReport(NamedTuple):
     """The curves of one training."""
 
     title: str
     curves: list[Curve]
     details: list[Curve]
+    remark: str | None
+    """A sentence if no step beat the model before the training."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,8 @@ class SizeReport:
     compatibility: dict[str, Any] | None
     not_zero_shot: list[str]
     """Data sets of the kind that the text tower was tuned on."""
-    skipped: int
-    """Calibration images that did not decode."""
+    skipped: dict[str, int]
+    """Number of images that did not decode, by stage."""
     broken: list[str]
     """Training images that did not decode."""
 
@@ -77,11 +91,13 @@ class Report:
     name: str
     directory: str
     columns: list[dict[str, str]]
-    """``dataset`` and ``metric`` of every column of metrics."""
+    """``dataset``, ``metric`` and ``tool`` of every column of metrics."""
     dense: dict[str, Any]
     """``metrics`` and ``cost`` of the dense model."""
     left_out: dict[str, int]
-    """Images that did not decode in the evaluation, by data set."""
+    """Images that did not decode in the evaluation, by data set. All models are evaluated on the same images."""
+    others: list[Measurement] = field(default_factory=list)
+    """Metrics without a column."""
     sizes: list[SizeReport] = field(default_factory=list)
 
 
@@ -96,8 +112,16 @@ def collect(directory: Path, name: str, figures: Figures, not_zero_shot: Iterabl
     """
     done = {key: value for key, value in figures.items() if value is not None}
     dense = done.get(f"evaluate/{DENSE}", {}).get(DENSE, {})
-    columns = [(dataset, metric) for dataset, metrics in dense.items() for metric in METRIC_TITLES if metric in metrics]
-    titles = [{"dataset": dataset.removeprefix("wds/"), "metric": METRIC_TITLES[metric]} for dataset, metric in columns]
+    measurements = _measurements(done)
+    columns = _columns(measurements)
+    titles = [
+        {
+            "dataset": dataset.removeprefix("wds/"),
+            "metric": METRIC_TITLES.get(metric, metric),
+            "tool": OWN_TOOL if dataset in (KNN_TITLE, HEAD_TITLE) else "clip_benchmark",
+        }
+        for dataset, metric in columns
+    ]
     names = [key.split("/")[1] for key in figures if key.startswith("prune/")]
     costs = [cost for size in names if (cost := done.get(f"prune/{size}", {}).get("dense"))]
     return Report(
@@ -106,8 +130,36 @@ def collect(directory: Path, name: str, figures: Figures, not_zero_shot: Iterabl
         columns=titles,
         dense={"metrics": _pick(dense, columns), "cost": costs[-1] if costs else None},
         left_out={name: metrics["images_left_out"] for name, metrics in dense.items() if "images_left_out" in metrics},
+        others=[entry for entry in measurements if (entry.dataset, entry.metric) not in columns],
         sizes=[_size_report(size, done, columns, not_zero_shot) for size in names],
     )
+
+
+def _measurements(done: Mapping[str, dict[str, Any]]) -> list[Measurement]:
+    """Return every metric of every model and exported file."""
+    measurements = []
+    for key, figures in done.items():
+        stage, size = key.split("/")
+        measured = figures.get("metrics", {}) if stage == "export" else figures
+        if stage not in ("evaluate", "export"):
+            continue
+        for label, by_dataset in measured.items():
+            model = label if size == DENSE else f"{size.replace('-', ' ', 1)}, {label}"
+            for dataset, metrics in by_dataset.items():
+                measurements += [Measurement(model, dataset, *metric) for metric in metrics.items()]
+    return [entry for entry in measurements if entry.metric != "images_left_out"]
+
+
+def _columns(measurements: Iterable[Measurement]) -> list[tuple[str, str]]:
+    """Return data set and metric of every column: the metrics of :data:`METRIC_TITLES`, or all if there is none."""
+    metrics: dict[str, list[str]] = {}
+    for entry in measurements:
+        metrics.setdefault(entry.dataset, []).append(entry.metric)
+    columns = []
+    for dataset, names in metrics.items():
+        known = [name for name in METRIC_TITLES if name in names]
+        columns += [(dataset, name) for name in known or dict.fromkeys(names)]
+    return columns
 
 
 def _size_report(
@@ -120,6 +172,7 @@ def _size_report(
     measured = {**of("evaluate"), **exported.get("metrics", {})}
     labels = [stage.model_label for stage in STAGES if stage.model_label]
     rows = [label for label in (*labels, *FORMATS) if label in measured]
+    rows += [label for label in measured if label not in rows]
     errors = {row["site"]: row for row in recovered.get("sites", [])}
     trained = [stage for stage in STAGES if stage.training_title and of(stage.name)]
     broken = {name for stage in trained for name in of(stage.name).get("broken_images", {})}
@@ -130,7 +183,9 @@ def _size_report(
         rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
         sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
         trainings=[
-            TrainingReport(str(stage.training_title), _curves(of(stage.name)), _details(of(stage.name)))
+            TrainingReport(
+                str(stage.training_title), _curves(of(stage.name)), _details(of(stage.name)), _remark(stage, of)
+            )
             for stage in trained
         ],
         files=_files(exported),
@@ -138,9 +193,26 @@ def _size_report(
         quality_target=describe_target(size, pruned["quality_target"]) if "quality_target" in pruned else None,
         compatibility=of("compare") or None,
         not_zero_shot=[dataset.removeprefix("wds/") for dataset in not_zero_shot] if is_tuned else [],
-        skipped=len(recovered.get("broken_images", {})),
+        skipped=_skipped(of, done.get("rank/all", {})),
         broken=sorted(broken),
     )
+
+
+def _remark(stage: Stage, of: Callable[[str], dict[str, Any]]) -> str | None:
+    """Return a sentence if no step of a training beat the model before it."""
+    if of(stage.name).get("best_step") != 0:
+        return None
+    earlier = [other for other in STAGES[: STAGES.index(stage)] if other.model_label and of(other.name)]
+    before = earlier[-1].model_label if earlier else "pruned"
+    return f"{stage.model_label}: no step beat the {before} model; its weights were kept"
+
+
+def _skipped(of: Callable[[str], dict[str, Any]], ranking: dict[str, Any]) -> dict[str, int]:
+    """Return the number of images that did not decode, by stage."""
+    counts = {"rank": len(ranking.get("broken_images", {}))}
+    counts |= {stage.name: len(of(stage.name).get("broken_images", {})) for stage in STAGES if stage.name != "rank"}
+    counts["compare"] = of("compare").get("left_out", 0)
+    return {name: count for name, count in counts.items() if count}
 
 
 def _pick(metrics: Mapping[str, dict[str, float]], columns: list[tuple[str, str]]) -> list[float | None]:
@@ -185,11 +257,19 @@ def print_table(report: Report, console: Console) -> None:
     """Print parameters, FLOPs and accuracy of every stage and size, at most 80 columns wide."""
     for first in range(0, max(1, len(report.columns)), METRIC_COLUMNS):
         console.print(_table(report, slice(first, first + METRIC_COLUMNS), with_cost=first == 0))
+    for tool in dict.fromkeys(column["tool"] for column in report.columns):
+        names = dict.fromkeys(column["dataset"] for column in report.columns if column["tool"] == tool)
+        console.print(f"measured by {tool}: {', '.join(names)}", highlight=False, soft_wrap=True)
     for name, count in report.left_out.items():
         console.print(f"{name}: {count} images do not decode and are left out", highlight=False)
     for size in report.sizes:
         if size.quality_target:
             console.print(f"{size.name}: {size.quality_target}", highlight=False, soft_wrap=True)
+        for training in size.trainings:
+            if training.remark:
+                console.print(f"{size.name}, {training.remark}", highlight=False, soft_wrap=True)
+        for stage, count in size.skipped.items():
+            console.print(f"{size.name}, {stage}: {count} images did not decode and were skipped", highlight=False)
         if size.not_zero_shot:
             console.print(f"{size.name}: {tuned_warning(size.not_zero_shot)}", highlight=False)
         if size.compatibility:

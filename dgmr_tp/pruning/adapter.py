@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning.sites import Site, find_sites
 
 
@@ -98,6 +99,50 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.adapter.embed(last_state(self.adapter, images))
+
+
+def check_embeddings(embeddings: Tensor, source: str) -> Tensor:
+    """Return embeddings that are about to be used.
+
+    Args:
+        embeddings: of any shape.
+        source: what was embedded, for the message.
+
+    Raises:
+        DgmrError: an embedding is not finite.
+    """
+    if not bool(embeddings.isfinite().all()):
+        raise DgmrError(
+            f"some embeddings of {source} are not finite. Check the weights and the preprocessing, or compute in "
+            "float32."
+        )
+    return embeddings
+
+
+def stem_states(adapter: TowerAdapter, images: Iterable[Tensor]) -> list[Tensor]:
+    """Return the states before the first block.
+
+    Raises:
+        DgmrError: the tower does not take images of this shape, or the batches differ in it.
+    """
+    states, shapes = [], set()
+    for batch in images:
+        shapes.add(tuple(batch.shape[1:]))
+        if len(shapes) > 1:
+            raise DgmrError(
+                f"the batches hold images of the shapes {' and '.join(map(str, sorted(shapes)))}. Give images of one "
+                "shape."
+            )
+        try:
+            states.append(adapter.stem(batch))
+        except (DgmrError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, AssertionError, ValueError) as error:  # every library checks sizes in its own way
+            raise DgmrError(
+                f"{adapter.name} does not take images of shape {list(batch.shape[1:])}: "
+                f"{first_line(error).rstrip('.')}. Give images as its preprocessing returns them."
+            ) from error
+    return states
 
 
 def last_state(adapter: TowerAdapter, images: Tensor) -> Tensor:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, used_tokens
 
+ROUNDING_TOLERANCE = 1e-10
+"""Variance, relative to the mean square, below which a target is constant. float32 rounds to about 1e-14."""
+
 
 def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
     """Return the weight of each token of ``state`` ``[batch, tokens, width]``, float64 ``[tokens]``, with sum 1.
@@ -156,7 +159,8 @@ class Moments:
     def relative_error(self, weight: Tensor, bias: Tensor | None) -> float:
         """Return the mean squared error of ``y ≈ weight h + bias`` over the variance of ``y``.
 
-        0 is a perfect fit, 1 is as good as the mean of ``y``, and infinity means that the weights are not finite.
+        0 is a perfect fit and 1 is as good as the mean of ``y``. Infinity means that the weights are not finite, or
+        that ``y`` is constant and the fit misses it.
         """
         mean_h, mean_y = self.means()
         hh, yh, yy = self.second_moments(mean_h, mean_y)
@@ -164,4 +168,7 @@ class Moments:
         error = yy - 2 * float((weight * yh).sum()) + float(((weight @ hh) * weight).sum()) + float(offset @ offset)
         if not math.isfinite(error):
             return math.inf
-        return max(0.0, error) / yy if yy > 0 else 0.0
+        negligible = ROUNDING_TOLERANCE * float(self.yy.sum()) / self.weight
+        if yy <= negligible:
+            return 0.0 if error <= negligible else math.inf
+        return max(0.0, error) / yy

@@ -16,13 +16,22 @@ from torch.utils.flop_counter import FlopCounterMode
 from dgmr_tp.pruning.sites import Site
 from dgmr_tp.utils.modules import evaluating
 
+ImageSize = int | tuple[int, int]
+"""Height and width of an image in pixels. One number stands for both."""
+
 
 def parameters(module: nn.Module) -> int:
     """Return the number of parameters of ``module``."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def flops(module: nn.Module, image_size: int) -> int:
+def image_shape(image_size: ImageSize) -> tuple[int, int, int]:
+    """Return the shape ``[channels, height, width]`` of an image."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return 3, height, width
+
+
+def flops(module: nn.Module, image_size: ImageSize) -> int:
     """Return the floating-point operations of one forward pass of one image.
 
     A multiply-add counts as two, and attention products are included. The pass runs on the meta device, so that it
@@ -30,7 +39,7 @@ def flops(module: nn.Module, image_size: int) -> int:
 
     Args:
         module: a vision tower.
-        image_size: height and width of the image in pixels.
+        image_size: height and width of the image in pixels, or one number for both.
     """
     return _count_flops(module, image_size).get_total_flops()
 
@@ -65,7 +74,7 @@ def parameter_cost(model: nn.Module, sites: Sequence[Site]) -> Cost:
     return Cost(parameters(model), neuron)
 
 
-def flop_cost(model: nn.Module, sites: Sequence[Site], image_size: int) -> Cost:
+def flop_cost(model: nn.Module, sites: Sequence[Site], image_size: ImageSize) -> Cost:
     """Return the floating-point operations of a tower and of its neurons, for one image.
 
     Only an MLP's Linears count.
@@ -75,7 +84,7 @@ def flop_cost(model: nn.Module, sites: Sequence[Site], image_size: int) -> Cost:
     return Cost(counter.get_total_flops(), {site.name: by_module[site.name] // site.hidden for site in sites})
 
 
-def costs(model: nn.Module, sites: Sequence[Site], image_size: int | None) -> dict[str, Cost]:
+def costs(model: nn.Module, sites: Sequence[Site], image_size: ImageSize | None) -> dict[str, Cost]:
     """Return the costs by budget key: ``params``, and ``flops`` if the image size is known."""
     by_key = {"params": parameter_cost(model, sites)}
     if image_size is not None:
@@ -83,9 +92,9 @@ def costs(model: nn.Module, sites: Sequence[Site], image_size: int | None) -> di
     return by_key
 
 
-def _count_flops(module: nn.Module, image_size: int) -> FlopCounterMode:
+def _count_flops(module: nn.Module, image_size: ImageSize) -> FlopCounterMode:
     reference = next(module.parameters())
-    images = torch.empty(1, 3, image_size, image_size, dtype=reference.dtype, device="meta")
+    images = torch.empty(1, *image_shape(image_size), dtype=reference.dtype, device="meta")
     state: dict[str, Tensor] = {
         name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()
     }

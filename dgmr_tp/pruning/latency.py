@@ -15,7 +15,7 @@ from torch import nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import minimum_widths
-from dgmr_tp.pruning.cost import Cost, flop_cost
+from dgmr_tp.pruning.cost import Cost, ImageSize, flop_cost, image_shape
 from dgmr_tp.pruning.pruner import resize
 from dgmr_tp.pruning.sites import Site
 from dgmr_tp.utils.modules import evaluating, meta_copy
@@ -37,7 +37,7 @@ def widths_for_latency(
     fit: Callable[[Cost], dict[str, int]],
     model: nn.Module,
     sites: Sequence[Site],
-    image_size: int,
+    image_size: ImageSize,
     round_to: int = 1,
     time_of: Callable[[Mapping[str, int]], float] | None = None,
 ) -> dict[str, int]:
@@ -98,7 +98,7 @@ def widths_for_latency(
     return best
 
 
-def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: int) -> float:
+def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: ImageSize) -> float:
     """Return the time of a tower of widths ``counts``, relative to the dense tower ``model``.
 
     Both are timed in turn, and the median of the ratios is returned, so that other work on the machine affects both.
@@ -113,7 +113,7 @@ def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: int) 
     resize(narrow, counts)
     _fill_randomly(narrow, model)
     weight = next(model.parameters())
-    images = torch.randn(BATCH_SIZE, 3, image_size, image_size, device=weight.device, dtype=weight.dtype)
+    images = torch.randn(BATCH_SIZE, *image_shape(image_size), device=weight.device, dtype=weight.dtype)
     ratios = []
     with torch.no_grad(), evaluating(model, narrow):
         for step in range(NUM_WARMUP_STEPS + NUM_TIMED_STEPS):

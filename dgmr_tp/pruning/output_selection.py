@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, run_blocks
+from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import Moments, fewer_tokens_than_neurons, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating
 from dgmr_tp.utils.progress import report_progress
 
 RESIDUAL_TOLERANCE = 1e-9
@@ -172,8 +172,9 @@ def rank_tower(
         DgmrError: ``by`` is unknown, there are no images, the activations are not finite, or all embeddings are equal.
     """
     _selection_rule(by)
+    check_weights(adapter.tower)
     with evaluating(adapter.tower):
-        states = [adapter.stem(batch) for batch in images]
+        states = stem_states(adapter, images)
         if not states:
             raise DgmrError("selection on calibration images got none. Give at least one batch.")
         blocks, rankings = adapter.blocks(), {}
@@ -241,7 +242,8 @@ def _first_images(states: list[Tensor]) -> list[Tensor]:
 
 def _embeddings(adapter: TowerAdapter, states: Iterable[Tensor], depth: int) -> Tensor:
     """Run the tower from states before block ``depth``. Returns float64 ``[images, embedding]``."""
-    return torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
+    embeddings = torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
+    return check_embeddings(embeddings, "the calibration images")
 
 
 @contextmanager

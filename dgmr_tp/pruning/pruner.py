@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.allocation import Amount, keep_counts
-from dgmr_tp.pruning.cost import costs
+from dgmr_tp.pruning.cost import ImageSize, costs
 from dgmr_tp.pruning.importance import DGMRImportance, PrecomputedScores
 from dgmr_tp.pruning.plan import Plan, SitePlan, weight_sha256
 from dgmr_tp.pruning.sites import Site, find_sites, hidden_group
-from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating
 from dgmr_tp.utils.progress import report_progress
 
 OUTPUT_TOLERANCE = 1e-4
@@ -59,7 +59,7 @@ class MLPPruner:
         sites: Sequence[Site] | None = None,
         weight_hashes: Mapping[str, str] | None = None,
         name: str | None = None,
-        image_size: int | None = None,
+        image_size: ImageSize | None = None,
         **amount: Unpack[Amount],
     ) -> None:
         self.model = model
@@ -74,7 +74,8 @@ class MLPPruner:
         """Score every site and choose the neurons to keep. The model is unchanged.
 
         Raises:
-            DgmrError: no amount was given, or the importance returns no score, a non-finite one, or the wrong number.
+            DgmrError: no amount was given, the model has no weights, or the importance returns no score, a non-finite
+                one, or the wrong number.
         """
         if self.keep is None:
             raise DgmrError(
@@ -121,6 +122,9 @@ class MLPPruner:
         try:
             with torch.no_grad():
                 scores = self.importance(group, **options)
+        except NotImplementedError:
+            check_weights(mlp)
+            raise
         except ValueError as error:
             raise DgmrError(f"{type(self.importance).__name__} cannot score site {site.name}: {error}") from error
         if scores is None:
@@ -128,6 +132,8 @@ class MLPPruner:
                 f"{type(self.importance).__name__} returned no scores for site {site.name}. {rows} finite scores are "
                 "needed."
             )
+        if scores.is_meta:
+            check_weights(mlp)
         finite = bool(torch.isfinite(scores).all())
         if scores.shape != (rows,) or not finite:
             raise DgmrError(
@@ -145,9 +151,13 @@ class MLPPruner:
         are restored.
 
         Raises:
-            DgmrError: the plan does not fit the model, or a pruned MLP differs from the plan.
+            DgmrError: the model has no weights, the plan does not fit it, or a pruned MLP differs from the plan.
         """
-        plan.check(self.model, self.sites, self.weight_hashes)
+        try:
+            plan.check(self.model, self.sites, self.weight_hashes)
+        except DgmrError:
+            check_weights(self.model)
+            raise
         for site in self.sites:
             if site.name in plan.sites:
                 self._cut(site, plan.sites[site.name].kept)

@@ -22,6 +22,7 @@ residual stream (EVA-CLIP-E, SwinV2), the first target cannot be computed, and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import cast
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter
+from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import (
     Moments,
     detach_output,
@@ -40,11 +41,16 @@ from dgmr_tp.pruning.calibration import (
     token_weights,
 )
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.modules import evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating
 from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT_INTERVAL = 10
 """One image in this many is held out of the fit and decides whether the refit is used."""
+MIN_HELD_OUT_TOKENS = 10
+"""Minimum number of held-out tokens that judge a refit.
+
+If the held-out images have fewer of the tokens that the head reads, all tokens judge.
+"""
 INTERPOLATION_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Weights between the two regression targets (0: dense MLP output, 1: residual stream).
 
@@ -133,21 +139,25 @@ def recover(
         One entry per pruned site inside the blocks, in the order of the blocks.
 
     Raises:
-        DgmrError: there are fewer than ten images, the damping is negative, or the activations are not finite.
+        DgmrError: a tower has no weights or does not take the images, there are fewer than ten images, the damping is
+            negative, the activations are not finite, or the held-out images do not differ.
     """
     if not 0 <= damping < float("inf"):
         raise DgmrError(f"damping = {damping} is negative or not finite. Give 0 or more.")
+    check_weights(dense.tower)
+    check_weights(pruned.tower)
     with evaluating(dense.tower, pruned.tower):
         return _recover(dense, pruned, images, damping)
 
 
 def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor], damping: float) -> list[SiteRecovery]:
-    states = [pruned.stem(batch) for batch in images]
+    states = stem_states(pruned, images)
     num_images = sum(map(len, states))
     if num_images < HELD_OUT_INTERVAL:
         raise DgmrError(
             f"recovery needs at least {HELD_OUT_INTERVAL} calibration images and got {num_images}. Give more images."
         )
+    check_embeddings(dense.embed(run_blocks(dense.blocks(), states[0])), "the dense model")
     dense_states = list(states)
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
     report = []
@@ -158,7 +168,10 @@ def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor]
         consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
         weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
         widest = max((consumer.in_features for consumer in consumers), default=0)
-        if fewer_tokens_than_neurons(weight, num_images, widest):
+        num_held_out = num_images // HELD_OUT_INTERVAL
+        if fewer_tokens_than_neurons(weight, num_images, widest) or fewer_tokens_than_neurons(
+            weight, num_held_out, MIN_HELD_OUT_TOKENS
+        ):
             weight = token_weights(pruned, state_after, last=False)
         for index, state in enumerate(dense_states):  # in place, because the states of all images are large
             dense_states[index] = dense_block(state)
@@ -285,6 +298,11 @@ def _refit_layer(
         error = validation.relative_error(scale * new_weight.double(), scaled_bias)
         candidates.append((error, new_weight, new_bias))
     cut_error = validation.relative_error(weight, bias)
+    if not math.isfinite(cut_error):
+        raise DgmrError(
+            f"the dense model's output at {name} is the same for all held-out calibration images, so the recovery "
+            "cannot be judged. Give different images."
+        )
     recovered_error, new_weight, new_bias = min(candidates, key=lambda candidate: candidate[0])
     improved = recovered_error < cut_error
     if improved:

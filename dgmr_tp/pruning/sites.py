@@ -77,7 +77,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """Return all MLP sites of ``model`` in the order of its modules. Weights, flags and train/eval mode do not change.
 
     Raises:
-        DgmrError: ``model`` has no site, or a fused gate that torch-pruning cannot follow.
+        DgmrError: ``model`` has no site, a fused gate that torch-pruning cannot follow, or a parametrized MLP.
     """
     sites: list[Site] = []
     for name, module in model.named_modules():
@@ -113,6 +113,13 @@ def _site_at(name: str, module: nn.Module) -> Site | None:
         if len(consumers) != 1 or visible or token_widths != {first.in_features}:
             continue
         hidden = consumers[0].in_features
+        for layer in (*producers, *consumers):
+            if "weight" not in layer._parameters:
+                raise DgmrError(
+                    f"the weight of {path[layer]} is computed from other tensors (weight_norm or another "
+                    "parametrization), so its neurons cannot be cut. Remove the parametrization, for example with "
+                    "torch.nn.utils.parametrize.remove_parametrizations."
+                )
         if fused and not _pairs_halves(module, producer, hidden):
             raise DgmrError(
                 f"the MLP {name or type(module).__name__} makes gate and value in one Linear, and torch-pruning does "

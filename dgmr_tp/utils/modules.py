@@ -1,14 +1,17 @@
-"""Copies of modules on the meta device, and a context for eval mode."""
+"""Copies of modules on the meta device, a hash of their weights, and a context for eval mode."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from dgmr_tp.errors import DgmrError
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -26,6 +29,24 @@ def meta_copy(module: M, *, buffers: bool = True) -> M:
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(module, memo)
+
+
+def state_sha256(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's state: names, dtypes, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_weights(module: nn.Module) -> None:
+    """Raise DgmrError if a parameter is on the meta device, which stores no values."""
+    name = next((name for name, parameter in module.named_parameters() if parameter.is_meta), None)
+    if name is not None:
+        raise DgmrError(
+            f"{name} of {type(module).__name__} is on the meta device and has no values. Open the model with weights."
+        )
 
 
 @contextmanager

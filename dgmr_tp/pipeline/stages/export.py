@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import failures
 from dgmr_tp.export.formats import FORMATS, open_exported
-from dgmr_tp.export.layouts import export_model
+from dgmr_tp.export.layouts import export_model, recorded_source
 from dgmr_tp.export.verify import NUM_EXAMPLES
 from dgmr_tp.pipeline.run_directory import Step
 from dgmr_tp.pipeline.stages.base import Stage
@@ -63,10 +62,7 @@ class ExportStage(Stage):
 
 def _export_dense(context: RunContext, folder: Path) -> dict[str, Any]:
     dense = context.dense
-    source = context.recipe.model.source
-    if dense.source:
-        final = context.run_directory.folder(f"export/{DENSE}").resolve()
-        source = os.path.relpath(Path(dense.source).resolve(), final)
+    source = recorded_source(context.recipe.model.source, dense, context.run_directory.folder(f"export/{DENSE}"))
     return _write(context, dense, folder, source, latency_batches=())
 
 

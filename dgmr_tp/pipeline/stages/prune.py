@@ -235,13 +235,15 @@ def _plan_of_size(context: RunContext, amount: dict[str, Any], folder: Path) -> 
         count = search_config.images if "threshold" in amount else recipe.num_calibration_images
         images = CalibrationImages.read(context.images_source, dense, count, recipe.seed)
         if "threshold" not in amount:
-            return make_plan(dense, recipe.prune.criterion, images, seed=recipe.seed, **amount), {}
+            plan = make_plan(dense, recipe.prune.criterion, images, seed=recipe.seed, **amount)
+            return plan, {"broken_images": images.broken}
         journal = folder / JOURNAL
         result = search(
             dense, images, threshold=amount["threshold"], config=search_config, journal=journal, seed=recipe.seed
         )
         forward_passes = result.image_blocks / len(dense.adapter.blocks())
-        return result.plan, {"entropy": result.entropy, "image_forwards": forward_passes}
+        figures = {"entropy": result.entropy, "image_forwards": forward_passes, "broken_images": images.broken}
+        return result.plan, figures
 
 
 def _plan_for_target(context: RunContext, dense: OpenedModel, amount: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:

@@ -45,7 +45,8 @@ class RankStage(Stage):
                 )
                 rankings = rank(dense, recipe.prune.criterion, images)
             rankings.save(folder / "rankings.safetensors")
-            return {"sensitivity": {name: ranking.sensitivity for name, ranking in rankings.sites.items()}}
+            sensitivity = {name: ranking.sensitivity for name, ranking in rankings.sites.items()}
+            return {"sensitivity": sensitivity, "broken_images": images.broken}
 
         return [Step(self.name, "all", describe, context.scenes_steps, work)]
 
