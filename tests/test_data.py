@@ -31,6 +31,7 @@ from dgmr_tp.evaluation.shards import Shards
 from dgmr_tp.pipeline.recipe import parse_recipe
 from dgmr_tp.pipeline.run_directory import fingerprint
 from dgmr_tp.utils.files import atomic_write, write_json
+from dgmr_tp.utils.sources import Source
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -397,6 +398,22 @@ def test_webdatasets_are_read_as_webdataset_reads_them(tmp_path):
     batches = [dataset.batched(10)[index] for index in range(3)]
     assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([image for image, _ in reference]))
     assert torch.cat([labels for _, labels in batches]).tolist() == [label for _, label in reference]
+
+
+@pytest.mark.parametrize(
+    ("source", "runs_command"),
+    [
+        ("pipe:cat a.tar", True),
+        ("a.tar::pipe:cat b.tar", True),
+        ("exif:pipe:cat a.tar", True),
+        ("{a,pipe:b}", True),
+        ("https://host/a.tar'; touch b; '", True),
+        ("https://host/{000..002}.tar?key=a&expires=1", False),
+        ("photos of a pipe: one", False),
+    ],
+)
+def test_sources_that_run_a_shell_command_are_known(source, runs_command):
+    assert Source.parse(source).runs_command == runs_command
 
 
 def test_json_has_no_nan(tmp_path):
