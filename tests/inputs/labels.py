@@ -180,6 +180,13 @@ CASES = [
         "name in the root", EVAL.replace("root set", "root 'se{dataset}'"), dataset(root="sex"), code=0, leaves=("out",)
     ),
     Case(
+        "own names are no JSON",
+        f"{EVAL} --classnames set/classnames.txt",
+        dataset(),
+        says="cannot read set/classnames.txt",
+    ),
+    Case("own prompts are empty", f"{EVAL} --templates own.json", own_prompts([]), says="own.json has no entry for x"),
+    Case(
         "own prompts of some classes",
         f"{EVAL} --templates own.json",
         own_prompts({"cat": ["a cat"]}),
