@@ -15,6 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
+from dgmr_tp.data.labels import check_class_names, check_label_range, check_prompts
 from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
 from dgmr_tp.data.streams import find_images
 from dgmr_tp.distillation.data import (
@@ -31,6 +32,7 @@ from dgmr_tp.evaluation.shards import Shards
 from dgmr_tp.pipeline.recipe import parse_recipe
 from dgmr_tp.pipeline.run_directory import fingerprint
 from dgmr_tp.utils.files import atomic_write, write_json
+from dgmr_tp.utils.sources import Source
 
 PREPROCESS = {"mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -397,6 +399,44 @@ def test_webdatasets_are_read_as_webdataset_reads_them(tmp_path):
     batches = [dataset.batched(10)[index] for index in range(3)]
     assert torch.equal(torch.cat([images for images, _ in batches]), torch.stack([image for image, _ in reference]))
     assert torch.cat([labels for _, labels in batches]).tolist() == [label for _, label in reference]
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (lambda: check_class_names([], "x"), "x names 0 classes"),
+        (lambda: check_class_names(["a", " "], "x"), "the name of class 1 in x is empty"),
+        (lambda: check_prompts([], ["a", "b"], "x"), "x has no prompts"),
+        (lambda: check_prompts(["a {}."], ["a", "b"], "x"), r"'a {}\.' of x does not contain {c}"),
+        (lambda: check_prompts(["a {c", "{c}"], ["a", "b"], "x"), "'a {c' of x does not contain {c}"),
+        (lambda: check_prompts({"a": ["an a"], "b": []}, ["a", "b"], "x"), "for 1 of 2 classes; the first: 'b'"),
+        (lambda: check_label_range([-1, 1], 2, "x"), "are -1 to 1, but there are 2 classes, 0 to 1. Give"),
+        (lambda: check_label_range([1, 2], 2, "x"), "are 1 to 2, but there are 2 classes, 0 to 1. Labels count from 0"),
+    ],
+)
+def test_names_prompts_and_labels_that_do_not_match_are_refused(check, message):
+    with pytest.raises(DgmrError, match=message):
+        check()
+    check_class_names(["a", "b"], "x")
+    check_prompts(["{c}", "a {c}."], ["a", "b"], "x")
+    check_prompts({"a": ["an a"], "b": ["a b"]}, ["a", "b"], "x")
+    check_label_range([0, 1], 2, "x")
+
+
+@pytest.mark.parametrize(
+    ("source", "runs_command"),
+    [
+        ("pipe:cat a.tar", True),
+        ("a.tar::pipe:cat b.tar", True),
+        ("exif:pipe:cat a.tar", True),
+        ("{a,pipe:b}", True),
+        ("https://host/a.tar'; touch b; '", True),
+        ("https://host/{000..002}.tar?key=a&expires=1", False),
+        ("photos of a pipe: one", False),
+    ],
+)
+def test_sources_that_run_a_shell_command_are_known(source, runs_command):
+    assert Source.parse(source).runs_command == runs_command
 
 
 def test_json_has_no_nan(tmp_path):

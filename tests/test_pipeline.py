@@ -23,6 +23,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.preflight import run_preflight
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pipeline.run_directory import RunDirectory, Step
+from dgmr_tp.pipeline.stages.distill import DistillStage
 from dgmr_tp.utils.files import lock_directory
 
 
@@ -358,3 +359,16 @@ def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
     result = run_command("run", path, "-o", directory, "--until", "distill")
     assert result.returncode == 0, result.stdout + result.stderr
     assert same(weights(directory), weights(small_run[0]))
+
+
+def test_launched_processes_read_shell_commands_only_in_a_trusted_recipe(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("dgmr_tp.pipeline.stages.training.launch", lambda arguments, *_: started.append(arguments))
+    for trusted in (False, True):
+        run = Run(recipe(images="pipe:cat a.tar"), tmp_path / "run", trusted=trusted)
+        with pytest.raises(DgmrError, match="the deepspeed launcher was killed"):
+            DistillStage().launch(run.context, "mlp_ratio-1", tmp_path)
+        message = "is not finished" if trusted else "images: pipe:cat a.tar runs a shell command on this machine"
+        with pytest.raises(DgmrError, match=message):
+            run.train_worker("distill", "mlp_ratio-1")
+    assert ["--trust-recipe" in arguments for arguments in started] == [False, True]

@@ -33,7 +33,7 @@ def dataset_kind(root: Path) -> str:
     path = root / "dataset_type.txt"
     if not path.exists():
         return "classification"
-    kind = path.read_text("utf-8-sig").strip().lower()
+    kind = path.read_text("utf-8-sig", errors="replace").strip().lower()
     if kind not in KINDS:
         raise DgmrError(f"{path} states the kind {kind!r}. Write one of {', '.join(KINDS)}.")
     return kind

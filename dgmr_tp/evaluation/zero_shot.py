@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import os
 import sys
 import tempfile
@@ -153,6 +154,9 @@ def evaluate(
     for path in (annotations, classnames, templates, *load_classifiers):
         if path is not None and not path.exists():
             raise DgmrError(f"{path} does not exist. Check the path.")
+    for path in (classnames, templates):
+        if path is not None:
+            _check_own_names(path, dataset)
     encode: Any = model.encode_image
     if distributed.is_initialized():
         encode = split_over_processes(encode)
@@ -290,6 +294,19 @@ def _check_request(
         )
     if task == "linear_probe" and device == "cuda" and distributed.is_initialized():
         raise DgmrError("clip_benchmark's linear probe runs in a single process. Start it without torchrun.")
+
+
+def _check_own_names(path: Path, dataset: str) -> None:
+    """Raise DgmrError if a JSON file of class names or prompts has no entry that clip_benchmark would use."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DgmrError(f"cannot read {path}: {first_line(error)}. Give a JSON file in UTF-8.") from error
+    names = (dataset, dataset.removeprefix("wds/"), "imagenet1k")
+    if not isinstance(content, dict) or not any(content.get(name) for name in names):
+        raise DgmrError(
+            f"{path} has no entry for {names[1]}, or it is empty. Write a mapping with the data set's name."
+        )
 
 
 def _device_of(model: nn.Module) -> str:

@@ -15,8 +15,8 @@ EXIF_PREFIX = "exif:"
 """Prefix of a source whose photos are turned as their EXIF orientation says."""
 SHELL_PREFIX = "pipe:"
 """Prefix of a shell command that writes a shard to its standard output."""
-SHELL_CHARACTERS = re.compile(r"[\s'\"`$;|&<>()\\]")
-"""Characters that no URL contains unquoted. Some versions of webdataset pass URLs to a shell."""
+SHELL_CHARACTERS = re.compile(r"[\s'\"`$;|<>\\]")
+"""Characters that URLs do not need, and that are commands to a shell. Some versions of webdataset pass URLs to one."""
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,7 @@ TEMPLATES = "zeroshot_classification_templates.txt"
 WRONG = {
     "fewer names than labels": (dataset(files={"classnames.txt": "cat\ndog\n"}), "are 0 to 2, but there are 2 classes"),
     "labels from one": (dataset(("1", "2", "3")), "are 1 to 3, but there are 3 classes, 0 to 2. Labels count from 0."),
-    "negative label": (dataset(("-1", "0", "1")), "are -1 to 1, but there are 3 classes"),
     "one class name": (dataset(("0", "0"), {"classnames.txt": "cat"}), "names 1 classes. Give at least two"),
-    "no class names": (dataset(files={"classnames.txt": "\n"}), "names 0 classes. Give at least two"),
     "empty line in class names": (
         dataset(files={"classnames.txt": "cat\n\nhorse\n"}),
         "the name of class 1 in set/classnames.txt is empty",
@@ -106,7 +104,6 @@ WRONG = {
         "cannot read the class names set/classnames.txt",
     ),
     "empty prompts": (dataset(files={TEMPLATES: "\n"}), "has no prompts. Write one per line"),
-    "prompts without placeholder": (dataset(files={TEMPLATES: "a photo of a {}."}), "does not contain {c}"),
     "empty label": (dataset(("0", "1", "")), "the label of set/test/0.tar:2.png is not a number: its .cls is empty"),
     "word for a label": (
         dataset(("0", "1", "cat")),
@@ -122,7 +119,6 @@ WRONG = {
     "unknown kind": (dataset(files={"dataset_type.txt": "retreival"}), "dataset_type.txt states the kind 'retreival'"),
 }
 RIGHT = {
-    "empty line after class names": dataset(files={"classnames.txt": NAMES + "\n\n"}),
     "class names with a byte order mark": dataset(files={"classnames.txt": b"\xef\xbb\xbf" + NAMES.encode()}),
     "dots in names": dataset(name="22.0{}"),
     "side files of macOS": tar_of(
@@ -131,7 +127,7 @@ RIGHT = {
     "several files of a sample": tar_of(members(LABELS) | {"0.seg.png": picture(), "0.json": b"{}"}),
 }
 
-BY_BOTH = ("fewer names than labels", "one class name", "empty prompts", "word for a label", "damaged image")
+BY_BOTH = ("one class name", "word for a label")
 """Cases that are tried with clip_benchmark's command line too."""
 
 CASES = [
@@ -183,14 +179,19 @@ CASES = [
     Case(
         "name in the root", EVAL.replace("root set", "root 'se{dataset}'"), dataset(root="sex"), code=0, leaves=("out",)
     ),
-    Case("no own prompts", f"{EVAL} --templates own.json", own_prompts([]), says="has no prompts"),
+    Case(
+        "own names are no JSON",
+        f"{EVAL} --classnames set/classnames.txt",
+        dataset(),
+        says="cannot read set/classnames.txt",
+    ),
+    Case("own prompts are empty", f"{EVAL} --templates own.json", own_prompts([]), says="own.json has no entry for x"),
     Case(
         "own prompts of some classes",
         f"{EVAL} --templates own.json",
         own_prompts({"cat": ["a cat"]}),
         says="for 2 of 3",
     ),
-    Case("no own class names", f"{EVAL} --classnames own.json", own_prompts(["cat"]), says="names 1 classes"),
     Case(
         "fewer own class names",
         f"{EVAL} --classnames own.json",
