@@ -26,7 +26,9 @@ with it.
 - `base: NAME` extends another recipe, given by a name or by a path relative to the file. Sections are merged key by
   key, and `null` restores a key's default. `name` is not inherited.
 - `dgmr-tp run RECIPE --set key=value` sets a dotted key, such as `distill.steps=100`, after `base`.
-- `${{NAME}}` in a value is replaced by the environment variable. Paths are relative to the working directory.
+- `${{NAME}}` in a value is replaced by the environment variable. Paths are relative to the working directory, and
+  `~` at their start is the home directory.
+- Values follow YAML 1.2: `yes` is a text, `010` is 10, and `1e-3` is a number. Numbers must be finite.
 - `scenes:NAME` is a data set that the section `scenes` generates.
 
 An unknown key is an error that names the nearest valid one. `dgmr-tp run RECIPE --dry-run` checks a recipe without

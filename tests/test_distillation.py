@@ -582,7 +582,7 @@ def test_a_moving_average_is_the_result_also_where_the_student_is_watched(matrix
     assert not list((matrix / "watched average" / "checkpoints").glob("best*"))
 
 
-@pytest.mark.parametrize("damage", [None, "weights", "no file"])
+@pytest.mark.parametrize("damage", [None, "weights", "no file", "manifest"])
 def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
     best = BestWeights(tmp_path)
     for score, step in ((0.25, 3), (0.75, 6), (0.5, 9)):
@@ -592,6 +592,8 @@ def test_damaged_best_weights_do_not_count(process_group, tmp_path, damage):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
+    elif damage == "manifest":
+        best.manifest.write_text('{"step": [')
     elif damage:
         file.unlink()
     reopened = BestWeights(tmp_path)

@@ -12,6 +12,9 @@ from conftest import call_command
 from inputs import pictures
 
 from dgmr_tp import DgmrError, load_pruned, open_model
+from dgmr_tp.compression import amp_search, streaming
+from dgmr_tp.compression.rankings import Rankings
+from dgmr_tp.pruning import Ranking
 from dgmr_tp.utils import files
 from dgmr_tp.utils.files import (
     DirectoryLocked,
@@ -181,3 +184,25 @@ def test_damaged_json_is_named_with_what_to_do(tmp_path, content):
         read_json(path, lambda data: int(data["a"]), remedy="Make it again.")
     path.write_text(json.dumps({"a": 3}))
     assert read_json(path, lambda data: int(data["a"]), remedy="") == 3
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"request": 1}', '{"request": {}, "state": {"kept": []}, "plan": 3}'])
+def test_a_damaged_journal_starts_the_work_again(tmp_path, content):
+    (tmp_path / "journal").write_text(content)
+    for read in (amp_search._read_journal, streaming._read_journal):
+        assert read(tmp_path / "journal", {}) is None
+    assert amp_search._read_journal(None, {}) is None
+
+
+def test_rankings_with_impossible_numbers_are_damaged(tmp_path):
+    order, error = torch.arange(4), torch.linspace(1, 0, 5, dtype=torch.float64)
+    for ranking, message in (
+        (Ranking(torch.tensor([0, 1, 2, 2]), error), "not a permutation"),
+        (Ranking(order, torch.full((5,), torch.nan, dtype=torch.float64)), "not finite"),
+        (Ranking(order, error, float("inf")), "not finite"),
+    ):
+        Rankings("x", "output", {"a": ranking}, {"a": "hash"}).save(tmp_path / "r")
+        with pytest.raises(DgmrError, match=message):
+            Rankings.read(tmp_path / "r")
+    Rankings("x", "output", {"a": Ranking(order, error)}, {"a": "hash"}).save(tmp_path / "r")
+    assert Rankings.read(tmp_path / "r").sites["a"].order.tolist() == [0, 1, 2, 3]

@@ -83,7 +83,7 @@ class Rankings:
         return widths_for_latency(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, atomically."""
+        """Write one safetensors file, atomically. An existing file is replaced."""
         sites = {
             name: {"sensitivity": ranking.sensitivity, "sha256": self.sha256[name]}
             for name, ranking in self.sites.items()
@@ -92,7 +92,7 @@ class Rankings:
         tensors: dict[str, Tensor] = {}
         for name, ranking in self.sites.items():
             tensors |= {f"{name}.order": ranking.order, f"{name}.error": ranking.error}
-        with staging_file(Path(path)) as staging:
+        with staging_file(Path(path), replace=True) as staging:
             safetensors.torch.save_file(tensors, staging, {"rankings": note})
             staging.chmod(0o644)  # safetensors writes files that only their owner can read
 

@@ -69,7 +69,7 @@ def check_output(path: Path, *, replace: bool = False) -> None:
     if path.is_symlink() and not path.exists():
         raise DgmrError(f"{path} is a link to {os.readlink(path)}, which does not exist. Name another output.")
     if path.exists() and not (replace and path.is_file()):
-        raise DgmrError(f"{path} exists already. Name another with -o.")
+        raise DgmrError(f"{path} exists already. Name another output.")
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir():
         raise DgmrError(f"{path} cannot be made, because {parent} is a file. Name another output.")
@@ -112,6 +112,8 @@ def check_room(directory: Path, size: int, what: str) -> None:
             f"{what} takes up to {size / 1e6:,.0f} MB, but {free / 1e6:,.0f} MB are free. Free disk space, or name "
             "another directory."
         )
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         with tempfile.TemporaryFile(dir=directory) as probe:
             os.posix_fallocate(probe.fileno(), 0, max(1, size))
@@ -198,22 +200,24 @@ def staging_directory(
 
 
 @contextmanager
-def staging_file(path: Path, activity: str = "process is writing", *, resumable: Sequence[str] = ()) -> Iterator[Path]:
+def staging_file(
+    path: Path, activity: str = "process is writing", *, resumable: Sequence[str] = (), replace: bool = False
+) -> Iterator[Path]:
     """Yield a path in a locked staging directory. The file there is renamed to ``path`` at the end of the context.
 
-    The arguments and errors are those of :func:`staging_directory`.
+    The arguments and errors are those of :func:`staging_directory`. With ``replace``, an existing file is replaced.
     """
-    with _locked_staging(path, activity, resumable) as staging:
+    with _locked_staging(path, activity, resumable, replace=replace) as staging:
         yield staging / path.name
         sync(staging / path.name)
-        os.rename(staging / path.name, path)
+        os.replace(staging / path.name, path)
         sync(path.absolute().parent)
         shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextmanager
-def _locked_staging(path: Path, activity: str, resumable: Sequence[str]) -> Iterator[Path]:
-    check_output(path)
+def _locked_staging(path: Path, activity: str, resumable: Sequence[str], *, replace: bool = False) -> Iterator[Path]:
+    check_output(path, replace=replace)
     staging = staging_path(path)
     if staging.is_file():  # of an earlier version
         staging.unlink()
@@ -221,7 +225,7 @@ def _locked_staging(path: Path, activity: str, resumable: Sequence[str]) -> Iter
         if not staging.is_dir():
             raise DirectoryLocked(f"another {activity} in {staging}. Wait for it or stop it.")
         try:
-            check_output(path)  # another process may have finished in between
+            check_output(path, replace=replace)  # another process may have finished in between
             _empty(staging, (LOCK_NAME, *resumable))
             yield staging
         except BaseException:
