@@ -71,7 +71,6 @@ OVERFLOW = "are not finite. Check the weights and the preprocessing, or compute 
 OVERFLOWS = {
     "zero-shot": "eval clip --dataset wds/scenes --root scenes -o out",
     "k-NN": "eval clip --knn-train images --knn-test images -o out",
-    "linear head": "eval clip --head-train images --head-test images -o out",
     "compare": "compare demo clip --images images -o out",
     "recovery": "prune --model clip --criterion l2 --recover images -o out",
     "criterion output": "rank --model clip --images images --calibration-images 20 -o out.safetensors",
