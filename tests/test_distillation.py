@@ -625,23 +625,27 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
     images = Images.find(tmp_path)
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 128  # noqa: E731
     teacher, student = (lambda batch: batch.flatten(1)), (lambda batch: batch.mean((2, 3)))
-    held_out = HeldOutSet(images, preprocess, student, 8, 16)
+    held_out = HeldOutSet(images, preprocess, student, (3, 8, 8), 16)
     readable = [i for i in range(len(images)) if images.read(i) is not None]
     classes = [images.records[i].class_name() for i in readable]
     pictures = torch.stack([preprocess(images.read(i)) for i in readable])
     for tower, accuracy in ((student, held_out.scores(student)["knn"]), (student, held_out.teacher_scores["knn"])):
         embeddings = nn.functional.normalize(tower(pictures), dim=-1).double().numpy()
         assert accuracy == pytest.approx(sum(left_out(embeddings, classes)) / 90) and 0.4 < accuracy < 0.99
-    wide = HeldOutSet(images, preprocess, teacher, 8, 16)
+    wide = HeldOutSet(images, preprocess, teacher, (3, 8, 8), 16)
     assert wide.teacher_scores["knn"] != held_out.teacher_scores["knn"]
-    few = HeldOutSet(replace(images, records=images.records[::4]), preprocess, student, 8, 16)
+    few = HeldOutSet(replace(images, records=images.records[::4]), preprocess, student, (3, 8, 8), 16)
     assert few.teacher_scores == {}, "23 images of three classes"
     with pytest.raises(DgmrError, match="none of the 1 held-out images can be read"):
         HeldOutSet(
-            replace(images, records=[r for r in images.records if "broken" in r.name]), preprocess, student, 8, 16
+            replace(images, records=[r for r in images.records if "broken" in r.name]),
+            preprocess,
+            student,
+            (3, 8, 8),
+            16,
         )
     (tmp_path / "loose.png").write_bytes((tmp_path / "0" / "0.png").read_bytes())
-    without = HeldOutSet(Images.find(tmp_path), preprocess, student, 8, 16)
+    without = HeldOutSet(Images.find(tmp_path), preprocess, student, (3, 8, 8), 16)
     assert without.teacher_scores == {} and without.scores(student) == {"score": pytest.approx(1)}
 
 

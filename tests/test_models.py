@@ -11,12 +11,15 @@ import timm
 import torch
 from compress import make_plan
 from conftest import pictures, redraw
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dgmr_tp import DgmrError, MLPPruner, load_pruned, open_model, prune
+from dgmr_tp.data.scenes import Scene
 from dgmr_tp.encoders import OpenedModel, wrap_tower
 from dgmr_tp.pruning import find_sites, recover
+from dgmr_tp.pruning.cost import flops
 from dgmr_tp.pruning.plan import weight_sha256
 
 OPEN_CLIP_CONFIG = {
@@ -376,3 +379,15 @@ def test_one_prune_finds_the_sites_and_hashes_each_weight_once(monkeypatch):
     calls.update(dict.fromkeys(calls, 0))
     table = prune(model, [pictures(16, size=model.image_size[0])], mlp_ratio=1).table
     assert calls == {"find_sites": 1, "weight_sha256": len(table)}
+
+
+def test_a_tower_of_one_channel_sees_gray_images(tmp_path):
+    module = redraw(timm.create_model("vit_tiny_patch16_224", in_chans=1, img_size=64, depth=2, num_classes=3))
+    timm.models.save_for_hf(module, tmp_path / "gray", safe_serialization=True)
+    model = open_model(str(tmp_path / "gray"))
+    color = Image.fromarray(Scene.draw(0, 0).image())
+    assert model.preprocess(color).shape == (1, 64, 64)
+    assert torch.equal(model.preprocess(color), model.preprocess(color.convert("L").convert("RGB")))
+    assert flops(model.tower, model.image_size) > 0
+    pruned, _, _ = prune(model, [pictures(16, size=64)[:, :1]], keep=8)
+    assert pruned.tower(pictures(2, size=64)[:, :1]).shape == (2, 3)

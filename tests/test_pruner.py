@@ -306,3 +306,14 @@ def test_a_tower_without_mlps_is_not_sent_to_the_pruner():
     with pytest.raises(DgmrError, match=r"recovered or distilled. Prune it with MLPPruner, or use one of"):
         adapt(mixer)
     assert not wrap_tower(resnet).has_adapter and not wrap_tower(mixer).has_adapter
+
+
+def test_tied_weights_are_refused_and_a_shared_mlp_is_not():
+    tower = redraw(timm_tower())
+    tower.blocks[1].mlp.fc1.weight = tower.blocks[0].mlp.fc1.weight
+    with pytest.raises(DgmrError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.1\.mlp\.fc1\.weight are one tensor"):
+        prune(tower, keep=8)
+    shared = redraw(timm_tower())
+    shared.blocks[1].mlp = shared.blocks[0].mlp
+    pruned = prune(shared, keep=8).model
+    assert pruned.blocks[1].mlp is pruned.blocks[0].mlp and pruned.blocks[1].mlp.fc1.out_features == 8

@@ -383,3 +383,9 @@ def test_prune_in_one_call_leaves_the_original(tower):
     assert all(row.recovered_error is not None for row in table)
     again = prune(tower, pictures(60).split(20), plan=plan)
     assert all(torch.equal(tensor, again.model.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pixels_that_are_not_preprocessed_are_refused(tower):
+    pixels = torch.randint(0, 255, (16, 3, 32, 32), dtype=torch.uint8)
+    with pytest.raises(DgmrError, match=r"a batch of images holds uint8 values, which are not preprocessed"):
+        prune(tower, [pixels], keep=8)

@@ -95,8 +95,13 @@ class CalibrationImages:
 
 
 def _check_batch(batch: Any) -> Tensor:
-    if isinstance(batch, Tensor) and batch.ndim == 4:
+    if isinstance(batch, Tensor) and batch.ndim == 4 and batch.is_floating_point():
         return batch
+    if isinstance(batch, Tensor) and batch.ndim == 4:
+        raise DgmrError(
+            f"a batch of images holds {str(batch.dtype).removeprefix('torch.')} values, which are not preprocessed. "
+            "Apply the encoder's preprocessing: batches are floating-point."
+        )
     kind = f"a tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
     raise DgmrError(
         f"a batch of images is a tensor [batch, 3, height, width], this is {kind}. Leave out labels, and put a single "

@@ -71,7 +71,7 @@ def distill(
         device, precision = current_device(), config.precision
         student_flops, teacher_flops = (flops(model.tower, model.image_size) for model in (student, teacher))
         tap = FeatureTap(student.adapter, config.loss, recompute=config.recompute)
-        probe = torch.zeros(1, *image_shape(student.image_size), device="meta")
+        probe = torch.zeros(1, *image_shape(student.tower, student.image_size), device="meta")
         teacher_tap, release_teacher = _prepare_teacher(
             FeatureTap(teacher.adapter, config.loss), probe, config, directory
         )
@@ -102,7 +102,7 @@ def distill(
             held_out_images, images = _split_held_out(images, config, seed)
             micro = config.micro_batch_of(get_world_size())
             held_out = HeldOutSet(
-                held_out_images, teacher.preprocess, partial(embed, teacher_tap), teacher.image_size, micro
+                held_out_images, teacher.preprocess, partial(embed, teacher_tap), tuple(probe.shape[1:]), micro
             )
             scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
             teacher_scores = held_out.teacher_scores

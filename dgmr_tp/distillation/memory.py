@@ -81,7 +81,7 @@ class MemoryEstimator:
     def __init__(
         self, student: TowerAdapter, teacher: TowerAdapter, config: DistillConfig, image_size: ImageSize
     ) -> None:
-        probe = torch.zeros(1, *image_shape(image_size), device="meta", dtype=config.precision)
+        probe = torch.zeros(1, *image_shape(student.tower, image_size), device="meta", dtype=config.precision)
         self.itemsize = config.precision.itemsize
         tap = FeatureTap(student, config.loss)
         freeze_unused_parameters(tap, probe.float())

@@ -17,7 +17,6 @@ from dgmr_tp.distillation.checkpoints import report_write_errors
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import check_embeddings
-from dgmr_tp.pruning.cost import ImageSize, image_shape
 from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write, read_json, sha256, to_json
 from dgmr_tp.utils.knn import predict_classes
@@ -36,7 +35,7 @@ class HeldOutSet:
         images: all of them are used, except those that do not decode.
         preprocess: as for evaluation, without random crops.
         embed: maps a batch to the teacher's embeddings.
-        image_size: height and width of the images.
+        image_shape: ``[channels, height, width]`` of a preprocessed image.
         batch_size: images in a batch.
 
     Raises:
@@ -48,13 +47,13 @@ class HeldOutSet:
         images: Images,
         preprocess: Callable[[Any], Tensor],
         embed: Callable[[Tensor], Tensor],
-        image_size: ImageSize,
+        image_shape: tuple[int, int, int],
         batch_size: int,
     ) -> None:
         rank, world = get_rank(), get_world_size()
         # Parameters may be gathered for each batch, so that all processes need the same number of batches.
         count = -(-len(images) // world)
-        pixels, decoded = torch.zeros(count, *image_shape(image_size)), torch.zeros(count, dtype=torch.bool)
+        pixels, decoded = torch.zeros(count, *image_shape), torch.zeros(count, dtype=torch.bool)
         for row, index in enumerate(range(rank, len(images), world)):
             if (image := images.read(index)) is not None:
                 pixels[row], decoded[row] = preprocess(image), True

@@ -15,6 +15,7 @@ import timm
 from timm.data import create_transform, resolve_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
 
 from dgmr_tp.encoders import eva_clip_8b  # noqa: F401  (registers its name with timm)
 from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, weights_file
@@ -130,6 +131,8 @@ def _opened(module: nn.Module, name: str, image_size: int | None = None) -> Open
     try:
         config = resolve_data_config({} if image_size is None else {"img_size": image_size}, model=module)
         transform = create_transform(**config)
+        if config["input_size"][0] == 1:
+            transform = Compose([Grayscale(), transform])
     except Exception as error:  # a value that torchvision does not take
         raise DgmrError(
             f"{name}: its pretrained_cfg does not describe a preprocessing: {first_line(error)}. Correct config.json."

@@ -112,7 +112,8 @@ def _parameter_groups(config: DistillConfig, student: OpenedModel, keep: dict[st
     resize(student.tower, keep)
     tap = FeatureTap(student.adapter, config.loss)
     assert student.image_size is not None
-    freeze_unused_parameters(tap, torch.zeros(1, *image_shape(student.image_size), device="meta"))
+    shape = image_shape(student.tower, student.image_size)
+    freeze_unused_parameters(tap, torch.zeros(1, *shape, device="meta"))
     groups = []
     for group in parameter_groups(tap, config.weight_decay):
         count = sum(parameter.numel() for parameter in group["params"])

@@ -25,10 +25,14 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def image_shape(image_size: ImageSize) -> tuple[int, int, int]:
-    """Return the shape ``[channels, height, width]`` of an image."""
+def image_shape(tower: nn.Module, image_size: ImageSize) -> tuple[int, int, int]:
+    """Return the shape ``[channels, height, width]`` of the images that ``tower`` takes.
+
+    The channels are those of its first convolution. A tower without one takes RGB images.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    return 3, height, width
+    convolution = next((layer for layer in tower.modules() if isinstance(layer, nn.Conv2d)), None)
+    return 3 if convolution is None else convolution.in_channels, height, width
 
 
 def flops(module: nn.Module, image_size: ImageSize) -> int:
@@ -94,7 +98,7 @@ def costs(model: nn.Module, sites: Sequence[Site], image_size: ImageSize | None)
 
 def _count_flops(module: nn.Module, image_size: ImageSize) -> FlopCounterMode:
     reference = next(module.parameters())
-    images = torch.empty(1, *image_shape(image_size), dtype=reference.dtype, device="meta")
+    images = torch.empty(1, *image_shape(module, image_size), dtype=reference.dtype, device="meta")
     state: dict[str, Tensor] = {
         name: torch.empty_like(tensor, device="meta") for name, tensor in module.state_dict(keep_vars=True).items()
     }

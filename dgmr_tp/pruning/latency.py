@@ -113,7 +113,7 @@ def relative_time(model: nn.Module, counts: Mapping[str, int], image_size: Image
     resize(narrow, counts)
     _fill_randomly(narrow, model)
     weight = next(model.parameters())
-    images = torch.randn(BATCH_SIZE, *image_shape(image_size), device=weight.device, dtype=weight.dtype)
+    images = torch.randn(BATCH_SIZE, *image_shape(model, image_size), device=weight.device, dtype=weight.dtype)
     ratios = []
     with torch.no_grad(), evaluating(model, narrow):
         for step in range(NUM_WARMUP_STEPS + NUM_TIMED_STEPS):

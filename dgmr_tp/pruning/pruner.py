@@ -158,6 +158,7 @@ class MLPPruner:
         except DgmrError:
             check_weights(self.model)
             raise
+        _check_untied(self.model, [site for site in self.sites if site.name in plan.sites])
         for site in self.sites:
             if site.name in plan.sites:
                 self._cut(site, plan.sites[site.name].kept)
@@ -200,6 +201,21 @@ class MLPPruner:
                 raise DgmrError(
                     f"the pruned MLP {site.name} does not compute what the kept neurons compute. This MLP cannot be "
                     "pruned."
+                )
+
+
+def _check_untied(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Raise DgmrError if a parameter of a site is also a parameter of another layer. Cutting would separate the two."""
+    names: dict[int, str] = {}
+    for path, layer in model.named_modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            full_name = f"{path}.{name}" if path else name
+            first_name = names.setdefault(id(parameter), full_name)
+            tied = [n for n in (first_name, full_name) if any(n.startswith(f"{site.name}.") for site in sites)]
+            if first_name != full_name and tied:
+                raise DgmrError(
+                    f"{first_name} and {full_name} are one tensor, which pruning would separate. Give each layer its "
+                    "own copy first."
                 )
 
 
