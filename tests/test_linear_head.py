@@ -147,7 +147,7 @@ def test_a_head_fitted_to_the_original_tells_how_far_a_pruned_encoder_drifted(de
 
 def test_what_is_no_answer_is_not_right(demo, data, tmp_path):
     test, options = Images.find(data[1]), OPTIONS
-    with pytest.raises(DgmrError, match="embeddings of .* are not finite"):
+    with pytest.raises(DgmrError, match=r"embeddings of .* are not finite"):
         head_accuracy(
             lambda images: torch.full((len(images), 10), torch.nan), demo.preprocess, head=None, test=test, **options
         )
