@@ -637,13 +637,8 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
     few = HeldOutSet(replace(images, records=images.records[::4]), preprocess, student, (3, 8, 8), 16)
     assert few.teacher_scores == {}, "23 images of three classes"
     with pytest.raises(DgmrError, match="none of the 1 held-out images can be read"):
-        HeldOutSet(
-            replace(images, records=[r for r in images.records if "broken" in r.name]),
-            preprocess,
-            student,
-            (3, 8, 8),
-            16,
-        )
+        broken = replace(images, records=[r for r in images.records if "broken" in r.name])
+        HeldOutSet(broken, preprocess, student, (3, 8, 8), 16)
     (tmp_path / "loose.png").write_bytes((tmp_path / "0" / "0.png").read_bytes())
     without = HeldOutSet(Images.find(tmp_path), preprocess, student, (3, 8, 8), 16)
     assert without.teacher_scores == {} and without.scores(student) == {"score": pytest.approx(1)}
