@@ -48,7 +48,8 @@ def evaluate(
     ],
     dataset: Annotated[str | None, typer.Option(help="clip_benchmark's name of a data set, such as wds/NAME.")] = None,
     root: Annotated[
-        Path | None, typer.Option(help="Directory of the data set. {dataset} in it stands for the data set's name.")
+        Path | None,
+        path_option(help="Directory of the data set. {dataset} in it stands for the data set's name.", kind="any"),
     ] = None,
     knn_train: Annotated[
         str | None,
