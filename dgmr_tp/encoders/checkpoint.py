@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dgmr_tp.encoders.checkpoint_file import HEADS
+from dgmr_tp.encoders.checkpoint_file import HEADS, quantized_error
 from dgmr_tp.errors import DgmrError
 
 logger = logging.getLogger(__name__)
@@ -100,10 +100,7 @@ def _expected_by(module: nn.Module, tensors: Mapping[str, Tensor], source: str |
     ignored = heads | {name for name in unknown if HARMLESS_BUFFERS.search(name)}
     for name, tensor in tensors.items():
         if name in expected and expected[name].is_floating_point() and tensor.dtype not in WEIGHT_DTYPES:
-            raise DgmrError(
-                f"{source} holds {name!r} as {str(tensor.dtype).removeprefix('torch.')}, which means nothing without "
-                "its scales. Give the checkpoint before quantization."
-            )
+            raise quantized_error(source, name, str(tensor.dtype).removeprefix("torch."))
     buffers = {name: tensor for name, tensor in expected.items() if HARMLESS_BUFFERS.search(name)}
     return {**buffers, **{name: tensor for name, tensor in tensors.items() if name not in ignored}}
 

@@ -13,13 +13,14 @@ import pathlib
 import re
 import types
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy._core import multiarray
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,11 +29,19 @@ from dgmr_tp.errors import DgmrError, first_line
 logger = logging.getLogger(__name__)
 EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "teacher")
 """Keys under which training programs store a moving average of the weights. It is preferred."""
-WRAPPER_KEYS = (*EMA_KEYS, "state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights")
+WRAPPER_KEYS = (
+    *EMA_KEYS,
+    *("state_dict", "model_state_dict", "model", "module", "network", "net", "params", "weights", "student"),
+)
 """Keys under which training programs store weights, the preferred ones first."""
 EMA_PREFIXES = tuple(f"{key}." for key in EMA_KEYS)
-WRAPPER_PREFIXES = ("module.", "model.", "backbone.", "encoder.")
+WRAPPER_PREFIXES = tuple(
+    f"{name}."
+    for name in ("module", "model", "net", "network", "backbone", "encoder", "base_encoder", "image_encoder", "student")
+)
 """Prefixes before every name of a model, also in chains such as ``module.backbone.``."""
+QUANTIZED_DTYPES = re.compile(r"[IU]8|F8_\w+|F4\w*|F6\w*")
+"""Dtypes in safetensors files that mean nothing without scales."""
 HEADS = re.compile(
     r"^(visual\.)?(trunk\.)?(heads?|head_dist|aux_head|fc|classifier|linear|projector|predictor|criterion|mask_token|"
     r"decoder\w*|dino_head|ibot_head|dino_loss|ibot_patch_loss|koleo_loss|queue\w*)(\.|$)"
@@ -81,11 +90,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         for shard in _shards(path):
             tensors |= _tensors(shard)
         return tensors
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(512)
-    except OSError as error:
-        raise DgmrError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+    start = _first_bytes(path)
     _refuse_foreign_file(path, start)
     try:
         if start[8:9] == b"{":
@@ -101,6 +106,43 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         reason = first_line(error).removesuffix(".")
         raise DgmrError(f"cannot read {path}: {reason}. The file is truncated or damaged; fetch it again.") from error
     return _unwrap(content, path)
+
+
+def check_weights_file(path: Path) -> None:
+    """Check a file of weights that a library reads by itself, without reading the weights.
+
+    Args:
+        path: a file, or the ``.index.json`` of shards.
+
+    Raises:
+        DgmrError: a file is missing, is not a checkpoint, or holds quantized tensors.
+    """
+    for file in _shards(path) if path.name.endswith(".index.json") else [path]:
+        start = _first_bytes(file)
+        _refuse_foreign_file(file, start)
+        if start[8:9] != b"{":
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                dtype = tensors.get_slice(name).get_dtype()
+                if QUANTIZED_DTYPES.fullmatch(dtype):
+                    raise quantized_error(file, name, dtype)
+
+
+def quantized_error(source: str | Path, name: str, dtype: str) -> DgmrError:
+    """Return the error for a tensor ``name`` of ``source`` whose dtype means nothing without scales."""
+    return DgmrError(
+        f"{source} holds {name!r} as {dtype}, which means nothing without its scales. Give the checkpoint before "
+        "quantization."
+    )
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(512)
+    except OSError as error:
+        raise DgmrError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
 
 
 def _shards(index: Path) -> list[Path]:
@@ -150,7 +192,7 @@ def _unpickle(path: Path) -> Any:
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     """Return the tensors inside the keys of training programs."""
     while isinstance(content, Mapping):
-        sets = [key for key in WRAPPER_KEYS if isinstance(content.get(key), Mapping) and content[key]]
+        sets = [key for key in WRAPPER_KEYS if _holds_tensors(content.get(key))]
         if not sets:
             break
         key, *others = sets
@@ -170,10 +212,18 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _holds_tensors(content: Any) -> bool:
+    """Return whether ``content`` is a mapping with tensors by name, or wraps one."""
+    return isinstance(content, Mapping) and (
+        any(isinstance(value, Tensor) for value in content.values())
+        or any(_holds_tensors(content.get(key)) for key in WRAPPER_KEYS)
+    )
+
+
 def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     while True:
-        ema = next((prefix for prefix in EMA_PREFIXES if any(name.startswith(prefix) for name in tensors)), None)
+        ema = next((prefix for prefix in EMA_PREFIXES if _is_average(prefix, tensors)), None)
         prefix = ema or next((prefix for prefix in WRAPPER_PREFIXES if _wraps(prefix, tensors)), None)
         if prefix is None:
             return tensors
@@ -182,10 +232,18 @@ def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tenso
         tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def _wraps(prefix: str, names: Iterable[str]) -> bool:
-    """Return whether every name begins with ``prefix``, except those of heads, and at least one does."""
-    inside = [name.startswith(prefix) for name in names]
-    return any(inside) and all(is_inside or HEADS.match(name) for is_inside, name in zip(inside, names, strict=True))
+def _is_average(prefix: str, names: Collection[str]) -> bool:
+    """Return whether the names with ``prefix`` are those of a whole model: all names, or mostly names of others too."""
+    inside = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    others = {name for name in names if not name.startswith(prefix)}
+    others |= {name.partition(".")[2] for name in others}
+    return bool(inside) and (not others or 2 * len(inside & others) > len(inside))
+
+
+def _wraps(prefix: str, names: Collection[str]) -> bool:
+    """Return whether a name begins with ``prefix``, and all others belong to heads or to a moving average."""
+    others = [name for name in names if not name.startswith(prefix)]
+    return len(others) < len(names) and all(HEADS.match(n) or n.startswith(EMA_PREFIXES) for n in others)
 
 
 def _roots(names: Iterable[str]) -> list[str]:

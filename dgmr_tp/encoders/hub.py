@@ -25,7 +25,7 @@ CHECKPOINT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth")
 
 def is_file_name(name: str) -> bool:
     """Return whether ``name``, which is not a known tag, means a checkpoint: a file, or a folder that contains one."""
-    return name.endswith(CHECKPOINT_SUFFIXES) or Path(name).expanduser().exists()
+    return name.endswith(CHECKPOINT_SUFFIXES) or "/" in name or Path(name).expanduser().exists()
 
 
 def local_file(name: str) -> Path:

@@ -454,10 +454,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DgmrError: it cannot be read, or it is not JSON; names the file.
     """
+    text = ""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise DgmrError(f"cannot read {path}: {first_line(error)}") from error
+        text = path.read_text("utf-8")
+        content = json.loads(text)
+    except OSError as error:
+        raise DgmrError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
+    except ValueError as error:
+        is_pointer = text.startswith("version https://git-lfs")
+        remedy = "It is a Git LFS pointer; run git lfs pull." if is_pointer else "It must be JSON; fetch it again."
+        raise DgmrError(f"cannot read {path}: {first_line(error)}. {remedy}") from error
+    if not isinstance(content, dict):
+        raise DgmrError(f"{path} is not a JSON object. Fetch or write the file again.")
+    return content
 
 
 def suggest_names(name: str, names: list[str]) -> str:

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
 from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, weights_file
-from dgmr_tp.encoders.checkpoint_file import read_tensors
+from dgmr_tp.encoders.checkpoint_file import check_weights_file, read_tensors
 from dgmr_tp.encoders.internvit import RELEASE_ARCHITECTURE, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import TOKENIZER_FILE_PREFIXES, OpenedModel, has_adapter, read_json
 from dgmr_tp.errors import DgmrError, first_line
@@ -98,6 +98,7 @@ def _build_on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]
 
 def _load_by_transformers(directory: Path, architecture: str, hidden: Mapping[str, int]) -> nn.Module:
     cls = _class(directory, architecture)
+    check_weights_file(weights_file(directory))
     try:
         with _no_progress_bar():
             module, loading = _resized(cls, hidden).from_pretrained(

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
 from dgmr_tp.encoders.model import DEMO
 from inputs import Case
 
 VIT = "test_vit"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 PRUNE_VIT = f"prune -m timm:{VIT} --pretrained weights.pt --keep 8 -o out"
 LEFT_ON_DISK = ("out",)
 
@@ -49,6 +51,16 @@ def demo(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -
         shutil.copytree(DEMO, folder / "model")
         file = folder / "model" / "open_clip_model.safetensors"
         save_file(change(load_file(file)), file)
+
+    return make
+
+
+def transformers_directory(change: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a function that saves a small DINOv2 to ``model`` and changes its weights file."""
+
+    def make(folder: Path) -> None:
+        FAMILIES["transformers DINOv2"](folder / "model")
+        change(folder / "model" / "model.safetensors")
 
     return make
 
@@ -94,7 +106,7 @@ CASES = [
     Case("unknown tag of open_clip", "prune -m open_clip:ViT-B-32 --pretrained nosuch -o out", says="Its tags are:"),
     Case("two tags", f"prune -m timm:{VIT}.a --pretrained r160_in1k -o out", says="Give one of them"),
     Case("TorchScript archive", PRUNE_VIT, torchscript, says="is a TorchScript archive, which contains code"),
-    Case("Git LFS pointer", PRUNE_VIT, content(b"version https://git-lfs.github.com/spec/v1\n"), says="git lfs pull"),
+    Case("Git LFS pointer", PRUNE_VIT, content(LFS_POINTER), says="git lfs pull"),
     Case("web page", PRUNE_VIT, content(b"\n<!DOCTYPE html><html>404</html>"), says="is a web page"),
     Case("gzip archive", PRUNE_VIT, content(b"\x1f\x8b\x08\x00abc"), says="is a compressed archive"),
     Case("zip without a checkpoint", PRUNE_VIT, content(b"PK\x05\x06" + bytes(18)), says="is a zip archive"),
@@ -198,5 +210,63 @@ CASES = [
         f"prune -m timm:{VIT} --pretrained empty -o out",
         lambda folder: (folder / "empty").mkdir(),
         says="empty holds no weights",
+    ),
+    Case(
+        "moving average without tensors",
+        PRUNE_VIT,
+        weights(lambda tensors: {"model": tensors, "ema": {"decay": 0.99}}),
+        0,
+        leaves=LEFT_ON_DISK,
+    ),
+    Case(
+        "moving average with names of its own",
+        PRUNE_VIT,
+        weights(
+            lambda tensors: {
+                **prefixed("model.", tensors),
+                **{f"model_ema.{name.replace('.', '')}": tensor for name, tensor in tensors.items()},
+            }
+        ),
+        0,
+        "took the tensors of 'model.'; left model_ema",
+        LEFT_ON_DISK,
+    ),
+    Case(
+        "student alone",
+        PRUNE_VIT,
+        weights(lambda tensors: {"student": prefixed("module.backbone.", tensors)}),
+        0,
+        leaves=LEFT_ON_DISK,
+    ),
+    Case(
+        "missing file in a folder",
+        "prune -m timm:test_vit --pretrained nowhere/weights.ckpt --keep 8 -o out",
+        says="cannot read nowhere/weights.ckpt: No such file or directory",
+    ),
+    Case(
+        "LFS pointer in a transformers directory",
+        "prune -m model --keep 8 -o out",
+        transformers_directory(lambda file: file.write_bytes(LFS_POINTER)),
+        says="model.safetensors is a Git LFS pointer",
+    ),
+    Case(
+        "int8 in a transformers directory",
+        "prune -m model --keep 8 -o out",
+        transformers_directory(
+            lambda file: save_file({n: t.to(torch.int8) for n, t in load_file(file).items()}, file, {"format": "pt"})
+        ),
+        says="as I8, which means nothing without its scales",
+    ),
+    Case(
+        "LFS pointer as a config",
+        "inspect model",
+        transformers_directory(lambda file: file.with_name("config.json").write_bytes(LFS_POINTER)),
+        says="It is a Git LFS pointer; run git lfs pull.",
+    ),
+    Case(
+        "list as a config",
+        "inspect model",
+        transformers_directory(lambda file: file.with_name("config.json").write_text("[]")),
+        says="config.json is not a JSON object",
     ),
 ]
