@@ -14,7 +14,7 @@ from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.losses import FeatureTap
 from dgmr_tp.encoders import OpenedModel, open_model
-from dgmr_tp.pipeline.preflight import path_status
+from dgmr_tp.pipeline.preflight import path_status, shell_commands
 from dgmr_tp.pipeline.recipe import Recipe
 from dgmr_tp.pruning import MLPPruner, Site
 from dgmr_tp.pruning.cost import costs, image_shape
@@ -73,6 +73,7 @@ class DryRun:
         if self.deepspeed:
             lines.append(f"deepspeed: {self.deepspeed}")
         lines += [f"{'found' if exists else 'MISSING'}: {path}" for path, exists in self.paths.items()]
+        lines += [f"shell command, needs --trust-recipe: {key}" for key in shell_commands(self.recipe)]
         resolved = self.recipe.model_dump(exclude_unset=True, mode="json")
         return "\n".join(
             [

@@ -44,9 +44,14 @@ def check_trust(context: RunContext) -> None:
     Raises:
         DgmrError: names the key and the command.
     """
-    for key, path in context.recipe.paths.items():
-        if Source.parse(path).runs_command and not context.trusted:
+    for key, path in shell_commands(context.recipe).items():
+        if not context.trusted:
             raise DgmrError(
                 f"{key}: {path} runs a shell command on this machine. Read it, and give --trust-recipe if you trust "
                 "the recipe."
             )
+
+
+def shell_commands(recipe: Recipe) -> dict[str, str]:
+    """Return the paths of the recipe that run a shell command, by key."""
+    return {key: path for key, path in recipe.paths.items() if Source.parse(path).runs_command}

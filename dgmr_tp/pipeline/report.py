@@ -287,7 +287,7 @@ def _print_file(size: SizeReport, entry: dict[str, Any], console: Console) -> No
             before, after = times["dense"]["median"], times["pruned"]["median"]
             console.print(
                 f"{size.name}, {entry['file']}, batch {batch}: {before:.1f} → {after:.1f} ms "
-                f"({before / after:.2f} ×, {size.threads} threads)"
+                f"({before / after:.2f} ×, {plural(size.threads, 'thread')})"
             )
 
 
@@ -317,6 +317,7 @@ def write_html(content: Report | Mapping[str, Any], path: Path, template: str = 
     )
     environment.filters.update(
         percent=percent,
+        plural=plural,
         polyline=polyline,
         warning=tuned_warning,
         million=lambda n: f"{n / 1e6:.2f} M",
@@ -382,6 +383,11 @@ def tuned_warning(datasets: list[str]) -> str:
 def percent(value: float | None) -> str:
     """Format a fraction in percent."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def plural(count: int | None, noun: str) -> str:
+    """Return a count with its noun, such as ``1 thread`` or ``2 threads``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def polyline(points: list[tuple[int, float]], width: int, height: int, logarithmic: bool = True) -> str:

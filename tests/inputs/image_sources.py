@@ -200,6 +200,13 @@ CASES = [
         says="images: pipe:touch ran runs a shell command on this machine. Read it, and give --trust-recipe",
     ),
     Case(
+        "dry run of a recipe with a shell command",
+        "run r.yaml --dry-run",
+        recipe(images="pipe:touch ran", recover={}),
+        code=0,
+        says="shell command, needs --trust-recipe: images",
+    ),
+    Case(
         "shell command in a recipe that is trusted",
         "run r.yaml --trust-recipe -o run",
         trusted_recipe,
