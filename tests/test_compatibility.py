@@ -112,12 +112,22 @@ def test_a_turned_space_breaks_an_index_that_re_embedding_would_mend():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_length_of_embeddings_does_not_matter(scale):
+    old, new = draw_embeddings()
+    expected, scaled = compare_embeddings(old, new), compare_embeddings(old, new * scale)
+    assert scaled["ways"] == expected["ways"] and scaled["verdict"] == expected["verdict"]
+
+
 def test_what_cannot_be_compared_is_refused():
     old, new = draw_embeddings()
     for before, after, message in (
         (old, new[:, :8], "cannot share an index"),
         (old[:50], new[:50], "at least 100"),
         (old, new / 0, "not finite"),
+        (old, new[:-1], "not of the same images"),
+        (old, new * (torch.arange(len(new)) != 3)[:, None], "image 3 by the new encoder is all zeros"),
+        (old[:1].expand(len(old), -1), new, "all embeddings of the old encoder are the same"),
     ):
         with pytest.raises(DgmrError, match=message):
             compare_embeddings(before, after)

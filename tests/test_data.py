@@ -14,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from dgmr_tp.data import scenes
+from dgmr_tp.data.decoding import decode_image
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.labels import check_class_names, check_label_range, check_prompts
 from dgmr_tp.data.scenes import CLASSNAMES, Scene, distinct
@@ -453,3 +454,10 @@ def test_the_hash_of_a_source_follows_its_files_and_not_those_of_tools(folder):
     assert (fingerprint(source), fingerprint(str(folder))) == before and before[0] != before[1]
     (folder / "1.png").write_bytes(b"x")
     assert fingerprint(source) != before[0] and fingerprint(str(folder)) != before[1]
+
+
+@pytest.mark.parametrize("maximum", [65535, 4095])
+def test_gray_images_of_16_bits_keep_their_range(maximum):
+    values = np.array([[0, maximum // 2], [maximum, maximum // 4]], dtype=">u2")
+    image = decode_image(b"P5 2 2 %d\n" % maximum + values.tobytes())
+    assert np.asarray(image)[..., 0].tolist() == (values.astype(float) / maximum * 255).astype(int).tolist()

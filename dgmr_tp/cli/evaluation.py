@@ -475,9 +475,15 @@ def _read_embeddings(path: str) -> Tensor:
     import torch
 
     try:
-        embeddings = torch.from_numpy(np.load(path, allow_pickle=False))
+        array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, TypeError, EOFError) as error:
-        raise DgmrError(f"cannot read the embeddings {path}: {error}") from error
+        raise DgmrError(f"cannot read the embeddings {path}: {error}. Give an array that numpy.save wrote.") from error
+    if array.dtype.kind not in "fi" and array.dtype != np.uint8:
+        raise DgmrError(
+            f"{path} holds {array.dtype} values, which are no embeddings. Give floating-point numbers, or int8; "
+            "convert float16 and bfloat16 that are stored as their bits."
+        )
+    embeddings = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
     if embeddings.ndim != 2:
         raise DgmrError(
             f"{path} has the shape {list(embeddings.shape)}. Give an array with rows and columns, [images, width]."

@@ -74,6 +74,8 @@ def decode_image(data: bytes, upright: bool = False) -> Any:
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I;16"):  # pillow would clip at 255
             return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "I" and image.format == "PPM":  # pillow scales every range to 16 bits
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert("RGB")
         if image.mode in ("I", "F"):
             raise ValueError(f"its values, pillow's mode {image.mode}, have no known range")
         return image.convert("RGB")

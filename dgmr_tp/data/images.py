@@ -65,7 +65,7 @@ class Record:
                 )
         except UnicodeDecodeError as error:
             raise DgmrError(f"the captions of {self.name} are not UTF-8: {error}. Convert their .txt.") from error
-        return [line.strip() for line in lines.splitlines() if line.strip()]
+        return [line.strip() for line in lines.split("\n") if line.strip()]
 
     def read(self) -> Any:
         """Decode to an RGB PIL image.
@@ -332,7 +332,7 @@ def _tar_records(path: Path, upright: bool, others: Counter[str]) -> list[tuple[
                 f"{path}:{names[name]}",
                 path,
                 *places[name],
-                label=None if label is None else read(label).decode(errors="replace").strip(),
+                label=None if label is None else read(label).decode(errors="surrogateescape").strip(),
                 has_cls=label is not None,
                 text=places.get(f"{stem}.txt"),
                 upright=upright,

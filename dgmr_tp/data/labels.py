@@ -95,7 +95,7 @@ def check_label_range(labels: Iterable[int], count: int, origin: str | Path) -> 
 
 def _read_lines(path: Path, content: str) -> list[str]:
     try:
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = path.read_text("utf-8-sig").split("\n")  # splitlines would also split at form feeds and the like
     except (OSError, UnicodeDecodeError) as error:
         raise DgmrError(f"cannot read the {content} {path}: {first_line(error)}. Give a text file in UTF-8.") from error
     lines = [line.strip() for line in lines]

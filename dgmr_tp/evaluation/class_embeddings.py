@@ -55,14 +55,16 @@ def read_class_embeddings(path: Path) -> Tensor:
         DgmrError: the file cannot be read, or has another content.
     """
     try:
-        embeddings = torch.load(path, map_location="cpu", weights_only=True).float()
+        embeddings = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and torch raise many kinds
         raise DgmrError(
             f"cannot read the class embeddings {path}: {first_line(error)}. Give a file that --save-classifier wrote."
         ) from error
-    if embeddings.ndim != 2 or embeddings.shape[1] < 2 or not embeddings.isfinite().all():
+    is_matrix = isinstance(embeddings, Tensor) and embeddings.ndim == 2 and embeddings.shape[1] >= 2
+    if not is_matrix or not embeddings.isfinite().all() or (embeddings == 0).all(0).any():
+        shape = f"its shape is {list(embeddings.shape)}" if isinstance(embeddings, Tensor) else "it is not a tensor"
         raise DgmrError(
-            f"{path} is not the class embeddings of two or more classes: its shape is {list(embeddings.shape)}, or a "
-            "number in it is not finite. Give a file that --save-classifier wrote."
+            f"{path} is not the class embeddings of two or more classes: {shape}, a number in it is not finite, or a "
+            "class is all zeros. Give a file that --save-classifier wrote."
         )
-    return embeddings
+    return embeddings.float()

@@ -135,6 +135,8 @@ def compare_embeddings(
     """
     thresholds = thresholds or Thresholds()
     _check_shapes(old, new, classifier)
+    _check_rows(old, "the old encoder")
+    _check_rows(new, "the new encoder")
     cosines, agreement = _cosines_and_agreement(old, new, classifier)
     order = np.random.default_rng(seed).permutation(len(old))
     query_rows, index_rows = np.split(order, [min(queries, len(old) // 2)])
@@ -216,6 +218,11 @@ def compare_encoders(
 
 
 def _check_shapes(old: Tensor, new: Tensor, classifier: Tensor | None) -> None:
+    if len(old) != len(new):
+        raise DgmrError(
+            f"there are {len(old)} old embeddings and {len(new)} new ones, so they are not of the same images. Embed "
+            "the same images with both encoders, in the same order."
+        )
     if old.shape != new.shape:
         raise DgmrError(
             f"the old embeddings are {list(old.shape)} and the new ones {list(new.shape)}, so they cannot share an "
@@ -230,13 +237,32 @@ def _check_shapes(old: Tensor, new: Tensor, classifier: Tensor | None) -> None:
         )
 
 
+def _check_rows(embeddings: Tensor, encoder: str) -> None:
+    """Raise DgmrError if an embedding is not finite or has no direction, or if all embeddings are the same."""
+    constant = True
+    for number, chunk in enumerate(embeddings.split(CHUNK_ROWS)):
+        check_embeddings(chunk.float(), encoder)
+        zeros = (chunk == 0).all(1).nonzero()
+        if len(zeros):
+            row = number * CHUNK_ROWS + int(zeros[0])
+            raise DgmrError(
+                f"the embedding of image {row} by {encoder} is all zeros, which has no direction. Leave the image out "
+                "or embed it again."
+            )
+        constant = constant and bool((chunk == embeddings[0]).all())
+    if constant:
+        raise DgmrError(
+            f"all embeddings of {encoder} are the same, so that no search can tell images apart. Check the encoder and "
+            "the images."
+        )
+
+
 def _cosines_and_agreement(old: Tensor, new: Tensor, classifier: Tensor | None) -> tuple[np.ndarray, float | None]:
     """Return the cosine of each image's embeddings, and the share of equal zero-shot decisions."""
     cosines, equal = [], []
     for old_chunk, new_chunk in zip(old.split(CHUNK_ROWS), new.split(CHUNK_ROWS), strict=True):
-        old_chunk = check_embeddings(old_chunk.float(), "the old encoder")
-        new_chunk = check_embeddings(new_chunk.float(), "the new encoder")
-        cosines.append(F.cosine_similarity(old_chunk, new_chunk))
+        old_chunk, new_chunk = _unit(old_chunk), _unit(new_chunk)
+        cosines.append((old_chunk * new_chunk).sum(1))
         if classifier is not None:
             equal.append((old_chunk @ classifier).argmax(1) == (new_chunk @ classifier).argmax(1))
     agreement = None if classifier is None else float(torch.cat(equal).float().mean())
@@ -265,7 +291,13 @@ def _faiss_index(embeddings: Tensor, rows: np.ndarray) -> Any:
 
 
 def _unit_rows(embeddings: Tensor, rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(F.normalize(embeddings[rows].float(), dim=-1).numpy())
+    return np.ascontiguousarray(_unit(embeddings[rows]).numpy())
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Return rows of length 1 in float32, scaled first, because their squares may be out of float32's range."""
+    rows = rows.float()
+    return F.normalize(rows / rows.abs().amax(1, keepdim=True), dim=-1)
 
 
 def _overlap(reference: np.ndarray, neighbors: np.ndarray) -> float:

@@ -6,6 +6,7 @@ processes of a launch share the images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -102,8 +103,10 @@ def fit_head(embed: Embed, preprocess: Callable[[Any], Tensor], train: Images, *
     try:
         regression = fit_logistic_regression(F.normalize(embeddings, dim=-1).numpy(), labels).best_estimator_
     except ValueError as error:  # too few images to choose the regularization on a fifth of them
+        name, count = Counter(labels).most_common()[-1]
         raise DgmrError(
-            f"no classifier can be fitted to {train.source}: {first_line(error)}. Give more images of every class."
+            f"no classifier can be fitted to {train.source}, whose class {name} has {count} images: "
+            f"{first_line(error).rstrip('.')}. Give more images of every class."
         ) from error
     weight, bias = torch.from_numpy(regression.coef_).float(), torch.from_numpy(regression.intercept_).float()
     if len(regression.classes_) == 2:  # scikit-learn stores a single row for two classes

@@ -110,6 +110,8 @@ def _read_records(folder: Path) -> list[Record]:
     path = folder / "nshards.txt"
     try:
         count = int(path.read_text())
+        if count < 1:
+            raise ValueError(f"it says {count}")
     except (OSError, ValueError) as error:
         raise DgmrError(
             f"clip_benchmark cannot evaluate {folder.parent}: {path} does not contain the number of shards ({error}). "
@@ -121,7 +123,9 @@ def _read_records(folder: Path) -> list[Record]:
 def _label(record: Record) -> int:
     text = record.class_name()
     try:
-        return int(text or "")
+        if not (text or "").lstrip("-").isdecimal():  # int would take 1_0 for 10
+            raise ValueError(text)
+        return int(str(text))
     except ValueError as error:
         found = f"its .cls is {text!r}" if text else "its .cls is empty" if record.has_cls else "it has no .cls"
         raise DgmrError(

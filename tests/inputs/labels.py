@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from inputs import Case, picture, pictures, tar
@@ -116,6 +117,12 @@ WRONG = {
         tar_of(members(LABELS) | {"1.png": b"no picture"}),
         "the image set/test/0.tar:1.png does not decode",
     ),
+    "no shards": (dataset(files={"test/nshards.txt": "0"}), "does not contain the number of shards (it says 0)"),
+    "form feed in a class name": (
+        dataset(files={"classnames.txt": "cat\x0cx\ndog\n"}),
+        "are 0 to 2, but there are 2 classes",
+    ),
+    "underscore in a label": (dataset(("0", "1", "0_2")), "0.tar:2.png is not a number: its .cls is '0_2'"),
     "unknown kind": (dataset(files={"dataset_type.txt": "retreival"}), "dataset_type.txt states the kind 'retreival'"),
 }
 RIGHT = {
@@ -129,6 +136,19 @@ RIGHT = {
 
 BY_BOTH = ("one class name", "word for a label")
 """Cases that are tried with clip_benchmark's command line too."""
+
+
+def arrays(change: Callable[[np.ndarray], np.ndarray], classes: object = None) -> Callable[[Path], None]:
+    """Return a function that writes embeddings, changed embeddings, and class embeddings."""
+
+    def make(folder: Path) -> None:
+        old = np.random.default_rng(0).standard_normal((120, 16), np.float32)
+        np.save(folder / "old.npy", old)
+        np.save(folder / "new.npy", change(old))
+        torch.save(classes, folder / "classes.pt")
+
+    return make
+
 
 CASES = [
     *[Case(name, EVAL, make, says=says) for name, (make, says) in WRONG.items()],
@@ -227,6 +247,35 @@ CASES = [
         "compare demo demo --images images --classes classnames.txt -o out",
         classes_for_compare(TEMPLATES, ""),
         says=f"{TEMPLATES} has no prompts",
+    ),
+    Case(
+        "byte order of another machine",
+        "compare old.npy new.npy -o out",
+        arrays(lambda old: old.astype(">f4")),
+        code=0,
+        says="keep the index: neighbors 100.0 %",
+        leaves=("out",),
+    ),
+    Case(
+        "bits of float16 as integers",
+        "compare old.npy new.npy -o out",
+        arrays(lambda old: old.astype(np.float16).view(np.uint16)),
+        says="new.npy holds uint16 values",
+    ),
+    Case(
+        "complex numbers", "compare old.npy new.npy -o out", arrays(lambda old: old + 0j), says="holds complex64 values"
+    ),
+    Case(
+        "dictionary as class embeddings",
+        "compare old.npy new.npy --classes classes.pt -o out",
+        arrays(lambda old: old, classes={"a": 1}),
+        says="it is not a tensor",
+    ),
+    Case(
+        "class embeddings of zeros",
+        "compare old.npy new.npy --classes classes.pt -o out",
+        arrays(lambda old: old, classes=torch.zeros(16, 3)),
+        says="or a class is all zeros",
     ),
     Case(
         "classifier with one output",
