@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -431,8 +432,14 @@ def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
     """Return ``model``.
 
     Raises:
-        DgmrError: a weight is not finite.
+        DgmrError: a weight is not finite, or the preprocessing does not normalize.
     """
+    mean, std = (np.atleast_1d(model.preprocess_config.get(key, 1.0)) for key in ("mean", "std"))
+    if mean.shape != std.shape or not np.isfinite([mean, std]).all() or not (std > 0).all():
+        raise DgmrError(
+            f"the preprocessing of {model.name} has mean {mean.tolist()} and std {std.tolist()}, which are no finite "
+            "numbers for each channel, with std above 0. Correct its config."
+        )
     tensors = {} if weights == "none" else model.module.state_dict()
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):

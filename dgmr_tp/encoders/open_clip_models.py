@@ -196,7 +196,9 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
     try:
         module = _build(directory, config, weights)
     except Exception as error:  # a wrong config fails inside open_clip with many types
-        raise DgmrError(f"{directory}/open_clip_config.json does not describe a model: {first_line(error)}") from error
+        raise DgmrError(
+            f"{directory}/open_clip_config.json does not describe a model: {first_line(error)}. Correct it, or fetch it again."
+        ) from error
     if weights != "none":
         path = next(
             (directory / file for file in WEIGHTS_NAMES if (directory / file).exists()), directory / WEIGHTS_NAME

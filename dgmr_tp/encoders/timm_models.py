@@ -120,7 +120,9 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
         with build_device(weights):
             module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
     except Exception as error:  # a wrong config fails inside timm with exceptions of many types
-        raise DgmrError(f"{directory}/config.json does not describe a timm model: {first_line(error)}") from error
+        raise DgmrError(
+            f"{directory}/config.json does not describe a timm model: {first_line(error)}. Correct it, or fetch it again."
+        ) from error
     if weights != "none":
         path = weights_file(directory)
         load_by_shape(module, read_tensors(path), path)

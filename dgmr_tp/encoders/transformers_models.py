@@ -50,7 +50,9 @@ def from_directory(
             with build_device(weights):
                 module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
         except Exception as error:  # a missing key or an impossible value
-            raise DgmrError(f"{directory}/config.json does not describe an InternViT: {first_line(error)}") from error
+            raise DgmrError(
+                f"{directory}/config.json does not describe an InternViT: {first_line(error)}. Correct it, or fetch it again."
+            ) from error
         if weights != "none":
             path = weights_file(directory)
             load_by_shape(module, tensors_from_release(read_tensors(path)), path)
@@ -91,7 +93,9 @@ def _build_on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]
                 transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             )
     except Exception as error:  # a wrong config fails with exceptions of many types
-        raise DgmrError(f"{directory}/config.json does not describe a {architecture}: {first_line(error)}") from error
+        raise DgmrError(
+            f"{directory}/config.json does not describe a {architecture}: {first_line(error)}. Correct it, or fetch it again."
+        ) from error
     module.__class__ = cls
     return module
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -61,6 +62,19 @@ def transformers_directory(change: Callable[[Path], object]) -> Callable[[Path],
     def make(folder: Path) -> None:
         FAMILIES["transformers DINOv2"](folder / "model")
         change(folder / "model" / "model.safetensors")
+
+    return make
+
+
+def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Return a function that copies the demo CLIP to ``model``, with a changed config."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(DEMO, folder / "model")
+        file = folder / "model" / "open_clip_config.json"
+        content = json.loads(file.read_text("utf-8"))
+        change(content)
+        file.write_text(json.dumps(content), "utf-8")
 
     return make
 
@@ -268,5 +282,23 @@ CASES = [
         "inspect model",
         transformers_directory(lambda file: file.with_name("config.json").write_text("[]")),
         says="config.json is not a JSON object",
+    ),
+    Case(
+        "standard deviation of zero",
+        "prune -m model --keep 8 -o out",
+        config(lambda content: content["preprocess_cfg"].update(std=[0, 0, 0])),
+        says="and std [0, 0, 0], which are no finite numbers for each channel",
+    ),
+    Case(
+        "a mean for one channel and a standard deviation for three",
+        "inspect model",
+        config(lambda content: content["preprocess_cfg"].update(mean=[0.5])),
+        says="Correct its config",
+    ),
+    Case(
+        "patch size of zero",
+        "inspect model",
+        config(lambda content: content["model_cfg"]["vision_cfg"].update(patch_size=0)),
+        says="does not describe a model: integer division or modulo by zero. Correct it, or fetch it again.",
     ),
 ]
