@@ -197,7 +197,8 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
         module = _build(directory, config, weights)
     except Exception as error:  # a wrong config fails inside open_clip with many types
         raise DgmrError(
-            f"{directory}/open_clip_config.json does not describe a model: {first_line(error)}. Correct it, or fetch it again."
+            f"{directory}/open_clip_config.json does not describe a model: {first_line(error)}. "
+            "Correct it, or fetch it again."
         ) from error
     if weights != "none":
         path = next(

@@ -121,7 +121,8 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
             module = timm.create_model(f"local-dir:{directory.resolve()}", pretrained=False)
     except Exception as error:  # a wrong config fails inside timm with exceptions of many types
         raise DgmrError(
-            f"{directory}/config.json does not describe a timm model: {first_line(error)}. Correct it, or fetch it again."
+            f"{directory}/config.json does not describe a timm model: {first_line(error)}. "
+            "Correct it, or fetch it again."
         ) from error
     if weights != "none":
         path = weights_file(directory)

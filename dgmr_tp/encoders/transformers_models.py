@@ -51,7 +51,8 @@ def from_directory(
                 module: nn.Module = transformers.InternVLVisionModel(config_from_release(config))
         except Exception as error:  # a missing key or an impossible value
             raise DgmrError(
-                f"{directory}/config.json does not describe an InternViT: {first_line(error)}. Correct it, or fetch it again."
+                f"{directory}/config.json does not describe an InternViT: {first_line(error)}. "
+                "Correct it, or fetch it again."
             ) from error
         if weights != "none":
             path = weights_file(directory)
@@ -94,7 +95,8 @@ def _build_on_meta(directory: Path, architecture: str, hidden: Mapping[str, int]
             )
     except Exception as error:  # a wrong config fails with exceptions of many types
         raise DgmrError(
-            f"{directory}/config.json does not describe a {architecture}: {first_line(error)}. Correct it, or fetch it again."
+            f"{directory}/config.json does not describe a {architecture}: {first_line(error)}. "
+            "Correct it, or fetch it again."
         ) from error
     module.__class__ = cls
     return module
