@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -434,11 +434,12 @@ def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
     Raises:
         DgmrError: a weight is not finite, or the preprocessing does not normalize.
     """
-    mean, std = (np.atleast_1d(model.preprocess_config.get(key, 1.0)) for key in ("mean", "std"))
-    if mean.shape != std.shape or not np.isfinite([mean, std]).all() or not (std > 0).all():
+    mean, std = (_as_list(model.preprocess_config.get(key, 1.0)) for key in ("mean", "std"))
+    are_numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in (*mean, *std))
+    if not are_numbers or len(mean) != len(std) or min(std, default=0) <= 0:
         raise DgmrError(
-            f"the preprocessing of {model.name} has mean {mean.tolist()} and std {std.tolist()}, which are no finite "
-            "numbers for each channel, with std above 0. Correct its config."
+            f"the preprocessing of {model.name} has mean {mean} and std {std}, which are no finite numbers for each "
+            "channel, with std above 0. Correct its config."
         )
     tensors = {} if weights == "none" else model.module.state_dict()
     for name, tensor in tensors.items():
@@ -448,6 +449,10 @@ def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
                 "Take another checkpoint, such as one saved before the training diverged."
             )
     return model
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -290,6 +290,12 @@ CASES = [
         says="and std [0, 0, 0], which are no finite numbers for each channel",
     ),
     Case(
+        "words as a mean",
+        "inspect model",
+        config(lambda content: content["preprocess_cfg"].update(mean=["0.5", None, []])),
+        says="has mean ['0.5', None, []]",
+    ),
+    Case(
         "a mean for one channel and a standard deviation for three",
         "inspect model",
         config(lambda content: content["preprocess_cfg"].update(mean=[0.5])),
