@@ -38,15 +38,17 @@ def test_a_loss_is_one_entry(monkeypatch):
     def cosine_distance(student, teacher):
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
 
-    monkeypatch.setitem(LOSSES, "cosine", Loss("embedding", cosine_distance))
-    config = recipe(distill={"steps": 1, "batch_size": 8, "base_lr": 1, "loss": {"terms": {"cosine": 2}}}).distill
-    assert isinstance(config.loss, DistillationLoss) and config.loss.weight("cosine") == 2
+    monkeypatch.setitem(LOSSES, "embedding_cosine", Loss("embedding", cosine_distance))
+    config = recipe(
+        distill={"steps": 1, "batch_size": 8, "base_lr": 1, "loss": {"terms": {"embedding_cosine": 2}}}
+    ).distill
+    assert isinstance(config.loss, DistillationLoss) and config.loss.weight("embedding_cosine") == 2
     student, teacher = redraw(timm_tower(), seed=0), redraw(timm_tower(), seed=1)
     images = pictures(4)
     with torch.no_grad():
         terms = config.loss(*(FeatureTap(adapt(tower), config.loss)(images) for tower in (student, teacher)))
         expected = 1 - F.cosine_similarity(student(images), teacher(images)).double().mean()
-    assert set(terms) == {"class_token", "patches", "cosine"}
-    assert torch.isclose(terms["cosine"].double(), expected, atol=1e-6) and expected > 0.01
-    total = terms["class_token"] + terms["patches"] + 2 * terms["cosine"]
-    assert torch.isclose(config.loss.total(terms), total) and not torch.isclose(terms["cosine"], total)
+    assert set(terms) == {"class_token", "patches", "embedding_cosine"}
+    assert torch.isclose(terms["embedding_cosine"].double(), expected, atol=1e-6) and expected > 0.01
+    total = terms["class_token"] + terms["patches"] + 2 * terms["embedding_cosine"]
+    assert torch.isclose(config.loss.total(terms), total) and not torch.isclose(terms["embedding_cosine"], total)

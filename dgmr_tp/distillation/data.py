@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
 from dgmr_tp.distillation.processes import ignore_sigterm_until
 from dgmr_tp.errors import DgmrError, first_line
-from dgmr_tp.utils.distributed import all_gather_dict, get_rank
+from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size
 
 SampleKey = tuple[int, int]
 """Epoch and index of a sample."""
@@ -218,6 +218,26 @@ def _collate(samples: list[Sample]) -> Sample:
         samples[-1].shard,
         rows=[row for sample in samples for row in sample.rows],
     )
+
+
+def evaluation_batches(
+    images: Images, preprocess: Callable[[Any], Tensor], image_shape: Sequence[int], batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this process's share of ``images``, every ``world_size``-th one, as an evaluation preprocesses them.
+
+    All processes get the same number of images, because sharded parameters are gathered for each batch.
+
+    Yields:
+        Pixels ``[batch, channels, height, width]``, zeros in place of a missing image, and a boolean for each image
+        that is there and decodes.
+    """
+    rank, world = get_rank(), get_world_size()
+    for indices in torch.arange(rank, rank + world * -(-len(images) // world), world).split(batch_size):
+        pixels, decoded = torch.zeros(len(indices), *image_shape), torch.zeros(len(indices), dtype=torch.bool)
+        for row, index in enumerate(indices.tolist()):
+            if index < len(images) and (image := images.read(index)) is not None:
+                pixels[row], decoded[row] = preprocess(image), True
+        yield pixels, decoded
 
 
 def training_transform(

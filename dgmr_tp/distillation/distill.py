@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.data.streams import Stream
+from dgmr_tp.distillation.bank import bank_size, compute_bank
 from dgmr_tp.distillation.checkpoints import Checkpoint
 from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import (
@@ -26,7 +27,7 @@ from dgmr_tp.distillation.data import (
 from dgmr_tp.distillation.engine import current_device, deepspeed_config, register_external_parameters
 from dgmr_tp.distillation.feature_cache import FeatureCache
 from dgmr_tp.distillation.loop import LossTerms, Task, train, training_session
-from dgmr_tp.distillation.losses import Features, FeatureTap
+from dgmr_tp.distillation.losses import NO_BANK, Features, FeatureTap, TeacherBank
 from dgmr_tp.distillation.validation import HeldOutSet
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
@@ -79,7 +80,7 @@ def distill(
 
         def losses(engine: FeatureFunction, sample: Sample) -> LossTerms:
             batch = sample.images.to(device, precision, non_blocking=True)
-            return config.loss(engine(batch), teacher_features(batch, sample.rows))
+            return config.loss(engine(batch), teacher_features(batch, sample.rows), bank)
 
         @torch.no_grad()
         def teacher_features(batch: Tensor, rows: list[int]) -> Features:
@@ -94,19 +95,23 @@ def distill(
             cache.write(rows, computed)
             return computed
 
+        def evaluate(tap: FeatureFunction, images: Tensor) -> Features:
+            return tap(images.to(device, precision), embedding=True)
+
         def embed(tap: FeatureFunction, images: Tensor) -> Tensor:
-            return tap(images.to(device, precision), embedding=True)["embedding"]
+            return evaluate(tap, images)["embedding"]
 
         scores, teacher_scores = None, {}
+        micro, shape = config.micro_batch_of(get_world_size()), probe.shape[1:]
         if config.held_out:
             held_out_images, images = _split_held_out(images, config, seed)
-            micro = config.micro_batch_of(get_world_size())
-            held_out = HeldOutSet(
-                held_out_images, teacher.preprocess, partial(embed, teacher_tap), tuple(probe.shape[1:]), micro
-            )
+            held_out = HeldOutSet(held_out_images, teacher.preprocess, partial(embed, teacher_tap), shape, micro)
             scores = lambda engine: held_out.scores(partial(embed, engine))  # noqa: E731
             teacher_scores = held_out.teacher_scores
 
+        bank = NO_BANK
+        if config.loss.needs_bank:
+            bank = _compute_bank(images, teacher.preprocess, partial(evaluate, teacher_tap), probe, config, seed)
         cache = _open_cache(features, teacher_tap, probe, images, config) if features else None
 
         def describe_position(checkpoint: Checkpoint) -> str:
@@ -147,6 +152,24 @@ def _split_held_out(images: Images | Stream, config: DistillConfig, seed: int) -
             f"distill.held_out = {config.held_out}, but {images.source} is {what}. Hold out fewer images, or 0."
         )
     return images.split(config.held_out, seed)
+
+
+def _compute_bank(
+    images: Images | Stream,
+    preprocess: Callable[[Any], Tensor],
+    teacher: FeatureFunction,
+    probe: Tensor,
+    config: DistillConfig,
+    seed: int,
+) -> TeacherBank:
+    if isinstance(images, Stream):
+        raise DgmrError(
+            f"distill.loss: balanced and neighbors draw images for a bank, but {images.source} is a stream, which has "
+            "no index. Choose other losses."
+        )
+    if is_main_process():
+        print(f"  distillation: the teacher embeds {bank_size(images)} images for the loss", flush=True)
+    return compute_bank(images, preprocess, teacher, probe.shape[1:], config.micro_batch_of(get_world_size()), seed)
 
 
 def _open_cache(

@@ -3,7 +3,8 @@
 Both papers compare the class token and the patch tokens before the final norm, weighted 1 : 1 (arXiv 2603.08100 eq. 8;
 arXiv 2506.08591, EVA path). The OpenCLIP path of arXiv 2506.08591 compares patch tokens after the norm and the
 projected class token, which is the embedding. Its Swin path also compares the logits, which are the embedding of a
-tower with a classifier.
+tower with a classifier. The losses ``cosine`` and ``neighbors`` compare what an embedding index uses of an embedding,
+which is its direction and its similarities to other embeddings.
 
 To add a loss, add an entry to :data:`LOSSES`. A recipe gives it a weight under ``distill.loss.terms``.
 """
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import TowerAdapter
 from dgmr_tp.utils.config import Config, NameIn
+from dgmr_tp.utils.knn import TEMPERATURE
 
 Features = dict[str, Tensor]
 """Features of a batch by name: ``class_token`` ``[batch, width]``, ``patches`` ``[batch, patches, width]``,
@@ -30,17 +33,63 @@ Features = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class TeacherBank:
+    """Teacher's outputs for a fixed set of training images, computed before the first step."""
+
+    embeddings: Tensor
+    """``[images, embedding]``, unit norm, in the order of the images."""
+    deviations: Features
+    """Standard deviation of every channel of each feature over images and tokens, ``[width]``."""
+
+
+NO_BANK = TeacherBank(torch.empty(0, 0), {})
+"""For losses that need none."""
+
+
+@dataclass(frozen=True)
 class Loss:
     """One term of the distillation loss."""
 
     feature: str
     """The feature that is compared: ``class_token``, ``patches`` or ``embedding``."""
-    function: Callable[[Tensor, Tensor], Tensor]
+    function: Callable[..., Tensor]
     """Maps the student's and the teacher's feature, in float32, to a scalar."""
+    balanced: bool = False
+    """With ``loss.balanced``, both features are first divided by the teacher's standard deviation of each channel."""
+    needs_bank: bool = False
+    """Pass the embeddings of the :class:`TeacherBank` as the third argument."""
 
 
-LOSSES: dict[str, Loss] = {name: Loss(name, F.mse_loss) for name in ("class_token", "patches", "embedding")}
-"""Terms of the distillation loss by name. These three have separate recipe keys, others go under ``terms``."""
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1 − the mean cosine similarity of the rows of ``student`` and ``teacher``, ``[batch, width]``."""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+def neighbor_divergence(student: Tensor, teacher: Tensor, bank: Tensor) -> Tensor:
+    """Return the mean KL divergence of the student's distribution over the bank from the teacher's.
+
+    The distribution of an embedding is the softmax of its cosine similarities to the bank, divided by
+    the temperature of the k-NN classifiers, 0.07. The bank has the teacher's embeddings, so that the loss measures new
+    queries in an old index.
+
+    Args:
+        student: ``[batch, embedding]``.
+        teacher: ``[batch, embedding]``.
+        bank: ``[images, embedding]``, unit norm.
+    """
+    ours, theirs = (
+        F.log_softmax(F.normalize(embeddings, dim=-1) @ bank.T / TEMPERATURE, dim=-1)
+        for embeddings in (student, teacher)
+    )
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+
+LOSSES: dict[str, Loss] = {
+    **{name: Loss(name, F.mse_loss, balanced=True) for name in ("class_token", "patches", "embedding")},
+    "cosine": Loss("embedding", cosine_distance),
+    "neighbors": Loss("embedding", neighbor_divergence, needs_bank=True),
+}
+"""Terms of the distillation loss by name. These have separate recipe keys, others go under ``terms``."""
 
 
 class DistillationLoss(Config):
@@ -52,25 +101,37 @@ class DistillationLoss(Config):
     """Weight of the mean squared error of the patch tokens."""
     embedding: float = Field(default=0.0, ge=0)
     """Weight of the mean squared error of the tower's output: the embedding, or the logits of a classifier."""
+    cosine: float = Field(default=0.0, ge=0)
+    """Weight of 1 − the mean cosine similarity of the embeddings."""
+    neighbors: float = Field(default=0.0, ge=0)
+    """Weight of the KL divergence of the softmax of the similarities to the teacher's embeddings of 2,048 training
+    images, at temperature 0.07. It asks for the neighbors that the teacher finds in an index."""
     layers: dict[Annotated[int, Field(ge=1)], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of the mean squared errors of all tokens after single blocks, by block number. Blocks count from 1."""
     terms: dict[Annotated[str, NameIn(LOSSES)], Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Weights of further losses, by their name in ``dgmr_tp.distillation.losses.LOSSES``."""
     after_norm: bool = False
     """Take class token and patch tokens after the final norm instead of before it."""
+    balanced: bool = False
+    """Divide each channel by the teacher's standard deviation of it, so that a few large channels do not dominate the
+    mean squared errors. A factor for the whole feature would only change the weight of its term, because a mean squared
+    error treats all directions alike."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> DistillationLoss:
         if double := sorted(self.terms.keys() & type(self).model_fields.keys()):
             raise ValueError(f"terms names {double[0]}, which is a separate key. Use loss.{double[0]}")
         if not self.losses:
-            raise ValueError("every weight is 0. Give a weight to one of class_token, patches, embedding, layers")
+            raise ValueError(f"every weight is 0. Give a weight to one of {', '.join((*LOSSES, 'layers'))}")
+        if self.balanced and not any(loss.balanced for loss in self.losses.values()):
+            raise ValueError("balanced scales mean squared errors, but none of them has a weight. Set it to false")
         return self
 
     @property
     def losses(self) -> dict[str, Loss]:
         """The terms with a weight, by name. Blocks come first, in the order in which they run."""
-        layers = {f"layer {number}": Loss(f"layer {number}", F.mse_loss) for number in sorted(self.layers)}
+        names = [f"layer {number}" for number in sorted(self.layers)]
+        layers = {name: Loss(name, F.mse_loss, balanced=True) for name in names}
         return {name: loss for name, loss in {**layers, **LOSSES}.items() if self.weight(name)}
 
     @property
@@ -78,13 +139,28 @@ class DistillationLoss(Config):
         """Names of the features that the terms compare."""
         return {loss.feature for loss in self.losses.values()}
 
-    def __call__(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """Compute every term, unweighted and in float32, by name. Terms whose feature the tower lacks are left out."""
-        return {
-            name: loss.function(student[loss.feature].float(), teacher[loss.feature].float())
-            for name, loss in self.losses.items()
-            if loss.feature in student
-        }
+    @property
+    def needs_bank(self) -> bool:
+        """Whether a term needs a :class:`TeacherBank`."""
+        return self.balanced or any(loss.needs_bank for loss in self.losses.values())
+
+    def __call__(self, student: Features, teacher: Features, bank: TeacherBank = NO_BANK) -> dict[str, Tensor]:
+        """Compute every term, unweighted and in float32, by name. Terms whose feature the tower lacks are left out.
+
+        Args:
+            student: features of a batch.
+            teacher: features of the same batch.
+            bank: required if the loss ``needs_bank``.
+        """
+        terms = {}
+        for name, loss in self.losses.items():
+            if loss.feature not in student:
+                continue
+            pair = [features[loss.feature].float() for features in (student, teacher)]
+            if self.balanced and loss.balanced:
+                pair = [feature / bank.deviations[loss.feature] for feature in pair]
+            terms[name] = loss.function(*pair, *([bank.embeddings] if loss.needs_bank else []))
+        return terms
 
     def total(self, terms: dict[str, Tensor]) -> Tensor:
         """Return the weighted sum of the terms, which is minimized."""

@@ -37,6 +37,11 @@ class DistillStage(TrainingStage):
                     raise DgmrError(
                         f"distill.{key}: shards behind a URL cannot be divided or numbered. Set it to {off}."
                     )
+            if context.recipe.distill.loss.needs_bank:
+                raise DgmrError(
+                    "distill.loss: balanced and neighbors draw images for a bank, but shards behind a URL cannot be "
+                    "numbered. Choose other losses."
+                )
 
     def describe(self, context: RunContext) -> dict[str, Any]:
         return {**super().describe(context), **context.describe_images()}
