@@ -49,6 +49,7 @@ from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation import checkpoints
+from dgmr_tp.distillation.bank import compute_bank
 from dgmr_tp.distillation.checkpoints import MANIFEST, Checkpoint
 from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import Crops, batches, training_transform
@@ -112,23 +113,91 @@ def test_the_loss_is_the_weighted_sum_of_mean_squared_errors(objective):
 
 
 def test_a_loss_is_added_by_one_entry_of_the_registry(monkeypatch):
-    def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return 1 - nn.functional.cosine_similarity(student, teacher).mean()
+    def angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cosine_similarity(student, teacher).clamp(-1, 1).acos().mean()
 
-    with pytest.raises(
-        DgmrError, match=r"distill\.loss\.terms\.cosine.* unknown name; use one of class_token, patches"
-    ):
-        recipe(distill={**SMALL["distill"], "loss": {"terms": {"cosine": 1.0}}})
-    monkeypatch.setitem(LOSSES, "cosine", Loss("embedding", cosine_distance))
-    section = {"class_token": 0, "patches": 0, "terms": {"cosine": 0.5}}
+    with pytest.raises(DgmrError, match=r"distill\.loss\.terms\.angle.* unknown name; use one of class_token, patches"):
+        recipe(distill={**SMALL["distill"], "loss": {"terms": {"angle": 1.0}}})
+    monkeypatch.setitem(LOSSES, "angle", Loss("embedding", angle))
+    section = {"class_token": 0, "patches": 0, "terms": {"angle": 0.5}}
     loss = recipe(distill={**SMALL["distill"], "loss": section}).distill.loss
     student, teacher, images = redraw(timm_tower(), 0), redraw(timm_tower(), 1), pictures(3)
     terms = loss(*(FeatureTap(adapt(model), loss)(images) for model in (student, teacher)))
-    assert terms.keys() == {"cosine"}
-    expected = 0.5 * cosine_distance(student(images), teacher(images))
-    assert torch.allclose(loss.total(terms), expected, rtol=1e-5)
+    assert terms.keys() == {"angle"}
+    assert torch.allclose(loss.total(terms), 0.5 * angle(student(images), teacher(images)), rtol=1e-5)
     with pytest.raises(DgmrError, match="terms names patches, which is a separate key"):
         recipe(distill={**SMALL["distill"], "loss": {"terms": {"patches": 1.0}}})
+    with pytest.raises(DgmrError, match="balanced scales mean squared errors, but none of them has a weight"):
+        recipe(distill={**SMALL["distill"], "loss": {"class_token": 0, "patches": 0, "cosine": 1, "balanced": True}})
+
+
+def naive_terms(student: dict, teacher: dict, bank: np.ndarray, deviations: dict) -> dict[str, float]:
+    """Return the losses of an index and the balanced errors from their definitions, one number at a time."""
+    z, t = (features["embedding"].double().numpy() for features in (student, teacher))
+    cosine = lambda a, b: sum(a * b) / math.sqrt(sum(a * a) * sum(b * b))  # noqa: E731
+    divergences = []
+    for ours, theirs in zip(z, t, strict=True):
+        p, q = (np.array([math.exp(cosine(each, row) / 0.07) for row in bank]) for each in (theirs, ours))
+        p, q = p / p.sum(), q / q.sum()
+        divergences.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    terms = {
+        "cosine": np.mean([1 - cosine(a, b) for a, b in zip(z, t, strict=True)]),
+        "neighbors": np.mean(divergences),
+    }
+    for name in ("class_token", "patches", "layer 2"):
+        errors = (student[name] - teacher[name]).double().numpy().reshape(-1, 48)
+        variances = np.array([max(d, 0.1 * np.mean(deviations[name])) ** 2 for d in deviations[name]])
+        terms[name] = np.mean([sum(row**2 / variances) / 48 for row in errors])
+    return terms
+
+
+def test_losses_of_an_index_and_balanced_errors_are_what_their_formulas_say(process_group, tmp_path):
+    for index in range(7):
+        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    (tmp_path / "3.png").write_bytes(b"broken")
+    images = Images.find(tmp_path)
+    preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 128 - 1  # noqa: E731
+    objective = DistillationLoss(balanced=True, cosine=1.0, neighbors=1.0, layers={2: 1.0})
+    student, teacher = (redraw(timm_tower(), seed) for seed in (1, 2))
+    with torch.no_grad():
+        teacher.blocks[2].mlp.fc2.bias[5] += 40  # a constant offset, which is no deviation
+        teacher.blocks[2].mlp.fc2.weight[7] *= 50  # a large channel
+    taps = [FeatureTap(adapt(model), objective) for model in (student, teacher)]
+    bank = compute_bank(images, preprocess, lambda batch: taps[1](batch, embedding=True), (3, 32, 32), 2, seed=4)
+    readable = [image for i in range(7) if (image := images.read(i)) is not None]
+    with torch.no_grad():
+        reference = taps[1](torch.stack([preprocess(image) for image in readable]), embedding=True)
+        features = [tap(pictures(4)) for tap in taps]
+    deviations = {k: v.double().flatten(0, -2).std(0, correction=0).numpy() for k, v in reference.items()}
+    terms = objective(*features, bank)
+    expected = naive_terms(*features, reference["embedding"].double().numpy(), deviations)
+    assert terms.keys() == expected.keys() and len(bank.embeddings) == 6
+    assert {name: float(term) for name, term in terms.items()} == pytest.approx(expected, rel=1e-4)
+    others = naive_terms(
+        *features, reference["embedding"][:5].double().numpy(), {k: v[::-1] for k, v in deviations.items()}
+    )
+    for name in ("neighbors", "class_token", "patches", "layer 2"):
+        assert others[name] != pytest.approx(expected[name], rel=0.01), name
+    plain = objective.model_copy(update={"balanced": False})(*features, bank)
+    assert plain["cosine"] == terms["cosine"] and float(plain["patches"]) != pytest.approx(
+        expected["patches"], rel=0.01
+    )
+    swapped = objective(*features[::-1], bank)
+    assert float(swapped["neighbors"]) != pytest.approx(expected["neighbors"], rel=0.01), "a divergence has a direction"
+    again = compute_bank(images, preprocess, lambda batch: taps[1](batch, embedding=True), (3, 32, 32), 2, seed=4)
+    assert torch.equal(again.embeddings, bank.embeddings)
+
+
+def test_a_bank_is_drawn_by_the_seed_and_has_at_most_2048_images(process_group, tmp_path):
+    for index in range(6):
+        PIL.Image.new("RGB", (8, 8), (40 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    images = Images.find(tmp_path)
+    many = replace(images, records=images.records * 400)
+    preprocess = lambda image: torch.tensor(image.getpixel((0, 0))).float() + 1  # noqa: E731
+    draw = lambda seed: compute_bank(many, preprocess, lambda x: {"embedding": x}, (3,), 100, seed).embeddings  # noqa: E731
+    first, second, other = draw(0), draw(0), draw(1)
+    assert first.shape == (2048, 3) and torch.equal(first, second) and not torch.equal(first, other)
 
 
 def test_text_tuning_refuses_the_options_of_a_distillation():

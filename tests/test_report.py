@@ -143,17 +143,30 @@ def test_nothing_that_was_measured_is_missing(tmp_path):
     for text in (page, printed):
         for value in ("11.1", "33.3", "44.4", "55.5", "66.6", "77.7", "tflite", "lp_acc1", "later"):
             assert value in text, value
-        assert (
-            "22.2" not in text
-            and "mlp_ratio 1, distilled: no step beat the recovered model; its weights were kept" in text
-        )
+        assert "22.2" not in text
+        kept = "the start was kept: no step improved its score of 0.9000 on the held-out images"
+        assert f"mlp_ratio 1, distillation: {kept}" in text
+        assert "the held-out score fell from 0.9000 to 0.7000 in the first 2 steps" in text
     assert "mlp_ratio 1, distilled wds/a acc5 0.2220" in page
     assert "a top-1 clip_benchmark" in page and "k-NN top-1 dgmr-tp" in page and "linear head top-1 dgmr-tp" in page
     assert "measured by clip_benchmark: wds/" not in printed and "measured by dgmr-tp: k-NN, linear head" in printed
     assert "skipped: 2 in rank, 2 in recover, 1 in distill." in page
     assert "mlp_ratio 1, rank: 2 images did not decode" in printed and "wds/p: 1 images do not decode" in printed
-    figures[f"distill/{size}"]["best_step"] = 2
-    assert "no step beat" not in write_html(collect(tmp_path, "run", figures), tmp_path / "report.html").read_text()
+
+
+def test_the_report_says_which_step_a_distillation_kept(tmp_path):
+    def page(**training) -> str:
+        figures = {"prune/a": {}, "distill/a": {"losses": [[1, 2.0], [2, 1.0]], **training}}
+        return write_html(collect(tmp_path, "run", figures), tmp_path / "report.html").read_text()
+
+    scores = [[0, 0.9], [10, 0.91], [20, 0.95], [30, 0.94]]
+    text = page(best_step=20, scores=scores)
+    assert "Step 20 of 30 was kept: its held-out score is 0.9500, after 0.9000 at the start." in text
+    assert "the start was kept" not in text and "fell" not in text
+    text = page(best_step=30, scores=[[0, 0.9], [10, 0.8], [30, 0.95]])
+    assert "Step 30 of 30 was kept" in text and "fell from 0.9000 to 0.8000 in the first 10 steps" in text
+    assert "was kept" not in page(best_step=30, scores=scores, ema=0.9), "an average is not of one step"
+    assert "was kept" not in page(best_step=30), "nothing was measured"
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path):

@@ -42,7 +42,7 @@ from dgmr_tp.distillation.processes import (
     stop_requested,
 )
 from dgmr_tp.distillation.throughput import Throughput, format_throughput, measure_peak_flops
-from dgmr_tp.distillation.validation import BestWeights
+from dgmr_tp.distillation.validation import BestWeights, describe_fall, describe_result
 from dgmr_tp.errors import DgmrError, Preempted, first_line
 from dgmr_tp.utils.distributed import all_gather_dict, get_world_size, is_main_process
 from dgmr_tp.utils.files import lock_directory
@@ -208,8 +208,8 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         tensors = {**frozen, **weights}
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:  # DeepSpeed may have sharded them
             tensor.data = tensors[name]
-        if step == 0:
-            print(f"  {config.title}: no step beat the model before the training; its weights were kept", flush=True)
+        if not average and best.step >= 0:
+            print(f"  {config.title}: {describe_result(read_curve(directory, 'score'), step)}", flush=True)
     return TrainingResult(step, broken)
 
 
@@ -237,6 +237,10 @@ def _run_steps(
         if task.scores is None or (step % config.options.evaluate_every and step < config.steps):
             return {}
         scores = task.scores(engine)
+        if is_main_process():
+            curve = read_curve(directory, "score")
+            if len(curve) == 1 and (warning := describe_fall([*curve, (step, scores["score"])])):
+                print(f"  {config.title}: {warning}", flush=True)
         if average is None:
             best.update(scores["score"], step, full_parameters(engine.module))
             distributed.barrier()  # while the main process writes; the next collective may have a shorter timeout

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.checkpoints import report_write_errors
+from dgmr_tp.distillation.data import evaluation_batches
 from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import check_embeddings
-from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_rank, get_world_size, is_main_process
+from dgmr_tp.utils.distributed import all_gather_rows, broadcast_from_main, get_world_size, is_main_process
 from dgmr_tp.utils.files import atomic_write, read_json, sha256, to_json
 from dgmr_tp.utils.knn import predict_classes
 
@@ -47,18 +49,13 @@ class HeldOutSet:
         images: Images,
         preprocess: Callable[[Any], Tensor],
         embed: Callable[[Tensor], Tensor],
-        image_shape: tuple[int, int, int],
+        image_shape: Sequence[int],
         batch_size: int,
     ) -> None:
-        rank, world = get_rank(), get_world_size()
-        # Parameters may be gathered for each batch, so that all processes need the same number of batches.
+        world = get_world_size()
         count = -(-len(images) // world)
-        pixels, decoded = torch.zeros(count, *image_shape), torch.zeros(count, dtype=torch.bool)
-        for row, index in enumerate(range(rank, len(images), world)):
-            if (image := images.read(index)) is not None:
-                pixels[row], decoded[row] = preprocess(image), True
-        self.batches = pixels.split(batch_size)
-        self.decoded = all_gather_rows(decoded.to(current_device()))
+        self.batches, decoded = zip(*evaluation_batches(images, preprocess, image_shape, batch_size), strict=True)
+        self.decoded = all_gather_rows(torch.cat(decoded).to(current_device()))
         indices = [index for first in range(world) for index in range(first, first + count * world, world)]
         names = [images.records[index if index < len(images) else 0].class_name() for index in indices]
         numbers = torch.tensor(
@@ -105,6 +102,37 @@ class HeldOutSet:
         rows = torch.arange(len(embeddings), device=embeddings.device)
         [predictions] = predict_classes(embeddings, self.classes, embeddings, (NUM_NEIGHBORS,), own_rows=rows)
         return {"knn": float((predictions == self.classes).double().mean())}
+
+
+def describe_fall(scores: Sequence[tuple[int, float]]) -> str | None:
+    """Return a warning if the first evaluation of a training is below the score before it.
+
+    Args:
+        scores: step and score of every evaluation so far. The first one is before the training, at step 0.
+    """
+    if len(scores) < 2 or scores[0][0] != 0 or scores[1][1] >= scores[0][1]:
+        return None
+    (_, before), (step, after) = scores[:2]
+    return (
+        f"the held-out score fell from {before:.4f} to {after:.4f} in the first {step} steps. If it does not rise "
+        "above the start again, set a lower base_lr"
+    )
+
+
+def describe_result(scores: Sequence[tuple[int, float]], best_step: int) -> str:
+    """Return a sentence on the step whose weights are the result of a training.
+
+    Args:
+        scores: step and score of every evaluation.
+        best_step: the step; 0 if the model before the training is the result.
+    """
+    by_step = dict(scores)
+    start, best = by_step.get(0, math.nan), by_step.get(best_step, math.nan)
+    if best_step == 0:
+        return f"the start was kept: no step improved its score of {start:.4f} on the held-out images"
+    return (
+        f"step {best_step} of {max(by_step)} was kept: its held-out score is {best:.4f}, after {start:.4f} at the start"
+    )
 
 
 class BestWeights:

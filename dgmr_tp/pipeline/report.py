@@ -12,9 +12,9 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from dgmr_tp.distillation.validation import describe_fall, describe_result
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.pipeline.stages import STAGES
-from dgmr_tp.pipeline.stages.base import Stage
 from dgmr_tp.pipeline.stages.evaluate import DENSE, HEAD_TITLE, KNN_TITLE
 from dgmr_tp.utils.files import atomic_write
 
@@ -57,8 +57,10 @@ class TrainingReport(NamedTuple):
     title: str
     curves: list[Curve]
     details: list[Curve]
-    remark: str | None
-    """A sentence if no step beat the model before the training."""
+    result: str | None
+    """A sentence on the step whose weights were kept, if it is not the start."""
+    warnings: list[str]
+    """Sentences if no step improved the model, or if its score fell in the first steps."""
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,7 @@ def _size_report(
         cost=pruned.get("pruned"),
         rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
         sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
-        trainings=[
-            TrainingReport(
-                str(stage.training_title), _curves(of(stage.name)), _details(of(stage.name)), _remark(stage, of)
-            )
-            for stage in trained
-        ],
+        trainings=[_training_report(str(stage.training_title), of(stage.name)) for stage in trained],
         files=_files(exported),
         threads=exported.get("threads"),
         quality_target=describe_target(size, pruned["quality_target"]) if "quality_target" in pruned else None,
@@ -198,13 +195,16 @@ def _size_report(
     )
 
 
-def _remark(stage: Stage, of: Callable[[str], dict[str, Any]]) -> str | None:
-    """Return a sentence if no step of a training beat the model before it."""
-    if of(stage.name).get("best_step") != 0:
-        return None
-    earlier = [other for other in STAGES[: STAGES.index(stage)] if other.model_label and of(other.name)]
-    before = earlier[-1].model_label if earlier else "pruned"
-    return f"{stage.model_label}: no step beat the {before} model; its weights were kept"
+def _training_report(title: str, training: dict[str, Any]) -> TrainingReport:
+    scores, best_step = training.get("scores", []), training.get("best_step")
+    result: str | None = None
+    warnings: list[str] = []
+    if scores and best_step is not None and not training.get("ema"):  # an average is not of one step
+        sentence = describe_result(scores, best_step)
+        result, warnings = (sentence, []) if best_step else (None, [sentence])
+    if fall := describe_fall(scores):
+        warnings.append(fall)
+    return TrainingReport(title, _curves(training), _details(training), result, warnings)
 
 
 def _skipped(of: Callable[[str], dict[str, Any]], ranking: dict[str, Any]) -> dict[str, int]:
@@ -266,8 +266,9 @@ def print_table(report: Report, console: Console) -> None:
         if size.quality_target:
             console.print(f"{size.name}: {size.quality_target}", highlight=False, soft_wrap=True)
         for training in size.trainings:
-            if training.remark:
-                console.print(f"{size.name}, {training.remark}", highlight=False, soft_wrap=True)
+            for sentence in filter(None, (training.result, *training.warnings)):
+                line = f"{size.name}, {training.title.lower()}: {sentence}"
+                console.print(line, highlight=False, soft_wrap=True)
         for stage, count in size.skipped.items():
             console.print(f"{size.name}, {stage}: {count} images did not decode and were skipped", highlight=False)
         if size.not_zero_shot:
