@@ -20,7 +20,7 @@ import platform
 from pathlib import Path
 
 import torch
-from methods import TESTED, Subject, cifar, demo, distilling, embeddings, measured, on_cifar
+from methods import TESTED, Outputs, Subject, cifar, demo, distilling, measured, on_cifar, outputs
 from torch import Tensor
 from train_cifar10_clip import load_split, normalize
 
@@ -33,7 +33,7 @@ BATCH_SIZE = 64
 
 
 def curve(
-    subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Tensor
+    subject: Subject, student: torch.nn.Module, images: Tensor, base_lr: float, dense: Outputs
 ) -> list[dict[str, float]]:
     """Return accuracy and cosine before the training and after each quarter of ``images``."""
     student, steps = copy.deepcopy(student).requires_grad_(True), len(images) // BATCH_SIZE
@@ -53,7 +53,7 @@ def main() -> None:
     result: dict[str, object] = {}
     for name in ("demo", "cifar"):
         subject, base_lr = (demo(), 4e-3) if name == "demo" else (on_cifar(cifar(args.encoder)), 1e-3)
-        calibration, dense = subject.calibration(0), embeddings(subject.tower, subject.test)
+        calibration, dense = subject.calibration(0), outputs(subject, subject.tower)
         if name == "demo":
             images = subject.train[TESTED:]
         else:

@@ -1,11 +1,15 @@
 """Compare all selection methods at equal numbers of parameters, before and after closed-form recovery.
 
-    CIFAR10_DIR=.../cifar10 python benchmarks/methods.py --encoder VIT.safetensors --out benchmarks/results/methods.json
+    export CIFAR10_DIR=.../cifar10
+    python benchmarks/methods.py --dinov2 DINOV2.safetensors --encoder VIT.safetensors \\
+        --out benchmarks/results/methods.json
 
-There are four encoders, and ``--only`` chooses among them:
+There are six encoders, and ``--only`` chooses among them:
 
-- ``demo``: the demo CLIP on generated scenes.
+- ``dinov2s``, ``dinov2s-224``: a pretrained DINOv2 ViT-S/14 at 98 and at 224 pixels, on CIFAR-10 photographs. Its head
+  is a logistic regression on the dense embeddings of 3,000 training images. 1,000 test images.
 - ``cifar``: timm ``vit_tiny_patch16_224(img_size=32, patch_size=4, depth=6)``, trained on CIFAR-10.
+- ``demo``: the demo CLIP on generated scenes.
 - ``swiglu`` and ``swin``: small encoders that this script trains for a few epochs. Their weights are stored next to
   ``--out``.
 
@@ -13,10 +17,17 @@ Every method and every recovery uses the same 1,024 unlabeled training images. T
 neurons of ``random``. AMP's search runs at several thresholds, and the other methods then get as many parameters as the
 search kept.
 
-The figures are measured on 2,000 test images: the accuracy of the dense model's head (zero-shot for ``demo``), the
-cosine to the dense embedding and, for the first seed, k-NN accuracy over 2,000 training images (k = 20, T = 0.07). At
-an eighth of the neurons, four methods are also distilled for 1,000 steps of 64 unlabeled images. That run is measured
-after 100 and after 1,000 steps. AMP's search is repeated with fewer images, to find out how few it needs.
+The figures are measured on 2,000 test images (1,000 for ``dinov2s``):
+
+- the accuracy of the dense model's head (zero-shot for ``demo``)
+- the mean cosine to the dense embedding, and the mean cosine of the patch tokens after the final norm
+- the share of the ten nearest neighbors in an index of dense embeddings that the new embedding finds too
+- for the first seed, the k-NN accuracy (k = 20, T = 0.07)
+
+Index and k-NN bank are 2,000 training images (3,000 for ``dinov2s``).
+
+At an eighth of the neurons, four methods are also distilled for 1,000 steps of 64 unlabeled images. That run is
+measured after 100 and after 1,000 steps. AMP's search is repeated with fewer images, to find out how few it needs.
 
 Each cell is written to the JSON as soon as it is computed, so an interrupted run resumes. At the end, the script prints
 the tables and draws ``methods.svg`` next to the JSON.
@@ -42,6 +53,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 from train_cifar10_clip import load_split, normalize, train
@@ -51,15 +63,16 @@ from dgmr_tp.compression.amp_search import SearchConfig, search
 from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.compression.rankings import rank
+from dgmr_tp.data.images import Images
 from dgmr_tp.data.scenes import CLASSNAMES, TEMPLATES, Scene
 from dgmr_tp.distillation.engine import parameter_groups
 from dgmr_tp.distillation.losses import DistillationLoss, FeatureTap
 from dgmr_tp.encoders import adapt, open_model, wrap_tower
-from dgmr_tp.pruning import Plan
+from dgmr_tp.pruning import Plan, last_state
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.output_selection import NUM_SENSITIVITY_IMAGES
 from dgmr_tp.utils.files import atomic_write
-from dgmr_tp.utils.knn import nearest_classes
+from dgmr_tp.utils.knn import nearest, nearest_classes
 
 UNIFORM_WIDTH_METHODS = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
 FITTED_WIDTHS = "output, fitted widths"
@@ -70,6 +83,9 @@ SEARCH_IMAGES = {"amp search, two-sided": (2e-2, (64, 256))}
 DISTILLED_METHODS = ("random", "amp", "dgmr", FITTED_WIDTHS)
 DISTILLATION_STEPS = (100, 1000)
 NUM_IMAGES, TESTED = 1024, 2000
+NUM_HEAD_IMAGES = 3000
+"""Training images on which the head of ``dinov2s`` is fitted. They are also its k-NN bank."""
+NUM_NEIGHBORS = 10
 
 
 @dataclass
@@ -80,16 +96,19 @@ class Subject:
     head: Callable[[Tensor], Tensor]
     """Map embeddings to class scores."""
     train: Tensor
-    """Preprocessed training images. The first 2,000 are the k-NN bank, and calibration draws from the others."""
+    """Preprocessed training images. The first ``num_bank`` are the k-NN bank, and calibration draws from the others."""
     labels: Tensor
     """Class numbers of ``train``."""
     test: Tensor
     answers: Tensor
     """Class numbers of ``test``."""
+    num_bank: int = TESTED
+    """Number of images in the k-NN bank."""
 
     def calibration(self, seed: int) -> list[Tensor]:
         """Return 1,024 training images, drawn by ``seed``, in batches of 128."""
-        order = TESTED + torch.randperm(len(self.train) - TESTED, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = self.num_bank + torch.randperm(len(self.train) - self.num_bank, generator=generator)
         return list(self.train[order[:NUM_IMAGES]].split(128))
 
 
@@ -124,6 +143,38 @@ def on_cifar(model: nn.Module) -> Subject:
     model.reset_classifier(0)
     pictures = normalize(images[:limit]), labels[:limit], normalize(test[:TESTED]), answers[:TESTED]
     return Subject(model.eval(), head, *pictures)
+
+
+def dinov2s(weights: Path, image_size: int, pool: int) -> Subject:
+    """Return a pretrained DINOv2 ViT-S/14 with CIFAR-10 and a head fitted on its dense embeddings.
+
+    Args:
+        weights: safetensors file of timm's ``vit_small_patch14_dinov2``.
+        image_size: height and width of the images.
+        pool: number of training images from which calibration draws.
+    """
+    opened = open_model("timm:vit_small_patch14_dinov2", str(weights), image_size=image_size)
+    root = Path(os.environ["CIFAR10_DIR"])
+    labels, answers = load_split(root, "train")[1], load_split(root, "test")[1]
+
+    def preprocessed(split: str, count: int) -> Tensor:
+        images = Images.find(root / split)
+        return torch.stack([opened.preprocess(images.read(index)) for index in range(count)])
+
+    train, test = preprocessed("train", NUM_HEAD_IMAGES + pool), preprocessed("test", 1000)
+    dense = embeddings(opened.tower.eval(), train[:NUM_HEAD_IMAGES])
+    mean, deviation = dense.mean(0), dense.std(0)
+    regression = LogisticRegression(max_iter=2000).fit((dense - mean) / deviation, labels[:NUM_HEAD_IMAGES])
+    weight, bias = torch.from_numpy(regression.coef_).float(), torch.from_numpy(regression.intercept_).float()
+    return Subject(
+        opened.tower,
+        lambda z: (z - mean) / deviation @ weight.T + bias,
+        train,
+        labels[: len(train)],
+        test,
+        answers[: len(test)],
+        num_bank=NUM_HEAD_IMAGES,
+    )
 
 
 def cifar(encoder: Path) -> nn.Module:
@@ -180,28 +231,57 @@ def embeddings(tower: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([tower(batch) for batch in images.split(250)])
 
 
-def measured(subject: Subject, tower: nn.Module, dense: Tensor, with_knn: bool = False) -> dict[str, float]:
-    """Return the test figures of a tower: head accuracy (%), mean cosine to ``dense`` and k-NN accuracy (%).
+@dataclass
+class Outputs:
+    """Outputs of a tower for a subject's images."""
+
+    embedding: Tensor
+    """Of the test images, ``[images, width]``."""
+    patches: Tensor
+    """Patch tokens of the test images after the final norm, ``[images, patches, width]``."""
+    bank: Tensor
+    """Embeddings of the k-NN bank; empty if it was not asked for."""
+
+
+@torch.no_grad()
+def outputs(subject: Subject, tower: nn.Module, with_bank: bool = True) -> Outputs:
+    """Return the outputs of ``tower`` for the images of ``subject``."""
+    adapter = adapt(tower)
+    states = [last_state(adapter, batch) for batch in subject.test.split(250)]
+    return Outputs(
+        torch.cat([adapter.embed(state) for state in states]),
+        torch.cat([adapter.features(adapter.norm(state))[1] for state in states]),
+        embeddings(tower, subject.train[: subject.num_bank]) if with_bank else subject.train.new_empty(0),
+    )
+
+
+def measured(subject: Subject, tower: nn.Module, dense: Outputs, with_knn: bool = False) -> dict[str, float]:
+    """Return the test figures of a tower: accuracies and overlap in percent, and mean cosines to the dense tower.
 
     Args:
-        subject: gives the head and the test images.
+        subject: gives the head and the images.
         tower: the tower to measure.
-        dense: the dense tower's embeddings of the test images.
+        dense: outputs of the dense tower.
         with_knn: also measure k-NN accuracy.
     """
-    embedding = embeddings(tower, subject.test)
+    pruned = outputs(subject, tower, with_bank=with_knn)
     with torch.no_grad():
-        accuracy = (subject.head(embedding).argmax(1) == subject.answers).float().mean()
-    figures = {"head": 100 * float(accuracy), "cosine": float(F.cosine_similarity(embedding, dense).mean())}
+        accuracy = (subject.head(pruned.embedding).argmax(1) == subject.answers).float().mean()
+    old, new = (nearest(dense.bank, queries, NUM_NEIGHBORS)[1] for queries in (dense.embedding, pruned.embedding))
+    figures = {
+        "head": 100 * float(accuracy),
+        "cosine": float(F.cosine_similarity(pruned.embedding, dense.embedding).mean()),
+        "patches": float(F.cosine_similarity(pruned.patches, dense.patches, dim=-1).mean()),
+        "overlap": 100 * float((old[:, :, None] == new[:, None, :]).any(-1).float().mean()),
+    }
     if with_knn:
-        bank = embeddings(tower, subject.train[:TESTED])
-        predictions = nearest_classes(bank, subject.labels[:TESTED], embedding)
+        predictions = nearest_classes(pruned.bank, subject.labels[: subject.num_bank], pruned.embedding)
         figures["knn"] = 100 * float((predictions == subject.answers).float().mean())
     return figures
 
 
 def cell(
-    subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor, seconds: float, seed: int
+    subject: Subject, plan: Plan, calibration: list[Tensor], dense: Outputs, seconds: float, seed: int
 ) -> dict[str, object]:
     """Return the figures of a plan, before and after recovery."""
     pruned_tower = prune(subject.tower, plan=plan).model
@@ -239,14 +319,14 @@ def distilling(
         yield step
 
 
-def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Tensor) -> dict[str, object]:
+def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Outputs) -> dict[str, object]:
     """Apply a plan, recover, distill, and return the figures after each of ``DISTILLATION_STEPS``.
 
     Distillation uses 64 images a step and a peak learning rate of 2.5e-4. See :func:`distilling`.
     """
     torch.manual_seed(0)
     model = copy.deepcopy(prune(subject.tower, calibration, plan=plan).model).requires_grad_(True)
-    pool, result = subject.train[TESTED:], {}
+    pool, result = subject.train[subject.num_bank :], {}
     batches = (pool[torch.randint(len(pool), (64,))] for _ in range(DISTILLATION_STEPS[-1]))
     for step in distilling(subject.tower, model, batches, steps=DISTILLATION_STEPS[-1], peak=2.5e-4, weight_decay=0.05):
         if step in DISTILLATION_STEPS:
@@ -269,7 +349,7 @@ def run(
         limit: maximum number of seeds.
     """
     model = wrap_tower(subject.tower)
-    dense, sites = embeddings(subject.tower, subject.test), model.sites
+    dense, sites = outputs(subject, subject.tower), model.sites
     store.cell(
         name,
         "dense",
@@ -396,16 +476,18 @@ class Store:
                     print(f"| {method} | {' | '.join(texts)} |")
                 continue
             print(f"\n{encoder}, {size}: {next(iter(methods.values()))[0]['parameters']:,} parameters")
-            print("| method | pruned: head | recovered: head | k-NN | cosine |\n|---|---|---|---|---|")
+            columns = [
+                ("pruned: head", "pruned", "head", 1),
+                ("recovered: head", "recovered", "head", 1),
+                ("k-NN", "recovered", "knn", 1),
+                ("cosine", "recovered", "cosine", 4),
+                ("patches", "recovered", "patches", 4),
+                ("same ten neighbors", "recovered", "overlap", 1),
+            ]
+            print(f"| method | {' | '.join(title for title, *_ in columns)} |\n|{'---|' * (1 + len(columns))}")
             for method, rows in methods.items():
-                columns = [
-                    ("pruned", "head", 1),
-                    ("recovered", "head", 1),
-                    ("recovered", "knn", 1),
-                    ("recovered", "cosine", 4),
-                ]
                 texts = []
-                for stage, figure, digits in columns:
+                for _, stage, figure, digits in columns:
                     values = torch.tensor([row[stage][figure] for row in rows if figure in row[stage]])
                     spread = f" ± {float(values.std()):.{digits}f}" if len(values) > 1 else ""
                     texts.append(f"{float(values.mean()):.{digits}f}{spread}")
@@ -453,9 +535,10 @@ class Store:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dinov2", type=Path, required=True, help="weights of timm's vit_small_patch14_dinov2")
     parser.add_argument("--encoder", type=Path, required=True, help="the trained CIFAR-10 ViT")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", nargs="*", default=["cifar", "demo", "swiglu", "swin"])
+    parser.add_argument("--only", nargs="*", default=["dinov2s", "cifar", "demo", "swiglu", "swin"])
     parser.add_argument(
         "--methods",
         nargs="*",
@@ -467,7 +550,10 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     store, weights = Store(args.out), args.out.parent / "weights"
+    halves = {"1/4": 3, "1/2": 3, "1/8": 3}
     subjects = {
+        "dinov2s": (lambda: dinov2s(args.dinov2, 98, 4096), halves, True),
+        "dinov2s-224": (lambda: dinov2s(args.dinov2, 224, NUM_IMAGES), dict.fromkeys(halves, 1), False),
         "cifar": (lambda: on_cifar(cifar(args.encoder)), {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
         "demo": (demo, {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
         "swiglu": (lambda: on_cifar(train_or_load("swiglu", swiglu, weights, 4)), {"1/8": 1, "1/4": 1}, False),
