@@ -147,7 +147,7 @@ def main() -> None:
         distill(teacher, student, images, DistillConfig(**section), directory, features=features)
 
     def turn(which: str, number: int) -> dict[str, float]:
-        teacher = open_model(args.model)
+        teacher = open_model(args.model, None if args.model == "demo" else "none")
         student = prune(teacher, criterion="l2", mlp_ratio=1).model
         starts: list[float] = []
         first = next(layer for layer in student.tower.modules() if isinstance(layer, torch.nn.Conv2d))

@@ -20,6 +20,7 @@ import numpy as np
 import scipy.linalg
 import torch
 from scipy.linalg import lapack
+from torch import Tensor
 
 from dgmr_tp.pruning.selection import select_diverse_rows
 
@@ -32,8 +33,8 @@ def matrix() -> np.ndarray:
     return rng.standard_normal((ROWS, COLUMNS)) * np.linspace(1, 0.05, COLUMNS) @ basis
 
 
-def paper_loop(weight: np.ndarray) -> np.ndarray:
-    residual, picks = torch.from_numpy(weight).clone(), []
+def paper_loop(weight: np.ndarray | Tensor) -> np.ndarray:
+    residual, picks = torch.as_tensor(weight).clone(), []
     for _ in range(COLUMNS):
         norms = residual.norm(dim=1)
         norms[picks] = -1

@@ -48,7 +48,7 @@ from torch import nn
 from dgmr_tp import prune
 from dgmr_tp.data import scenes
 from dgmr_tp.data.images import Images
-from dgmr_tp.distillation import checkpoints
+from dgmr_tp.distillation import checkpoints, validation
 from dgmr_tp.distillation.bank import compute_bank
 from dgmr_tp.distillation.checkpoints import MANIFEST, Checkpoint
 from dgmr_tp.distillation.config import DistillConfig
@@ -684,7 +684,7 @@ def left_out(embeddings, classes):
         yield max(votes, key=votes.get) == classes[place]
 
 
-def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_group, tmp_path):
+def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_group, monkeypatch, tmp_path):
     generator = np.random.default_rng(0)
     for index in range(90):
         picture = (40 * (index % 3) + generator.normal(100, 60, (8, 8, 3))).clip(0, 255).astype("uint8")
@@ -694,6 +694,7 @@ def test_held_out_images_with_classes_are_judged_by_their_neighbours(process_gro
     images = Images.find(tmp_path)
     preprocess = lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - 128  # noqa: E731
     teacher, student = (lambda batch: batch.flatten(1)), (lambda batch: batch.mean((2, 3)))
+    monkeypatch.setattr(validation, "current_device", lambda: torch.device("cpu"))
     held_out = HeldOutSet(images, preprocess, student, (3, 8, 8), 16)
     readable = [i for i in range(len(images)) if images.read(i) is not None]
     classes = [images.records[i].class_name() for i in readable]

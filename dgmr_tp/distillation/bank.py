@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dgmr_tp.data.images import Images
 from dgmr_tp.distillation.data import evaluation_batches
-from dgmr_tp.distillation.engine import current_device
 from dgmr_tp.distillation.losses import Features, TeacherBank
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import check_embeddings
@@ -58,7 +57,7 @@ def compute_bank(
     moments: dict[str, Tensor] = {}
     for pixels, is_decoded in evaluation_batches(chosen, preprocess, image_shape, batch_size):
         features = teacher(pixels)
-        is_decoded = is_decoded.to(current_device())
+        is_decoded = is_decoded.to(features["embedding"].device)
         for name, feature in features.items():
             moments[name] = moments.get(name, 0) + _moments(feature[is_decoded])
         embeddings.append(features["embedding"].float())

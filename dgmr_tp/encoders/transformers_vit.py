@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,8 +25,6 @@ class Family:
     """True if the first token is a class token."""
     gives_tokens: bool = False
     """See :attr:`TowerAdapter.gives_tokens`."""
-    takes_attention_mask: bool = True
-    """True if the layers have a required argument ``attention_mask``."""
 
 
 def _pool_clip(tower: Any, state: Tensor) -> Tensor:
@@ -36,6 +35,12 @@ def _pool_siglip(tower: Any, state: Tensor) -> Tensor:
     return tower.head(tower.post_layernorm(state))
 
 
+def _forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return the layer as a function of the state. Some layers require a mask, which differs between versions."""
+    takes_mask = "attention_mask" in inspect.signature(layer.forward).parameters
+    return partial(layer, attention_mask=None) if takes_mask else layer
+
+
 def _class_token(tower: Any, state: Tensor) -> Tensor:
     return tower.layernorm(state)[:, 0]
 
@@ -44,7 +49,7 @@ FAMILIES = {
     "transformers.CLIPVisionModel": Family(_pool_clip),
     "transformers.SiglipVisionModel": Family(_pool_siglip, has_class_token=False),
     "transformers.Dinov2Model": Family(_class_token, gives_tokens=True),
-    "transformers.InternVLVisionModel": Family(_class_token, gives_tokens=True, takes_attention_mask=False),
+    "transformers.InternVLVisionModel": Family(_class_token, gives_tokens=True),
 }
 """Families by the tower's class. DINOv2 and InternViT serve dense tasks and language models with their patch tokens."""
 
@@ -77,10 +82,8 @@ class TransformersViT(TowerAdapter):
     def blocks(self) -> Sequence[Block]:
         encoder = self.tower.encoder
         child = "layers" if hasattr(encoder, "layers") else "layer"
-        mask = {"attention_mask": None} if self.family.takes_attention_mask else {}
         return [
-            Block(f"encoder.{child}.{i}", layer, partial(layer, **mask))
-            for i, layer in enumerate(getattr(encoder, child))
+            Block(f"encoder.{child}.{i}", layer, _forward(layer)) for i, layer in enumerate(getattr(encoder, child))
         ]
 
     def features(self, state: Tensor) -> tuple[Tensor | None, Tensor]:

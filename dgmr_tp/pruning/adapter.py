@@ -19,7 +19,7 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning.sites import Site, find_sites
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """One residual block of a tower. It maps a state to a state and contains the MLP sites below ``module``."""
 

@@ -29,7 +29,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import Moments, fewer_tokens_than_neurons, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.modules import check_weights, evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
 
 RESIDUAL_TOLERANCE = 1e-9
@@ -173,7 +173,7 @@ def rank_tower(
     """
     _selection_rule(by)
     check_weights(adapter.tower)
-    with evaluating(adapter.tower):
+    with evaluating(adapter.tower), full_float32():
         states = stem_states(adapter, images)
         if not states:
             raise DgmrError("selection on calibration images got none. Give at least one batch.")

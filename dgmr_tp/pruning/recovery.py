@@ -41,7 +41,7 @@ from dgmr_tp.pruning.calibration import (
     token_weights,
 )
 from dgmr_tp.pruning.sites import sites_inside
-from dgmr_tp.utils.modules import check_weights, evaluating
+from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT_INTERVAL = 10
@@ -146,7 +146,7 @@ def recover(
         raise DgmrError(f"damping = {damping} is negative or not finite. Give 0 or more.")
     check_weights(dense.tower)
     check_weights(pruned.tower)
-    with evaluating(dense.tower, pruned.tower):
+    with evaluating(dense.tower, pruned.tower), full_float32():
         return _recover(dense, pruned, images, damping)
 
 

@@ -1,4 +1,4 @@
-"""Copies of modules on the meta device, a hash of their weights, and a context for eval mode."""
+"""Copies of modules on the meta device, a hash of their weights, and contexts for eval mode and full precision."""
 
 from __future__ import annotations
 
@@ -60,3 +60,20 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for child, mode in before:
             child.training = mode
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 convolutions and matrix products without TF32 inside the context.
+
+    By default, torch convolves in TF32 on a GPU. The patch embedding then differs from the CPU's by 1e-3.
+    """
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -1,0 +1,161 @@
+"""Compare pruning and recovery on a GPU with the CPU, and time them at the shapes of the papers' towers.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu.json
+
+All weights and images are random. The cells, each written to the JSON when it is computed, so that a second call
+continues:
+
+- ``same result``: a ViT-S/14 at 98 pixels, pruned to a quarter of its neurons and recovered on 256 images on both
+  devices, for several criteria. The script fails if a kept neuron differs, or if a recovered weight differs by more
+  than ``WEIGHT_TOLERANCE``.
+- ``selection``: DGMR's order of the rows of one MLP of EVA02-CLIP-E, by LAPACK on the CPU and by the paper's loop on
+  the GPU in float64.
+- ``ViT-g-14``: ranking by outputs and recovery to hidden = width, with ``--images`` images of 224 pixels, and the peak
+  of GPU memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from selection import COLUMNS, matrix, paper_loop
+from timm import create_model
+from torch import Tensor, nn
+
+from dgmr_tp import prune
+from dgmr_tp.compression.calibration import CalibrationImages
+from dgmr_tp.compression.rankings import rank
+from dgmr_tp.encoders import open_model, wrap_tower
+from dgmr_tp.pruning.selection import select_diverse_rows
+from dgmr_tp.utils.files import atomic_write
+
+WEIGHT_TOLERANCE = 1e-3
+"""Maximum difference of recovered weights between the devices, relative to the norm of the weight."""
+
+
+def redraw(module: nn.Module) -> nn.Module:
+    """Set every parameter to a random value. As initialized, LayerScales of 1e-5 hide what an MLP does."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * parameter[0].numel() ** -0.5 if parameter.ndim >= 2 else 0.5 + 0.1 * values)
+    return module.eval()
+
+
+def smooth_images(count: int, size: int) -> Tensor:
+    """Return random images with a decaying spectrum, ``[count, 3, size, size]``."""
+    coarse = torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+
+
+def timed(work: Callable[[], object]) -> tuple[object, float]:
+    """Return the result of ``work`` and its seconds, with the GPU's queue empty before and after."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize()
+    return result, time.perf_counter() - started
+
+
+def same_result(criterion: str) -> dict[str, object]:
+    """Prune and recover on both devices, and compare."""
+    images = smooth_images(256, 98)
+    results, seconds = {}, {}
+    for device in ("cuda", "cpu"):
+        tower = redraw(create_model("vit_small_patch14_dinov2", img_size=98, num_classes=0)).to(device)
+        batches = [batch.to(device) for batch in images.split(64)]
+        results[device], seconds[device] = timed(
+            lambda tower=tower, batches=batches: prune(tower, batches, criterion=criterion, mlp_ratio=1)
+        )
+    plans = {device: result.plan.sites for device, result in results.items()}
+    kept = [len(set(plans["cuda"][name].kept) & set(site.kept)) / len(site.kept) for name, site in plans["cpu"].items()]
+    expected = {name: parameter.detach() for name, parameter in results["cpu"].model.named_parameters()}
+    difference = {
+        name: float(
+            (parameter.detach().cpu().double() - expected[name].double()).norm() / expected[name].double().norm()
+        )
+        for name, parameter in results["cuda"].model.named_parameters()
+    }
+    return {
+        "seconds": seconds,
+        "kept_in_common": min(kept),
+        "largest_difference": max(difference.values()),
+        "parameter": max(difference, key=lambda name: difference[name]),
+    }
+
+
+def selection() -> dict[str, object]:
+    """Time DGMR's selection on both devices."""
+    weight = matrix()
+    started = time.perf_counter()
+    order = select_diverse_rows(weight, COLUMNS).order[:COLUMNS]
+    seconds = {"LAPACK geqp3, CPU": time.perf_counter() - started}
+    on_gpu = torch.from_numpy(weight).cuda()
+    picks, seconds["the paper's loop, GPU"] = timed(lambda: paper_loop(on_gpu))
+    return {"seconds": seconds, "picks_in_common": len({*order.tolist()} & {*picks.tolist()}), "picks": COLUMNS}
+
+
+def papers_tower(count: int) -> dict[str, object]:
+    """Rank and recover a ViT-g/14."""
+    opened = open_model("open_clip:ViT-g-14", "none")
+    redraw(opened.tower).cuda()
+    batches = [batch.cuda() for batch in smooth_images(count, opened.image_size[0]).split(32)]
+    model = wrap_tower(opened.tower)
+    with torch.no_grad():
+        forward = timed(lambda: [opened.tower(batch) for batch in batches])[1]
+    torch.cuda.reset_peak_memory_stats()
+    rankings, ranking = timed(lambda: rank(model, "output", CalibrationImages(batches)))
+    plan = rankings.plan(model, mlp_ratio=1)
+    peaks = {"ranking": torch.cuda.max_memory_allocated() / 1e9}
+    torch.cuda.reset_peak_memory_stats()
+    recovery = timed(lambda: prune(opened.tower, batches, plan=plan))[1]
+    peaks["recovery"] = torch.cuda.max_memory_allocated() / 1e9
+    return {
+        "images": count,
+        "seconds": {"forward": forward, "ranking": ranking, "recovery": recovery},
+        "peak_gb": peaks,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--only", nargs="*", default=["same result", "selection", "ViT-g-14"])
+    args = parser.parse_args()
+    cells = json.loads(args.out.read_text(encoding="utf-8"))["cells"] if args.out.exists() else {}
+    setting = {
+        "device": torch.cuda.get_device_name(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    work: dict[str, Callable[[], dict[str, object]]] = {
+        f"same result, {criterion}": lambda criterion=criterion: same_result(criterion)
+        for criterion in ("dgmr", "l2", "output")
+    }
+    work |= {"selection": selection, "ViT-g-14": lambda: papers_tower(args.images)}
+    for name, compute in work.items():
+        if name not in cells and name.split(",")[0] in args.only:
+            cells[name] = compute()
+            atomic_write(args.out, json.dumps({**setting, "cells": cells}, indent=1) + "\n")
+            print(name, json.dumps(cells[name]), flush=True)
+    wrong = [
+        name
+        for name, cell in cells.items()
+        if name.startswith("same result")
+        and (cell["kept_in_common"] < 1 or cell["largest_difference"] > WEIGHT_TOLERANCE)
+    ]
+    if wrong:
+        raise SystemExit(f"GPU and CPU disagree: {', '.join(wrong)}.")
+
+
+if __name__ == "__main__":
+    main()
