@@ -63,6 +63,15 @@ DampingOption = Annotated[
         minimum=0,
     ),
 ]
+TuneOption = Annotated[
+    int | None,
+    typer.Option(
+        "--tune-blocks",
+        metavar="STEPS",
+        min=0,
+        help="Then train each block this many steps towards the dense one, without labels, such as 500 [default: 0].",
+    ),
+]
 
 
 @app.command()
@@ -239,6 +248,7 @@ def prune(
     ] = None,
     num_images: CalibrationOption = None,
     damping: DampingOption = None,
+    tune_blocks: TuneOption = None,
     seed: SeedOption = 0,
     min_cosine: Annotated[
         float | None,
@@ -269,6 +279,8 @@ def prune(
     if len(amounts) > 1:
         raise DgmrError("prune writes one model. Give one --budget; join limits that hold together by a comma.")
     [amount] = amounts
+    if tune_blocks and recover is None:
+        raise DgmrError("--tune-blocks trains on the images of the recovery. Give --recover IMAGES.")
     require_new(out_dir)
     has_target = min_cosine is not None or max_drop is not None
     if stream:
@@ -301,7 +313,7 @@ def prune(
             round_to=round_to,
             seed=seed,
             rankings=Rankings.read(rankings) if rankings else None,
-            **_given(num_calibration_images=num_images, held_out=held_out, damping=damping),
+            **_given(num_calibration_images=num_images, held_out=held_out, damping=damping, tune_steps=tune_blocks),
         )
         table = _table(
             "M params", "mean cosine" if min_cosine is not None else "drop of k-NN accuracy", "95 % bound", ""
@@ -322,7 +334,7 @@ def prune(
         plan=decided,
         num_calibration_images=num_images,
         seed=seed,
-        **_given(damping=damping),
+        **_given(damping=damping, tune_steps=tune_blocks),
         **amount,
     )
     _save(opened, pruned, out_dir)
@@ -337,9 +349,10 @@ def recover(
     pretrained: PretrainedOption = None,
     num_images: CalibrationOption = None,
     damping: DampingOption = None,
+    tune_blocks: TuneOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Prune MODEL again by the plan of a pruned directory, and recover it in closed form."""
+    """Prune MODEL again by the plan of a pruned directory, and recover it."""
     prune(
         out_dir=out_dir,
         model=model,
@@ -348,6 +361,7 @@ def recover(
         recover=images,
         num_images=num_images,
         damping=damping,
+        tune_blocks=tune_blocks,
         seed=seed,
     )
 
@@ -385,12 +399,16 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
     pruned.model.module.cpu()
     pruned.model.save(directory, pruned.plan)
     has_errors = any(row.cut_error is not None for row in pruned.table)
-    table = Table("site", "hidden", "kept", *(("error cut", "recovered") if has_errors else ()), box=None)
+    is_tuned = any(row.tuned_error is not None for row in pruned.table)
+    errors = ("error cut", "recovered") if has_errors else ()
+    table = Table("site", "hidden", "kept", *errors, *(("block", "tuned") if is_tuned else ()), box=None)
     for row in pruned.table:
         cells = [row.site, str(row.hidden), str(row.num_kept)]
         if row.cut_error is not None:
             note = " (fit rejected)" if row.fit_rejected else ""
             cells += [f"{row.cut_error:.4f}", f"{row.recovered_error:.4f}{note}"]
+        if row.tuned_error is not None:
+            cells += [f"{row.block_error:.4f}", f"{row.tuned_error:.4f}"]
         table.add_row(*cells)
     out.print(table)
     if pruned.images:

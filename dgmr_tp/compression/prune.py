@@ -23,12 +23,14 @@ from dgmr_tp.utils.modules import check_weights
 
 
 class RecoverConfig(Config):
-    """Closed-form recovery: refit the last Linear of every pruned MLP by ridge regression."""
+    """Recovery: refit the last Linear of every pruned MLP by ridge regression, and tune the blocks if asked."""
 
     images: int = Field(NUM_CALIBRATION_IMAGES, ge=10)
     """Number of calibration images. A tenth of them is held out."""
     damping: float = Field(1e-3, ge=0)
     """Ridge, relative to the mean variance of the MLP's hidden activations."""
+    tune_steps: int = Field(0, ge=0)
+    """Steps of 32 images in which each block is then trained towards the dense block. 0: none."""
 
 
 class SiteRow(NamedTuple):
@@ -43,6 +45,10 @@ class SiteRow(NamedTuple):
     recovered_error: float | None
     fit_rejected: bool
     """The refit did not lower the held-out error, so the cut weights stayed."""
+    block_error: float | None
+    """Relative squared error of the block's output after the refit, before tuning. None without tuning."""
+    tuned_error: float | None
+    """The same after tuning."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ def prune(
     plan: Plan | None = None,
     num_calibration_images: int | None = None,
     damping: float = 1e-3,
+    tune_steps: int = 0,
     seed: int = 0,
     **amount: Unpack[Amount],
 ) -> Pruned:
@@ -85,6 +92,8 @@ def prune(
         plan: apply this plan and decide nothing.
         num_calibration_images: number of images. Default: 1,024 images from a path, or all given batches.
         damping: ridge of the recovery; see :func:`recover`.
+        tune_steps: number of steps in which each block is trained after its refit, without labels; see
+            :func:`recover`. 500 are enough in most cases. Default: none.
         seed: seeds the choice of images and the criterion ``random``.
         amount: how many neurons stay: ``mlp_ratio``, ``keep_ratio``, ``keep`` or ``budget``, and ``round_to``; see
             :func:`keep_counts`. Default: ``mlp_ratio=1``.
@@ -104,12 +113,17 @@ def prune(
         plan = make_plan(dense, criterion or default_criterion(images is not None), calibration, seed=seed, **amount)
     elif surplus := given_amount(amount) or ("criterion" if criterion else None):
         raise DgmrError(f"a plan decides which neurons stay. Leave out {surplus}.")
-    pruned, table = prune_by_plan(dense, plan, calibration, damping=damping)
+    pruned, table = prune_by_plan(dense, plan, calibration, damping=damping, tune_steps=tune_steps)
     return Pruned(pruned.module if isinstance(model, nn.Module) else pruned, plan, table, calibration)
 
 
 def prune_by_plan(
-    dense: OpenedModel, plan: Plan, images: CalibrationImages | None = None, *, damping: float = 1e-3
+    dense: OpenedModel,
+    plan: Plan,
+    images: CalibrationImages | None = None,
+    *,
+    damping: float = 1e-3,
+    tune_steps: int = 0,
 ) -> tuple[OpenedModel, list[SiteRow]]:
     """Cut a copy of ``dense`` by ``plan`` and, if images are given, recover it.
 
@@ -118,24 +132,32 @@ def prune_by_plan(
     """
     pruned = dense.copy()
     MLPPruner(pruned.tower, sites=dense.sites, weight_hashes=dense.weight_hashes).apply(plan)
-    return pruned, recover_pruned(dense, pruned, plan, images, damping=damping)
+    return pruned, recover_pruned(dense, pruned, plan, images, damping=damping, tune_steps=tune_steps)
 
 
 def recover_pruned(
-    dense: OpenedModel, pruned: OpenedModel, plan: Plan, images: CalibrationImages | None, *, damping: float = 1e-3
+    dense: OpenedModel,
+    pruned: OpenedModel,
+    plan: Plan,
+    images: CalibrationImages | None,
+    *,
+    damping: float = 1e-3,
+    tune_steps: int = 0,
 ) -> list[SiteRow]:
     """Recover ``pruned`` in place, if images are given, and return a row per site of ``plan``."""
     errors: dict[str, SiteRecovery] = {}
     if images is not None:
-        report = recover(dense.adapter, pruned.adapter, images.on(dense), damping=damping)
+        report = recover(dense.adapter, pruned.adapter, images.on(dense), damping=damping, tune_steps=tune_steps)
         errors = {entry.site: entry for entry in report}
     table = []
     for name, site in plan.sites.items():
+        size = (name, site.width, site.hidden, len(site.kept))
         entry = errors.get(name)
-        cut, recovered, fit_rejected = (None, None, False)
-        if entry is not None:
-            cut, recovered, fit_rejected = entry.cut_error, entry.recovered_error, entry.fit_rejected
-        table.append(SiteRow(name, site.width, site.hidden, len(site.kept), cut, recovered, fit_rejected))
+        if entry is None:
+            table.append(SiteRow(*size, None, None, False, None, None))
+            continue
+        tuned = (None, None) if entry.tuning is None else (entry.tuning.before, entry.tuning.after)
+        table.append(SiteRow(*size, entry.cut_error, entry.recovered_error, entry.fit_rejected, *tuned))
     return table
 
 

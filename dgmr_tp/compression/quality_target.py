@@ -73,6 +73,7 @@ def prune_to_target(
     held_out: int = NUM_HELD_OUT_IMAGES,
     round_to: int = 1,
     damping: float = 1e-3,
+    tune_steps: int = 0,
     seed: int = 0,
     rankings: Rankings | None = None,
 ) -> TargetResult:
@@ -89,7 +90,7 @@ def prune_to_target(
         max_drop: maximum drop of the accuracy of a k-NN classifier, as a fraction of all images. k is 20, and the
             calibration images are the neighbors. It needs two or more classes: subfolders, or ``.cls`` in tars. Give
             one of the two.
-        criterion, num_calibration_images, round_to, damping, seed: as for :func:`dgmr_tp.prune`.
+        criterion, num_calibration_images, round_to, damping, tune_steps, seed: as for :func:`dgmr_tp.prune`.
         held_out: number of held-out images.
         rankings: rankings made before; ``criterion`` is then theirs. If they were made on other images, or on
             ``num_calibration_images`` of these with the same ``seed``, they did not see the held-out images.
@@ -126,7 +127,7 @@ def prune_to_target(
 
     def try_size(count: int) -> tuple[Pruned, Trial]:
         plan = rankings.plan(model, budget={"params": count}, round_to=round_to)
-        pruned, table = prune_by_plan(model, plan, calibration, damping=damping)
+        pruned, table = prune_by_plan(model, plan, calibration, damping=damping, tune_steps=tune_steps)
         embeddings = _embeddings(pruned, held_out_batches)
         if dense_correct is None:
             values = F.cosine_similarity(embeddings, dense_embeddings).numpy()

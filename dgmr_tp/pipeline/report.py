@@ -73,6 +73,7 @@ class SizeReport:
     rows: list[dict[str, Any]]
     """``label`` and ``metrics`` of every model and exported file."""
     sites: list[dict[str, Any]]
+    has_tuned_blocks: bool
     trainings: list[TrainingReport]
     files: list[dict[str, Any]]
     threads: int | None
@@ -184,6 +185,7 @@ def _size_report(
         cost=pruned.get("pruned"),
         rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
         sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
+        has_tuned_blocks=any(row.get("tuned_error") is not None for row in errors.values()),
         trainings=[_training_report(str(stage.training_title), of(stage.name)) for stage in trained],
         files=_files(exported),
         threads=exported.get("threads"),
@@ -220,7 +222,8 @@ def _pick(metrics: Mapping[str, dict[str, float]], columns: list[tuple[str, str]
 
 
 def _errors(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("cut_error", "recovered_error", "fit_rejected") if key in row}
+    keys = ("cut_error", "recovered_error", "fit_rejected", "block_error", "tuned_error")
+    return {key: row.get(key) for key in keys}
 
 
 def _curves(training: dict[str, Any]) -> list[Curve]:

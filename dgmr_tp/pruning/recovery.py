@@ -1,6 +1,7 @@
 """Recovery in closed form: refit the last Linear of each pruned MLP so that its block matches the dense tower's.
 
-Works on a dense and a pruned :class:`TowerAdapter` and on calibration images. Needs no labels and no training.
+Works on a dense and a pruned :class:`TowerAdapter` and on calibration images. Needs no labels and no training. Each
+block can also be tuned after its refit (:mod:`dgmr_tp.pruning.tuning`).
 
 For each site, let ``h_t`` be the input of the pruned MLP's last Linear at token ``t`` of the calibration images,
 ``w_t`` the weight of the token, and ``y_t`` a target for the MLP's output. The refit minimizes over ``U`` and ``b``
@@ -24,7 +25,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import scipy.linalg
@@ -41,6 +43,7 @@ from dgmr_tp.pruning.calibration import (
     token_weights,
 )
 from dgmr_tp.pruning.sites import sites_inside
+from dgmr_tp.pruning.tuning import Tuning, tune_block
 from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
 
@@ -113,6 +116,8 @@ class SiteRecovery:
     """Error after the refit."""
     fit_rejected: bool
     """True if the refit did not reduce the held-out error. The layer then keeps its weights from before the refit."""
+    tuning: Tuning | None = None
+    """Result of tuning the site's block, or None if blocks are not tuned."""
 
 
 @torch.no_grad()
@@ -122,8 +127,9 @@ def recover(
     images: Iterable[Tensor],
     *,
     damping: float = 1e-3,
+    tune_steps: int = 0,
 ) -> list[SiteRecovery]:
-    """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons.
+    """Refit, in place, the last Linear of every MLP of ``pruned`` that lost neurons, and tune the blocks if asked.
 
     Tokens are weighted by :func:`~dgmr_tp.pruning.calibration.token_weights`. One image in ten is held out. A site
     whose held-out error does not fall keeps its weights.
@@ -134,23 +140,29 @@ def recover(
         images: preprocessed batches ``[batch, 3, height, width]`` on the tower's device and in its dtype, with at least
             ten images in total. The states of all images between two blocks are held in memory, for both towers.
         damping: ridge of the formula, relative to the mean variance of the neurons. 0 or more.
+        tune_steps: number of steps in which each block is trained after its refit; see
+            :func:`~dgmr_tp.pruning.tuning.tune_block`. 0: no training, and only the refitted Linears change.
 
     Returns:
         One entry per pruned site inside the blocks, in the order of the blocks.
 
     Raises:
-        DgmrError: a tower has no weights or does not take the images, there are fewer than ten images, the damping is
-            negative, the activations are not finite, or the held-out images do not differ.
+        DgmrError: a tower has no weights or does not take the images, there are fewer than ten images, the damping or
+            ``tune_steps`` is negative, the activations are not finite, or the held-out images do not differ.
     """
+    if tune_steps < 0:
+        raise DgmrError(f"tune_steps = {tune_steps} is negative. Give 0 or more.")
     if not 0 <= damping < float("inf"):
         raise DgmrError(f"damping = {damping} is negative or not finite. Give 0 or more.")
     check_weights(dense.tower)
     check_weights(pruned.tower)
     with evaluating(dense.tower, pruned.tower), full_float32():
-        return _recover(dense, pruned, images, damping)
+        return _recover(dense, pruned, images, damping, tune_steps)
 
 
-def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor], damping: float) -> list[SiteRecovery]:
+def _recover(
+    dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor], damping: float, tune_steps: int
+) -> list[SiteRecovery]:
     states = stem_states(pruned, images)
     num_images = sum(map(len, states))
     if num_images < HELD_OUT_INTERVAL:
@@ -160,7 +172,7 @@ def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor]
     check_embeddings(dense.embed(run_blocks(dense.blocks(), states[0])), "the dense model")
     dense_states = list(states)
     blocks, dense_blocks = pruned.blocks(), dense.blocks()
-    report = []
+    report: list[SiteRecovery] = []
     for depth, (block, dense_block) in enumerate(zip(blocks, dense_blocks, strict=True)):
         # The state after the block, because the first block of a Swin stage has fewer tokens than its input.
         state_after = block(states[0])
@@ -184,10 +196,38 @@ def _recover(dense: TowerAdapter, pruned: TowerAdapter, images: Iterable[Tensor]
             if gain is None:
                 gain = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
             report.append(_refit_layer(f"{block.name}.{site.name}", consumer, gain, fit, held_out, damping))
+        if tune_steps:
+            is_last = depth == len(blocks) - 1
+            tuning = tune_block(
+                block,
+                states,
+                dense_states,
+                weight,
+                _is_held_out(num_images),
+                steps=tune_steps,
+                norm=partial(_final_norm, pruned) if is_last else nn.Identity(),
+                report_step=partial(_report_step, depth * tune_steps, len(blocks) * tune_steps),
+            )
+            report = [replace(entry, tuning=tuning) if entry.tuning is None else entry for entry in report]
         for index, state in enumerate(states):
             states[index] = block(state)
-        report_progress("recover", depth + 1, len(blocks))
+        if not tune_steps:
+            report_progress("recover", depth + 1, len(blocks))
     return report
+
+
+def _is_held_out(num_images: int, first_image: int = 0) -> Tensor:
+    """Return which of ``num_images`` images are held out, the first being number ``first_image``."""
+    return torch.arange(first_image, first_image + num_images) % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1
+
+
+def _report_step(steps_before: int, total: int, step: int) -> None:
+    report_progress("tune blocks", steps_before + step, total)
+
+
+def _final_norm(adapter: TowerAdapter, state: Tensor) -> Tensor:
+    """Apply the final norm in the tower's dtype, and return float32."""
+    return adapter.norm(state.to(next(adapter.tower.parameters()).dtype)).float()
 
 
 def _gain(block: Callable[[Tensor], Tensor], consumer: nn.Linear, state: Tensor) -> Tensor | None:
@@ -250,9 +290,8 @@ def _site_moments(
         if gain is not None:
             missing = dense_state[:, weighted_tokens].double() - after[:, weighted_tokens].double()
             targets = torch.cat([gain * targets, gain * consumer(hidden).double() + missing], dim=-1)
-        index = torch.arange(first_image, first_image + len(state), device=state.device)
+        is_held_out = _is_held_out(len(state), first_image).to(state.device)
         first_image += len(state)
-        is_held_out = index % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1
         for moments, selected in ((fit, ~is_held_out), (held_out, is_held_out)):
             if selected.any():
                 rows = weight[weighted_tokens].repeat(int(selected.sum()))

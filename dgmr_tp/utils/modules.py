@@ -68,7 +68,7 @@ def full_float32() -> Iterator[None]:
 
     By default, torch convolves in TF32 on a GPU. The patch embedding then differs from the CPU's by 1e-3.
     """
-    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

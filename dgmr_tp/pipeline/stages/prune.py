@@ -205,6 +205,7 @@ def _describe(context: RunContext, amount: dict[str, Any]) -> dict[str, Any]:
         section |= {
             "held_out": recipe.prune.held_out,
             "damping": recipe.recover.damping,
+            "tune_steps": recipe.recover.tune_steps,
             **context.describe_images(),
         }
     return section
@@ -256,6 +257,7 @@ def _plan_for_target(context: RunContext, dense: OpenedModel, amount: dict[str, 
         num_calibration_images=recipe.recover.images,
         held_out=recipe.prune.held_out,
         damping=recipe.recover.damping,
+        tune_steps=recipe.recover.tune_steps,
         seed=recipe.seed,
         rankings=read_rankings(context),
         **amount,

@@ -1,4 +1,4 @@
-"""Recover every pruned model in closed form."""
+"""Recover every pruned model in closed form, and tune its blocks if asked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class RecoverStage(Stage):
-    """Refit the last Linear of every pruned MLP."""
+    """Refit the last Linear of every pruned MLP, and tune the blocks if asked."""
 
     name = "recover"
     model_label = "recovered"
@@ -47,7 +47,7 @@ def _recover(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     pruned.module.to(context.device)
     with context.dense_on_device() as dense:
         images = CalibrationImages.read(context.images_source, dense, section.images, context.recipe.seed)
-        table = recover_pruned(dense, pruned, plan, images, damping=section.damping)
+        table = recover_pruned(dense, pruned, plan, images, damping=section.damping, tune_steps=section.tune_steps)
     pruned.module.cpu()
     pruned.save(folder / "model", plan, final=context.run_directory.folder(f"recover/{size}") / "model")
     sites = [row._asdict() for row in table]
