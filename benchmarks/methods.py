@@ -14,8 +14,9 @@ There are six encoders, and ``--only`` chooses among them:
   ``--out``.
 
 Every method and every recovery uses the same 1,024 unlabeled training images. The seed draws these images and the
-neurons of ``random``. AMP's search runs at several thresholds, and the other methods then get as many parameters as the
-search kept.
+neurons of ``random``. Methods whose name ends in ``, tuned`` select on these images, are recovered on 4,096 images that
+contain them, and then every block is tuned for 500 steps. AMP's search runs at several thresholds, and the other
+methods then get as many parameters as the search kept.
 
 The figures are measured on 2,000 test images (1,000 for ``dinov2s``):
 
@@ -76,6 +77,9 @@ from dgmr_tp.utils.knn import nearest, nearest_classes
 
 UNIFORM_WIDTH_METHODS = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
 FITTED_WIDTHS = "output, fitted widths"
+TUNED = ", tuned"
+"""Suffix of the methods whose blocks are tuned."""
+TUNE_STEPS, NUM_TUNING_IMAGES = 500, 4096
 MATCHED_METHODS = ("random", "l2", "taylor", "amp", "dgmr")
 SEARCH_THRESHOLDS = {"amp search": (1e-2,), "amp search, two-sided": (5e-3, 2e-2, 8e-2)}
 SEARCH_IMAGES = {"amp search, two-sided": (2e-2, (64, 256))}
@@ -105,11 +109,11 @@ class Subject:
     num_bank: int = TESTED
     """Number of images in the k-NN bank."""
 
-    def calibration(self, seed: int) -> list[Tensor]:
-        """Return 1,024 training images, drawn by ``seed``, in batches of 128."""
+    def calibration(self, seed: int, count: int = NUM_IMAGES) -> list[Tensor]:
+        """Return ``count`` training images, drawn by ``seed``, in batches of 128."""
         generator = torch.Generator().manual_seed(seed)
         order = self.num_bank + torch.randperm(len(self.train) - self.num_bank, generator=generator)
-        return list(self.train[order[:NUM_IMAGES]].split(128))
+        return list(self.train[order[:count]].split(128))
 
 
 def demo() -> Subject:
@@ -281,12 +285,30 @@ def measured(subject: Subject, tower: nn.Module, dense: Outputs, with_knn: bool 
 
 
 def cell(
-    subject: Subject, plan: Plan, calibration: list[Tensor], dense: Outputs, seconds: float, seed: int
+    subject: Subject,
+    plan: Plan,
+    calibration: list[Tensor],
+    dense: Outputs,
+    seconds: float,
+    seed: int,
+    tune_steps: int = 0,
 ) -> dict[str, object]:
-    """Return the figures of a plan, before and after recovery."""
+    """Return the figures of a plan, before and after recovery.
+
+    Args:
+        subject: the encoder and its images.
+        plan: the neurons to keep.
+        calibration: images of the recovery.
+        dense: outputs of the dense tower.
+        seconds: time that the plan took.
+        seed: of the draw. The first draw has k-NN figures too.
+        tune_steps: steps in which each block is tuned.
+    """
     pruned_tower = prune(subject.tower, plan=plan).model
-    recovered = prune(subject.tower, calibration, plan=plan).model
+    started = time.perf_counter()
+    recovered = prune(subject.tower, calibration, plan=plan, tune_steps=tune_steps).model
     return {
+        "recovery_seconds": time.perf_counter() - started,
         "parameters": parameters(pruned_tower),
         "widths": [len(site.kept) for site in plan.sites.values()],
         "pruned": measured(subject, pruned_tower, dense),
@@ -362,24 +384,25 @@ def run(
         size: str, seed: int, amount: dict, total: dict, methods: tuple[str, ...] = UNIFORM_WIDTH_METHODS
     ) -> None:
         calibration = subject.calibration(seed)
-        for method in (method for method in methods if method in chosen):
 
-            def make(method: str = method) -> dict[str, object]:
-                started = time.perf_counter()
-                plan = make_plan(model, method, CalibrationImages(calibration), seed=seed, **amount)
-                return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
+        def make(method: str) -> dict[str, object]:
+            started, untuned = time.perf_counter(), method.removesuffix(TUNED)
+            if untuned == FITTED_WIDTHS:
+                if (name, seed) not in store.rankings:
+                    store.rankings[name, seed] = rank(model, "output", CalibrationImages(calibration))
+                plan = store.rankings[name, seed].plan(model, **total)
+            else:
+                plan = make_plan(model, untuned, CalibrationImages(calibration), seed=seed, **amount)
+            seconds = time.perf_counter() - started
+            if method == untuned:
+                return cell(subject, plan, calibration, dense, seconds, seed)
+            images = subject.calibration(seed, NUM_TUNING_IMAGES)
+            return cell(subject, plan, images, dense, seconds, seed, TUNE_STEPS)
 
-            store.cell(name, method, size, seed, make)
-
-        def compute_fitted() -> dict[str, object]:
-            started = time.perf_counter()
-            if (name, seed) not in store.rankings:
-                store.rankings[name, seed] = rank(model, "output", CalibrationImages(calibration))
-            plan = store.rankings[name, seed].plan(model, **total)
-            return cell(subject, plan, calibration, dense, time.perf_counter() - started, seed)
-
-        if FITTED_WIDTHS in chosen:
-            store.cell(name, FITTED_WIDTHS, size, seed, compute_fitted)
+        for method in (*methods, FITTED_WIDTHS):
+            for variant in (method, method + TUNED):
+                if variant in chosen:
+                    store.cell(name, variant, size, seed, partial(make, variant))
 
     for size, seeds in sizes.items():
         share = Fraction(size)
@@ -543,8 +566,10 @@ def main() -> None:
         "--methods",
         nargs="*",
         default=[*UNIFORM_WIDTH_METHODS, FITTED_WIDTHS],
-        help="methods to compare at equal numbers of parameters",
+        help="methods to compare at equal numbers of parameters; 'dgmr, tuned' and the like tune the blocks",
     )
+    parser.add_argument("--sizes", nargs="*", help="shares of neurons, such as 1/4 [default: all of the encoder]")
+    parser.add_argument("--draws", type=int, default=3, help="maximum number of draws of calibration images")
     parser.add_argument("--no-searches", action="store_true", help="skip AMP's searches and the distillations")
     parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables of the stored cells")
     args = parser.parse_args()
@@ -552,7 +577,7 @@ def main() -> None:
     store, weights = Store(args.out), args.out.parent / "weights"
     halves = {"1/4": 3, "1/2": 3, "1/8": 3}
     subjects = {
-        "dinov2s": (lambda: dinov2s(args.dinov2, 98, 4096), halves, True),
+        "dinov2s": (lambda: dinov2s(args.dinov2, 98, 12288), halves, True),
         "dinov2s-224": (lambda: dinov2s(args.dinov2, 224, NUM_IMAGES), dict.fromkeys(halves, 1), False),
         "cifar": (lambda: on_cifar(cifar(args.encoder)), {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
         "demo": (demo, {"1/8": 3, "1/4": 3, "1/16": 1, "1/2": 1}, True),
@@ -560,10 +585,11 @@ def main() -> None:
         "swin": (lambda: on_cifar(train_or_load("swin", swin, weights, 4)), {"1/8": 1, "1/4": 1}, False),
     }
     # Seed limit and searches of each round. The cheap cells of all encoders come first.
-    rounds = ((1, False), (3, False)) if args.no_searches else ((1, False), (1, True), (3, True))
+    rounds = ((1, False), (args.draws, False)) if args.no_searches else ((1, False), (1, True), (args.draws, True))
     for limit, searching in () if args.tables else rounds:
         for name in args.only:
             build, sizes, searches = subjects[name]
+            sizes = {size: draws for size, draws in sizes.items() if args.sizes is None or size in args.sizes}
             run(name, build(), store, sizes, args.methods, searches and searching, limit)
     store.tables()
     store.draw()

@@ -99,7 +99,7 @@ SMALL = {
     "scenes": {"images": 200, "classes": 60, "captions": 40},
     "images": "scenes:images",
     "prune": {"mlp_ratio": 1},
-    "recover": {"images": 60},
+    "recover": {"images": 60, "tune_steps": 2},
     "distill": {"processes": 2, "steps": 24, "batch_size": 8, "base_lr": 1e-3, "checkpoint_every": 3, "log_every": 1},
     "evaluate": {
         "datasets": [

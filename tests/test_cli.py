@@ -6,6 +6,7 @@ A user error prints one message, exits with 2 and leaves no partial output.
 import contextlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +77,11 @@ def test_prune_writes_a_directory_that_opens(images, tmp_path):
     assert {
         block.mlp.c_fc.out_features for block in load_pruned(tmp_path / "out").module.visual.transformer.resblocks
     } == {128}
-    result = call_command("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
+    again = ("recover", tmp_path / "out", "--model", "demo", "--images", images, "-o", tmp_path / "again")
+    result = call_command(*again, "--tune-blocks", "2")
     assert result.returncode == 0, result.stderr
+    assert re.search(r"error cut +recovered +block +tuned", result.stdout)
+    assert max(map(len, result.stdout.splitlines())) <= 80 + len(str(tmp_path))
 
 
 def test_plan_prints_writes_and_can_be_edited_and_applied(tmp_path):

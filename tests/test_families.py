@@ -197,6 +197,17 @@ def test_recovery_lowers_every_sites_error_and_the_towers(model):
     assert moved(dense, plain_output(recovered.tower, new)) < 0.9 * moved(dense, plain_output(cut.tower, new))
 
 
+def test_tuning_lowers_the_blocks_errors_on_held_out_images(model):
+    new, keep = pictures(30, seed=9), {site.name: site.hidden // 4 for site in block_sites(model)}
+    dense, cut = plain_output(model.tower, new), prune(model, keep=keep).model
+    refitted, tuned = (prune(model, pictures(200).split(50), keep=keep, tune_steps=steps) for steps in (0, 60))
+    assert all(row.tuned_error <= row.block_error for row in tuned.table)
+    assert any(row.tuned_error < row.block_error for row in tuned.table)
+    assert all(row.tuned_error is None for row in refitted.table)
+    assert moved(dense, plain_output(tuned.model.tower, new)) < 0.9 * moved(dense, plain_output(cut.tower, new))
+    assert not torch.equal(plain_output(tuned.model.tower, new), plain_output(refitted.model.tower, new))
+
+
 def test_a_saved_directory_opens_with_the_same_outputs(model, directory, tmp_path):
     pruned, plan, _ = prune(model, keep=uneven(block_sites(model)))
     pruned.save(tmp_path / "pruned", plan)

@@ -1,6 +1,7 @@
 """The report of a run: its page in a browser without network, and its table in a terminal."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -57,6 +58,16 @@ def test_the_report_shows_its_figures_in_a_browser(small_run):
     table = re.search(r"^dense +([\d.]+) +([\d.]+) +([\d.]+)", printed, re.M)
     assert f"{table[1]} M" in text and table[3] in text
     assert not re.search(r"https?://(?!www\.w3\.org)", page.read_text()), "the report must work without network"
+
+
+def test_the_errors_of_tuned_blocks_are_shown(small_run, tmp_path):
+    page = (small_run[0] / "report.html").read_text()
+    [first, *_] = json.loads((small_run[0] / "recover/mlp_ratio-1/manifest.json").read_text())["figures"]["sites"]
+    assert "block, tuned" in page and f"<td>{first['tuned_error']:.4f}</td>" in page
+    assert first["tuned_error"] <= first["block_error"]
+    untuned = {"site": "a", "num_kept": 1, "hidden": 2}
+    data = collect(tmp_path, "run", {"prune/a": {"sites": [untuned]}, "recover/a": {"sites": [untuned]}})
+    assert "block, tuned" not in write_html(data, tmp_path / "report.html").read_text()
 
 
 @needs_a_browser

@@ -10,6 +10,8 @@ CASES = [
         "--damping -1", "prune -o out --recover . --damping -1", says="--damping -1 is out of range. Give a number of 0"
     ),
     Case("--damping inf", "recover . --images . -o out --damping inf", says="--damping inf is not a finite number"),
+    Case("--tune-blocks -1", "prune -o out --recover . --tune-blocks -1", says="Invalid value for '--tune-blocks'"),
+    Case("--tune-blocks alone", "prune -o out --tune-blocks 5", says="Give --recover IMAGES."),
     Case("--threshold nan", "amp --images . -o out --threshold nan", says="--threshold nan is not a finite number"),
     Case("--threshold -1", "amp --images . -o out --threshold -1", says="--threshold -1 is out of range"),
     Case("--temperature nan", "amp --images . -o out --temperature nan", says="--temperature nan is not a finite"),
