@@ -49,6 +49,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import corp
 import timm
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,8 @@ from dgmr_tp.utils.knn import nearest, nearest_classes
 
 UNIFORM_WIDTH_METHODS = ("random", "l1", "l2", "taylor", "amp", "dgmr", "activation", "output")
 FITTED_WIDTHS = "output, fitted widths"
+CORP = "corp"
+"""Selection and compensation of a peer; see ``corp.py``."""
 TUNED = ", tuned"
 """Suffix of the methods whose blocks are tuned."""
 TUNE_STEPS, NUM_TUNING_IMAGES = 500, 4096
@@ -284,29 +287,32 @@ def measured(subject: Subject, tower: nn.Module, dense: Outputs, with_knn: bool 
     return figures
 
 
+def recovered_tower(subject: Subject, images: list[Tensor], plan: Plan, tune_steps: int = 0) -> nn.Module:
+    """Return the subject's tower, pruned by ``plan``, recovered on ``images`` and tuned."""
+    return prune(subject.tower, images, plan=plan, tune_steps=tune_steps).model
+
+
 def cell(
     subject: Subject,
     plan: Plan,
-    calibration: list[Tensor],
+    recover: Callable[[], nn.Module],
     dense: Outputs,
     seconds: float,
     seed: int,
-    tune_steps: int = 0,
 ) -> dict[str, object]:
     """Return the figures of a plan, before and after recovery.
 
     Args:
         subject: the encoder and its images.
         plan: the neurons to keep.
-        calibration: images of the recovery.
+        recover: returns the tower after the plan and the recovery.
         dense: outputs of the dense tower.
         seconds: time that the plan took.
         seed: of the draw. The first draw has k-NN figures too.
-        tune_steps: steps in which each block is tuned.
     """
     pruned_tower = prune(subject.tower, plan=plan).model
     started = time.perf_counter()
-    recovered = prune(subject.tower, calibration, plan=plan, tune_steps=tune_steps).model
+    recovered = recover()
     return {
         "recovery_seconds": time.perf_counter() - started,
         "parameters": parameters(pruned_tower),
@@ -387,6 +393,11 @@ def run(
 
         def make(method: str) -> dict[str, object]:
             started, untuned = time.perf_counter(), method.removesuffix(TUNED)
+            if method == CORP:
+                statistics = corp.collect(model, calibration)
+                plan = corp.make_plan(model, statistics, amount["keep"])
+                seconds = time.perf_counter() - started
+                return cell(subject, plan, lambda: corp.compensated(model, plan, statistics), dense, seconds, seed)
             if untuned == FITTED_WIDTHS:
                 if (name, seed) not in store.rankings:
                     store.rankings[name, seed] = rank(model, "output", CalibrationImages(calibration))
@@ -394,12 +405,13 @@ def run(
             else:
                 plan = make_plan(model, untuned, CalibrationImages(calibration), seed=seed, **amount)
             seconds = time.perf_counter() - started
-            if method == untuned:
-                return cell(subject, plan, calibration, dense, seconds, seed)
-            images = subject.calibration(seed, NUM_TUNING_IMAGES)
-            return cell(subject, plan, images, dense, seconds, seed, TUNE_STEPS)
+            images, steps = calibration, 0
+            if method != untuned:
+                images, steps = subject.calibration(seed, NUM_TUNING_IMAGES), TUNE_STEPS
+            recover = partial(recovered_tower, subject, images, plan, steps)
+            return cell(subject, plan, recover, dense, seconds, seed)
 
-        for method in (*methods, FITTED_WIDTHS):
+        for method in (*methods, FITTED_WIDTHS, *((CORP,) if "keep" in amount else ())):
             for variant in (method, method + TUNED):
                 if variant in chosen:
                     store.cell(name, variant, size, seed, partial(make, variant))
@@ -417,7 +429,8 @@ def run(
         options = {"two_sided": "two-sided" in method, "candidates": min(512, count)}
         config = SearchConfig.model_validate(options)
         result = search(model, CalibrationImages(images), threshold=threshold, config=config)
-        figures = cell(subject, result.plan, calibration, dense, time.perf_counter() - started, 0)
+        recover = partial(recovered_tower, subject, calibration, result.plan)
+        figures = cell(subject, result.plan, recover, dense, time.perf_counter() - started, 0)
         return {**figures, "image_blocks": result.image_blocks, "entropy": result.entropy}
 
     for method, thresholds in SEARCH_THRESHOLDS.items() if searches else ():

@@ -219,12 +219,12 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
     assert drift(dense, pruned, pictures(40, seed=9)) < 0.8 * cut
 
 
-@pytest.mark.parametrize(("images", "few"), [(40, True), (250, False)])
+@pytest.mark.parametrize(("images", "few"), [(40, True), (400, True), (480, False)])
 def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
-    """The MLP has 192 neurons, and the head reads one token per image."""
+    """The MLP keeps 100 neurons, the head reads one token per image, and a tenth of the images is held out."""
     tower, calibration, new_images = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
     fitted = prune(tower, [calibration], criterion="l2", keep=100).model
-    monkeypatch.setattr("dgmr_tp.pruning.recovery.fewer_tokens_than_neurons", lambda *_: False)
+    monkeypatch.setattr("dgmr_tp.pruning.recovery.has_fewer_tokens", lambda *_: False)
     by_class_token = prune(tower, [calibration], criterion="l2", keep=100).model
 
     def error(model):

@@ -54,12 +54,12 @@ def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor
     return weight.double() / weight.sum()
 
 
-def fewer_tokens_than_neurons(weight: Tensor, images: int, neurons: int) -> bool:
-    """Return whether the tokens with a weight are fewer than an MLP's neurons, so that they cannot determine a fit.
+def has_fewer_tokens(weight: Tensor, images: int, minimum: int) -> bool:
+    """Return whether ``images`` have fewer tokens with a weight than ``minimum``.
 
-    In the last block of a large tower the head may read one token per image.
+    In the last block of a large tower the head may read one token per image, which does not determine a fit.
     """
-    return int((weight > 0).sum()) * images < neurons
+    return int((weight > 0).sum()) * images < minimum
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
-from dgmr_tp.pruning.calibration import Moments, fewer_tokens_than_neurons, record_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, has_fewer_tokens, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
@@ -190,7 +190,7 @@ def rank_tower(
             sites = sites_inside(adapter.sites, block.name)
             weight = token_weights(adapter, state_after, last=depth == len(blocks) - 1)
             widest = max((site.hidden for site in sites), default=0)
-            if fewer_tokens_than_neurons(weight, sum(map(len, states)), widest):
+            if has_fewer_tokens(weight, sum(map(len, states)), widest):
                 weight = token_weights(adapter, state_after, last=False)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
             moments = [Moments() for _ in consumers]

@@ -38,7 +38,7 @@ from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, 
 from dgmr_tp.pruning.calibration import (
     Moments,
     detach_output,
-    fewer_tokens_than_neurons,
+    has_fewer_tokens,
     record_inputs,
     token_weights,
 )
@@ -49,6 +49,11 @@ from dgmr_tp.utils.progress import report_progress
 
 HELD_OUT_INTERVAL = 10
 """One image in this many is held out of the fit and decides whether the refit is used."""
+MIN_TOKENS_PER_NEURON = 4
+"""Minimum number of fitted tokens per neuron of the widest MLP of a block.
+
+If the images of the fit have fewer of the tokens that the head reads, all tokens are fitted.
+"""
 MIN_HELD_OUT_TOKENS = 10
 """Minimum number of held-out tokens that judge a refit.
 
@@ -181,7 +186,7 @@ def _recover(
         weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
         widest = max((consumer.in_features for consumer in consumers), default=0)
         num_held_out = num_images // HELD_OUT_INTERVAL
-        if fewer_tokens_than_neurons(weight, num_images, widest) or fewer_tokens_than_neurons(
+        if has_fewer_tokens(weight, num_images - num_held_out, MIN_TOKENS_PER_NEURON * widest) or has_fewer_tokens(
             weight, num_held_out, MIN_HELD_OUT_TOKENS
         ):
             weight = token_weights(pruned, state_after, last=False)
