@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.pruning.adapter import Block
+from dgmr_tp.pruning.calibration import Moments
 
 BATCH_SIZE = 32
 """Number of images in a step."""
@@ -84,7 +85,7 @@ def tune_block(
         return float(torch.cat([errors(images) for images in held_out.split(BATCH_SIZE)]).double().mean())
 
     with _in_float32(block.module):
-        variance = _variance([norm(outputs[i][None].float())[0] for i in held_out.tolist()], weight)
+        variance = _variance((norm(outputs[i][None].float())[0] for i in held_out.tolist()), weight)
         parameters = list(block.module.parameters())
         start = best = held_out_error()
         if start <= NEGLIGIBLE_ERROR * variance:
@@ -120,11 +121,13 @@ def _rate_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _variance(outputs: Sequence[Tensor], weight: Tensor) -> float:
+def _variance(outputs: Iterable[Tensor], weight: Tensor) -> float:
     """Return the weighted variance of states ``[tokens, width]`` about their mean over images and tokens."""
-    weight = weight.double()
-    mean = torch.stack([weight @ output.double() for output in outputs]).mean(0)
-    return float(torch.stack([weight @ (output.double() - mean).square().sum(-1) for output in outputs]).mean())
+    moments = Moments()
+    for output in outputs:
+        moments.add(output[:, :0], output, weight)
+    mean = moments.means()
+    return moments.second_moments(*mean)[2]
 
 
 @contextmanager
