@@ -5,6 +5,7 @@ A run that was killed and resumed must give the same result as an uninterrupted 
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from conftest import BIN, SMALL, command, copy_finished_stages, recipe, run_comm
 from safetensors.torch import load_file
 
 from dgmr_tp.errors import DgmrError
+from dgmr_tp.pipeline import run_directory
 from dgmr_tp.pipeline.preflight import run_preflight
 from dgmr_tp.pipeline.run import Run
-from dgmr_tp.pipeline.run_directory import RunDirectory, Step
+from dgmr_tp.pipeline.run_directory import RunDirectory, Step, package_versions
 from dgmr_tp.pipeline.stages.distill import DistillStage
 from dgmr_tp.utils.files import lock_directory
 
@@ -107,10 +109,62 @@ def test_what_changed_is_named_with_the_two_ways_on(small_run):
         Run(recipe(recover={"images": 61}), directory).run()
     with pytest.raises(DgmrError, match=r"scenes/all .*captions: 40 → 41.*--redo scenes"):
         Run(recipe(scenes={**SMALL["scenes"], "captions": 41}), directory).run()
+
+
+def installed(**versions):
+    """Return a stand-in for package_versions, with other versions of some packages; None: not installed."""
+    real = package_versions
+
+    def fake(packages):
+        found = {**real(packages), **{name: version for name, version in versions.items() if name in packages}}
+        return {name: version for name, version in found.items() if version is not None}
+
+    return fake
+
+
+def test_versions_matter_to_the_stages_that_use_the_package(small_run, monkeypatch, tmp_path):
+    directory = shutil.copytree(small_run[0], tmp_path / "run")
+    for harmless in ({"onnxruntime": None}, {"transformers": "0.1"}):
+        monkeypatch.setattr(run_directory, "package_versions", installed(**harmless))
+        Run(recipe(), directory).run(say=lambda line: None)
+    monkeypatch.setattr(run_directory, "package_versions", installed(onnxruntime="0.1"))
+    with pytest.raises(DgmrError, match=r"^export/dense .*other versions: onnxruntime: .* → 0\.1.*--accept-versions"):
+        Run(recipe(), directory).run()
+    monkeypatch.setattr(run_directory, "package_versions", installed(deepspeed="0.1"))
+    with pytest.raises(DgmrError, match=r"^distill/mlp_ratio-1 .*deepspeed: .* → 0\.1.*--redo distill.*-o"):
+        Run(recipe(), directory).run()
+    lines = []
+    Run(recipe(), directory).run(say=lines.append, accept_versions=True)
+    assert all(line.endswith("done before") for line in lines)
+    [entry] = json.loads((directory / "accepted_versions.json").read_text())
+    assert entry["step"] == "distill/mlp_ratio-1" and entry["changes"][0].endswith("→ 0.1")
+    assert entry["by"] == getpass.getuser() and entry["date"].startswith("20")
+    Run(recipe(), directory).run(say=lines.append)  # accepted once, the change is known
+    monkeypatch.setattr(run_directory, "package_versions", installed(deepspeed="0.2"))
+    with pytest.raises(DgmrError, match=r"deepspeed: .* → 0\.2"):
+        Run(recipe(), directory).run()
+
+
+def test_an_unfinished_distillation_resumes_under_accepted_versions(small_run, monkeypatch, tmp_path):
+    directory = copy_finished_stages(small_run[0], tmp_path / "run")
     run = Run(recipe(), directory)
-    run.run_directory.versions = {**run.run_directory.versions, "torch": "0.1"}
-    with pytest.raises(DgmrError, match=r"versions\.torch: .* → 0\.1"):
-        run.run()
+    step = next(step for step in run.steps if step.stage == "distill")
+    checkpoint = run.run_directory.prepare(step) / "checkpoints" / "step00000003"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    monkeypatch.setattr(run_directory, "package_versions", installed(torchvision="0.1"))
+    with pytest.raises(DgmrError, match=r"torchvision: .* → 0\.1.*--accept-versions"):
+        run.run_directory.check_unchanged(step)
+    run.run_directory.check_unchanged(step, accept_versions=True)
+    assert run.run_directory.prepare(step) and checkpoint.exists()
+    monkeypatch.setattr(run_directory, "package_versions", installed(torchvision="0.2"))
+    assert run.run_directory.prepare(step) and not checkpoint.exists()
+
+
+def test_another_crop_scheme_is_another_distillation(small_run, monkeypatch):
+    monkeypatch.setattr("dgmr_tp.pipeline.stages.distill.CROP_SCHEME", 2)
+    with pytest.raises(DgmrError, match=r"distill/mlp_ratio-1 .*crop_scheme: 1 → 2"):
+        Run(recipe(), small_run[0]).run()
 
 
 def test_an_unfinished_distillation_is_not_thrown_away_for_another_learning_rate(small_run, tmp_path):

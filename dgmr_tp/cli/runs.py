@@ -37,6 +37,9 @@ def run(
         str | None, typer.Option(help="Drop the results of this stage and of those after it, and redo them.")
     ] = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    accept_versions: Annotated[
+        bool, typer.Option(help="Keep results that were made with other versions of packages, and record that.")
+    ] = False,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Check and show the recipe without weights, data or a GPU. Runs nothing.")
     ] = False,
@@ -57,7 +60,7 @@ def run(
     check_output_directory(directory or Path("runs") / parsed.name)
     this_run = Run(parsed, directory or Path("runs") / parsed.name, tuple(overrides or ()), trusted=trust_recipe)
     with preemptible():
-        this_run.run(redo=redo, until=until, say=out.print)
+        this_run.run(redo=redo, until=until, say=out.print, accept_versions=accept_versions)
         _write_report(this_run)
 
 

@@ -28,6 +28,9 @@ from dgmr_tp.utils.distributed import all_gather_dict, get_rank, get_world_size
 
 SampleKey = tuple[int, int]
 """Epoch and index of a sample."""
+CROP_SCHEME = 1
+"""Version of the order of samples and of their crops. Raise it if either changes, because cached features and
+checkpoints of the old scheme do not fit the new one."""
 NO_ROW = -1
 """Row number of a crop that must not be cached."""
 

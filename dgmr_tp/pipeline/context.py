@@ -22,6 +22,15 @@ if TYPE_CHECKING:
     from dgmr_tp.pipeline.stages.base import Stage
 
 
+MODEL_PACKAGES = {
+    "demo": ("open_clip_torch",),
+    "open_clip": ("open_clip_torch", "timm"),
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+}
+"""Packages that open a model, by the library that its name begins with."""
+
+
 class RunContext:
     """A recipe, its run directory, and objects that several stages use.
 
@@ -90,6 +99,13 @@ class RunContext:
         if path not in self._fingerprints:
             self._fingerprints[path] = fingerprint(path)
         return self._fingerprints[path]
+
+    @property
+    def model_packages(self) -> tuple[str, ...]:
+        """The packages that open the recipe's model. A directory may need any library."""
+        library = self.recipe.model.source.partition(":")[0]
+        every = tuple(dict.fromkeys(package for packages in MODEL_PACKAGES.values() for package in packages))
+        return MODEL_PACKAGES.get(library, every)
 
     def describe_model(self) -> dict[str, Any]:
         """Return what decides the dense model, for a manifest."""

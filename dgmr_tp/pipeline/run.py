@@ -72,13 +72,21 @@ class Run:
         """The figures of every step, by key; None for a step that has not run."""
         return {step.key: self.run_directory.figures(step.key) for step in self.steps}
 
-    def run(self, redo: str | None = None, until: str | None = None, say: Callable[[str], None] = print) -> None:
+    def run(
+        self,
+        redo: str | None = None,
+        until: str | None = None,
+        say: Callable[[str], None] = print,
+        *,
+        accept_versions: bool = False,
+    ) -> None:
         """Do every step that is not done yet, in order.
 
         Args:
             redo: drop the results of this stage and of those after it first.
             until: stop after this stage.
             say: receives one line per step.
+            accept_versions: keep steps that were made with other versions of packages, and record that.
 
         Raises:
             DgmrError: another run works here, a preflight check fails, the recipe runs a shell command that is not
@@ -94,7 +102,7 @@ class Run:
             dropped = STAGE_NAMES[STAGE_NAMES.index(redo) :] if redo else ()
             for step in self.steps:
                 if step.stage not in dropped:
-                    self.run_directory.check_unchanged(step)
+                    self.run_directory.check_unchanged(step, accept_versions=accept_versions)
             for stage in dropped:
                 shutil.rmtree(root / stage, ignore_errors=True)
             atomic_write(root / RECIPE, self.recipe.model_dump_json(indent=1) + "\n")

@@ -7,11 +7,13 @@ Training stages leave checkpoints there, AMP's search a journal, and both resume
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,23 +35,11 @@ from dgmr_tp.utils.files import (
 )
 from dgmr_tp.utils.sources import Source
 
-PACKAGES = (
-    "dgmr-tp",
-    "torch",
-    "torch-pruning",
-    "numpy",
-    "scipy",
-    "open_clip_torch",
-    "timm",
-    "deepspeed",
-    "clip_benchmark",
-    "onnx",
-    "onnxruntime",
-)
-"""Packages whose versions a manifest records."""
 MANIFEST = "manifest.json"
 REQUEST = "made_from.json"
 """File in a staging directory that records the step's inputs."""
+ACCEPTED = "accepted_versions.json"
+"""File in a run directory that records which changes of package versions were accepted, by whom and when."""
 JOURNAL = "search.json"
 """The decisions of AMP's search so far. An interrupted step resumes from it."""
 
@@ -69,6 +59,8 @@ class Step:
     """Fills the folder and returns figures."""
     runs_first: bool = False
     """Run before all other steps, to detect errors before expensive work."""
+    packages: tuple[str, ...] = ()
+    """Packages whose versions decide the outcome."""
     has_checkpoints: bool = False
     """Leaves checkpoints that another start resumes from."""
 
@@ -87,7 +79,6 @@ class RunDirectory:
 
     def __init__(self, directory: str | Path) -> None:
         self.path = Path(directory)
-        self.versions = package_versions()
 
     def folder(self, key: str) -> Path:
         """Return the output directory of a finished step."""
@@ -109,8 +100,16 @@ class RunDirectory:
         """Return whether the step is finished."""
         return (self.folder(step.key) / MANIFEST).exists()
 
-    def check_unchanged(self, step: Step) -> None:
-        """Raise DgmrError if a finished step, or one with checkpoints, was made from something else."""
+    def check_unchanged(self, step: Step, *, accept_versions: bool = False) -> None:
+        """Check what a finished step, or one with checkpoints, was made from.
+
+        Args:
+            step: the step.
+            accept_versions: keep the step if only versions of packages changed, and record that in :data:`ACCEPTED`.
+
+        Raises:
+            DgmrError: it was made from something else, or with versions of packages that were not accepted.
+        """
         source, request = self.folder(step.key) / MANIFEST, self.staging(step) / REQUEST
         if not source.exists():
             source = request
@@ -121,23 +120,48 @@ class RunDirectory:
             lambda content: dict(content if source == request else content["made_from"]),
             remedy=f"Run again with --redo {step.stage}.",
         )
-        if changed := _differences(stored, self._made_from(step)):
+        others, versions = self._changes(step, stored)
+        if others:
             raise DgmrError(
-                f"{step.key} in {self.path} was made from something else: {'; '.join(changed)}. Either redo it "
+                f"{step.key} in {self.path} was made from something else: {'; '.join(others)}. Either redo it "
                 f"and what comes after it (--redo {step.stage}), or name a new directory (-o)."
             )
+        if versions and not accept_versions:
+            raise DgmrError(
+                f"{step.key} in {self.path} was made with other versions: {'; '.join(versions)}. Redo it and what "
+                f"comes after it (--redo {step.stage}), name a new directory (-o), or keep it (--accept-versions)."
+            )
+        if versions:
+            entry = {"step": step.key, "changes": versions, "by": getpass.getuser(), "date": time.strftime("%FT%T%z")}
+            write_json(self.path / ACCEPTED, [*self._accepted(), entry])
+
+    def _changes(self, step: Step, stored: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Return what differs between a step's stored inputs and today's: versions that were not accepted, and others.
+
+        A package that is not installed on one side was not used there.
+        """
+        now = self._made_from(step)
+        common = stored["versions"].keys() & now["versions"].keys()
+        before, after = ({name: made_from["versions"][name] for name in sorted(common)} for made_from in (stored, now))
+        accepted = {change for entry in self._accepted() if entry["step"] == step.key for change in entry["changes"]}
+        versions = [change for change in _differences(before, after) if change not in accepted]
+        return _differences({**stored, "versions": {}}, {**now, "versions": {}}), versions
+
+    def _accepted(self) -> list[dict[str, Any]]:
+        path = self.path / ACCEPTED
+        return read_json(path, list, remedy="Delete the file to accept again.") if path.exists() else []
 
     def prepare(self, step: Step) -> Path:
         """Return the step's staging directory, without the files of an interrupted attempt that cannot be resumed."""
         staging = self.staging(step)
-        made_from = self._made_from(step)
         request = staging / REQUEST
         resumable = step.has_checkpoints or (staging / JOURNAL).exists() or (staging / MANIFEST).exists()
-        if staging.exists() and not (resumable and _read_json_or_none(request) == made_from):
+        stored = _read_json_or_none(request)
+        if staging.exists() and not (resumable and stored and self._changes(step, stored) == ([], [])):
             shutil.rmtree(staging)
         staging.mkdir(parents=True, exist_ok=True)
         if not request.exists():
-            write_json(request, made_from)
+            write_json(request, self._made_from(step))
         return staging
 
     def run_step(self, step: Step) -> None:
@@ -158,7 +182,8 @@ class RunDirectory:
     def _made_from(self, step: Step) -> dict[str, Any]:
         manifests = {key: self.folder(key) / MANIFEST for key in step.inputs}
         inputs = {key: sha256(path) if path.exists() else None for key, path in manifests.items()}
-        made_from = {"stage": step.stage, "recipe": step.section, "inputs": inputs, "versions": self.versions}
+        made_from = {"stage": step.stage, "recipe": step.section, "inputs": inputs}
+        made_from["versions"] = package_versions(step.packages)
         return json.loads(to_json(made_from))
 
 
@@ -170,7 +195,7 @@ def _read_json_or_none(path: Path) -> Any:
         return None
 
 
-def package_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+def package_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of those packages that are installed."""
     versions = {}
     for package in packages:

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from dgmr_tp.pipeline.run_directory import Step
 
 
+BASE_PACKAGES = ("dgmr-tp", "torch", "numpy")
+IMAGE_PACKAGES = ("torchvision", "pillow")
+"""Packages that read, preprocess and crop images."""
+
+
 class Stage(ABC):
     """One stage of a run: which steps it has, what it checks before the run, and the work of each step."""
 
@@ -22,6 +27,13 @@ class Stage(ABC):
     """What the report calls the models that it makes; None if it makes none."""
     training_title: ClassVar[str | None] = None
     """Heading of its training curves in the report; None if it does not train."""
+
+    own_packages: ClassVar[tuple[str, ...]] = ()
+    """Packages that this stage uses, besides those that open the model."""
+
+    def packages(self, context: RunContext) -> tuple[str, ...]:
+        """Return the packages whose versions decide the results of this stage."""
+        return (*BASE_PACKAGES, *context.model_packages, *self.own_packages)
 
     def is_planned(self, recipe: Recipe) -> bool:
         """Return whether the recipe has this stage."""

@@ -10,7 +10,7 @@ from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.evaluation.class_embeddings import class_embeddings
 from dgmr_tp.evaluation.index_compatibility import ComparedEncoder, compare_encoders
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage
 from dgmr_tp.pipeline.stages.evaluate import check_text_tower
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.config import data_paths
@@ -24,6 +24,7 @@ class CompareStage(Stage):
     """Search an index of dense embeddings with new ones, and the other way round."""
 
     name = "compare"
+    own_packages = ("faiss-cpu", *IMAGE_PACKAGES)
 
     def preflight(self, context: RunContext) -> None:
         section = context.recipe.compare
@@ -52,7 +53,11 @@ class CompareStage(Stage):
         steps = []
         for size in context.recipe.prune.sizes:
             inputs = (context.last_model_step(size), *context.scenes_steps)
-            steps.append(Step(self.name, size, describe, inputs, partial(_compare, context, size)))
+            steps.append(
+                Step(
+                    self.name, size, describe, inputs, partial(_compare, context, size), packages=self.packages(context)
+                )
+            )
         return steps
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgmr_tp.distillation.data import CROP_SCHEME
 from dgmr_tp.distillation.distill import distill
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
@@ -44,7 +45,7 @@ class DistillStage(TrainingStage):
                 )
 
     def describe(self, context: RunContext) -> dict[str, Any]:
-        return {**super().describe(context), **context.describe_images()}
+        return {**super().describe(context), **context.describe_images(), "crop_scheme": CROP_SCHEME}
 
     def launch(self, context: RunContext, size: str, folder: Path) -> dict[str, Any]:
         """Launch as every training. Manage the cache of teacher features that the sizes share."""
@@ -70,6 +71,6 @@ class DistillStage(TrainingStage):
 
     def _feature_cache(self, context: RunContext) -> Path:
         """Return the file in which the sizes share the teacher's features. Its name is a hash of what decides them."""
-        packages = package_versions(("torchvision", "pillow", "transformers"))  # they crop, or hold the teacher
-        made_from = [self.describe(context), context.describe_model(), context.run_directory.versions | packages]
+        versions = package_versions(self.packages(context))
+        made_from = [self.describe(context), context.describe_model(), versions]
         return context.run_directory.path / self.name / f".features-{digest(made_from)[:16]}"

@@ -16,7 +16,7 @@ from dgmr_tp.evaluation.knn import KNNConfig, knn_accuracy
 from dgmr_tp.evaluation.linear_head import HeadConfig, check_classifier, head_accuracy, read_head
 from dgmr_tp.evaluation.zero_shot import DatasetConfig, as_clip, evaluate
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage
 from dgmr_tp.pruning import ImageEncoder
 from dgmr_tp.utils.config import Config
 from dgmr_tp.utils.files import sha256, write_json
@@ -57,6 +57,7 @@ class EvaluateStage(Stage):
     """Evaluate with clip_benchmark's metrics, k-NN and a linear head."""
 
     name = "evaluate"
+    own_packages = ("clip_benchmark", "scikit-learn", *IMAGE_PACKAGES)
 
     def preflight(self, context: RunContext) -> None:
         section = context.recipe.evaluate
@@ -80,10 +81,29 @@ class EvaluateStage(Stage):
                 return {DENSE: _measure_model(context, dense, folder, DENSE)}
 
         # First: a model or data set that cannot be evaluated shows before anything is computed.
-        steps = [Step(self.name, DENSE, describe_dense, context.scenes_steps, evaluate_dense, runs_first=True)]
+        steps = [
+            Step(
+                self.name,
+                DENSE,
+                describe_dense,
+                context.scenes_steps,
+                evaluate_dense,
+                runs_first=True,
+                packages=self.packages(context),
+            )
+        ]
         for size in context.recipe.prune.sizes:
             inputs = (*context.model_steps(size).values(), *context.scenes_steps)
-            steps.append(Step(self.name, size, describe, inputs, partial(_evaluate_size, context, size)))
+            steps.append(
+                Step(
+                    self.name,
+                    size,
+                    describe,
+                    inputs,
+                    partial(_evaluate_size, context, size),
+                    packages=self.packages(context),
+                )
+            )
         return steps
 
 

@@ -15,7 +15,7 @@ from dgmr_tp.export.formats import FORMATS, open_exported
 from dgmr_tp.export.layouts import export_model, recorded_source
 from dgmr_tp.export.verify import NUM_EXAMPLES
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage
 from dgmr_tp.pipeline.stages.evaluate import DENSE, check_text_tower, describe_evaluation, measure_datasets
 from dgmr_tp.utils.lazy_imports import require_installed
 
@@ -27,6 +27,7 @@ class ExportStage(Stage):
     """Write files of the dense model, which are timed next to the pruned ones, and of every size."""
 
     name = "export"
+    own_packages = ("onnx", "onnxscript", "onnxruntime", "clip_benchmark", *IMAGE_PACKAGES)
 
     def preflight(self, context: RunContext) -> None:
         section = context.recipe.export
@@ -53,10 +54,28 @@ class ExportStage(Stage):
             measured = describe_evaluation(evaluate) if evaluate and section.measure else None
             return {**describe(), "evaluate": measured}
 
-        steps = [Step(self.name, DENSE, describe_dense, context.scenes_steps, partial(_export_dense, context))]
+        steps = [
+            Step(
+                self.name,
+                DENSE,
+                describe_dense,
+                context.scenes_steps,
+                partial(_export_dense, context),
+                packages=self.packages(context),
+            )
+        ]
         for size in context.recipe.prune.sizes:
             inputs = (context.last_model_step(size), f"{self.name}/{DENSE}", *context.scenes_steps)
-            steps.append(Step(self.name, size, describe_size, inputs, partial(_export, context, size)))
+            steps.append(
+                Step(
+                    self.name,
+                    size,
+                    describe_size,
+                    inputs,
+                    partial(_export, context, size),
+                    packages=self.packages(context),
+                )
+            )
         return steps
 
 

@@ -24,7 +24,7 @@ from dgmr_tp.data.images import Images
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import JOURNAL, Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage
 from dgmr_tp.pipeline.stages.rank import RANKINGS_STEP, read_rankings
 from dgmr_tp.pruning import Plan
 from dgmr_tp.pruning.allocation import AMOUNTS, BUDGETS, given_amount
@@ -140,6 +140,7 @@ class PruneStage(Stage):
 
     name = "prune"
     model_label = "pruned"
+    own_packages = ("torch-pruning", "scipy", *IMAGE_PACKAGES)
 
     def preflight(self, context: RunContext) -> None:
         section = context.recipe.prune
@@ -161,7 +162,7 @@ class PruneStage(Stage):
         steps = []
         for size, amount in recipe.prune.sizes.items():
             describe, work = partial(_describe, context, amount), partial(_prune, context, size, amount)
-            steps.append(Step(self.name, size, describe, inputs, work))
+            steps.append(Step(self.name, size, describe, inputs, work, packages=self.packages(context)))
         return steps
 
 

@@ -9,7 +9,7 @@ from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.criteria import criterion_named
 from dgmr_tp.compression.rankings import Rankings, rank
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage, require_adapter
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage, require_adapter
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
@@ -22,6 +22,7 @@ class RankStage(Stage):
     """Rank for criteria that need activations. The section ``prune`` says by which."""
 
     name = "rank"
+    own_packages = IMAGE_PACKAGES
 
     def is_planned(self, recipe: Recipe) -> bool:
         return criterion_named(recipe.prune.criterion).needs == "activations"
@@ -48,7 +49,7 @@ class RankStage(Stage):
             sensitivity = {name: ranking.sensitivity for name, ranking in rankings.sites.items()}
             return {"sensitivity": sensitivity, "broken_images": images.broken}
 
-        return [Step(self.name, "all", describe, context.scenes_steps, work)]
+        return [Step(self.name, "all", describe, context.scenes_steps, work, packages=self.packages(context))]
 
 
 def read_rankings(context: RunContext) -> Rankings:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dgmr_tp.compression.calibration import CalibrationImages
 from dgmr_tp.compression.prune import recover_pruned
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage, require_adapter
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage, require_adapter
 
 if TYPE_CHECKING:
     from dgmr_tp.pipeline.context import RunContext
@@ -20,6 +20,7 @@ class RecoverStage(Stage):
 
     name = "recover"
     model_label = "recovered"
+    own_packages = ("scipy", *IMAGE_PACKAGES)
 
     def preflight(self, context: RunContext) -> None:
         require_adapter(context, self.name)
@@ -35,7 +36,11 @@ class RecoverStage(Stage):
         steps = []
         for size in context.recipe.prune.sizes:
             inputs = (context.last_model_step(size, before=self.name), *context.scenes_steps)
-            steps.append(Step(self.name, size, describe, inputs, partial(_recover, context, size)))
+            steps.append(
+                Step(
+                    self.name, size, describe, inputs, partial(_recover, context, size), packages=self.packages(context)
+                )
+            )
         return steps
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from dgmr_tp.data import scenes
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import BASE_PACKAGES, Stage
 from dgmr_tp.utils.config import Config
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class ScenesStage(Stage):
 
     name = "scenes"
 
+    def packages(self, context: RunContext) -> tuple[str, ...]:
+        return (*BASE_PACKAGES, "pillow")
+
     def steps(self, context: RunContext) -> list[Step]:
         section = context.recipe.scenes
         if section is None:
@@ -50,4 +53,4 @@ class ScenesStage(Stage):
                 scenes.write_retrieval(folder / "pairs", section.pairs, SCENE_SEEDS["pairs"])
             return {}
 
-        return [Step(self.name, "all", section.model_dump, (), work, runs_first=True)]
+        return [Step(self.name, "all", section.model_dump, (), work, runs_first=True, packages=self.packages(context))]

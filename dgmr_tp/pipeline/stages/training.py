@@ -14,7 +14,7 @@ from dgmr_tp.distillation.processes import STOP_FILE, launch
 from dgmr_tp.encoders import OpenedModel
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pipeline.run_directory import Step
-from dgmr_tp.pipeline.stages.base import Stage
+from dgmr_tp.pipeline.stages.base import IMAGE_PACKAGES, Stage
 from dgmr_tp.utils.files import read_json, sha256, write_json
 from dgmr_tp.utils.lazy_imports import require_installed
 
@@ -30,6 +30,7 @@ MAIN_CURVES = {"losses": "loss", "scores": "score", "knn": "knn"}
 class TrainingStage(Stage):
     """A stage that trains one model per size under the DeepSpeed launcher."""
 
+    own_packages = ("deepspeed", *IMAGE_PACKAGES)
     command: str
     """The subcommand of ``dgmr-tp`` that each launched process runs."""
 
@@ -62,7 +63,9 @@ class TrainingStage(Stage):
         for size in context.recipe.prune.sizes:
             inputs = (context.last_model_step(size, before=self.name), *context.scenes_steps)
             describe, work = partial(self.describe, context), partial(self.launch, context, size)
-            steps.append(Step(self.name, size, describe, inputs, work, has_checkpoints=True))
+            steps.append(
+                Step(self.name, size, describe, inputs, work, packages=self.packages(context), has_checkpoints=True)
+            )
         return steps
 
     def describe(self, context: RunContext) -> dict[str, Any]:
