@@ -55,10 +55,11 @@ from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import Crops, batches, training_transform
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.feature_cache import FeatureCache
-from dgmr_tp.distillation.loop import describe_save, read_curve, training_session
+from dgmr_tp.distillation.loop import curve_names, describe_save, read_curve, training_session
 from dgmr_tp.distillation.losses import LOSSES, DistillationLoss, FeatureTap, Loss
 from dgmr_tp.distillation.processes import FAILURE_FILE
 from dgmr_tp.distillation.processes import launch as launch_processes
+from dgmr_tp.distillation.rate_search import find_learning_rate
 from dgmr_tp.distillation.validation import BestWeights, HeldOutSet
 from dgmr_tp.encoders import adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
@@ -258,17 +259,49 @@ def test_the_schedule_of_the_papers():
     config = distill_config(
         steps=100, batch_size=512, base_lr=1e-4, min_lr=1e-6, warmup_steps=10, weight_decay=0.04, final_weight_decay=0.2
     )
-    assert [config.learning_rate(step) for step in range(10)] == pytest.approx(
+    assert config.peak_learning_rate == pytest.approx(2e-4)
+    assert [config.learning_rate(step, 2e-4) for step in range(10)] == pytest.approx(
         [2e-4 * (step + 1) / 10 for step in range(10)]
     )
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 90, eta_min=1e-6)
     for step in range(10, 100):
-        assert config.learning_rate(step) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
+        assert config.learning_rate(step, 2e-4) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
         optimizer.step()
         cosine.step()
     assert (config.decay(0), config.decay(50), config.decay(100)) == pytest.approx((0.04, 0.12, 0.2))
     assert distill_config(weight_decay=0.3).decay(50) == 0.3
+
+
+def test_a_learning_rate_that_is_found_is_warmed_up():
+    warmup = lambda **changes: distill_config(**changes).num_warmup_steps  # noqa: E731
+    assert [warmup(base_lr=None, steps=steps) for steps in (10, 100, 1000)] == [5, 20, 50]
+    assert warmup(steps=1000) == 0 and warmup(base_lr=None, steps=1000, warmup_steps=7) == 7
+    with pytest.raises(ValueError, match=r"zero_stage: 3 shards the parameters.* Set base_lr"):
+        distill_config(base_lr=None, zero_stage=3)
+
+
+@pytest.mark.parametrize("curvature", [10.0, 1e-2])
+def test_the_learning_rate_is_four_times_the_best_step_along_the_sign_of_a_gradient(process_group, curvature):
+    """The loss is a paraboloid with another minimum for every batch, so that the best step is known in closed form."""
+    module = nn.Linear(50, 1, bias=False)
+    minima = module.weight.detach().flatten() + 0.01 * torch.randn(4, 2, 50)
+    loss = lambda minimum: curvature * (module.weight.flatten() - minimum).square().sum()  # noqa: E731
+    before = module.weight.detach().clone()
+    rate = find_learning_rate(module, list(minima), loss)
+    weight, centers = before.double().numpy().flatten(), minima.double().numpy()
+    direction = np.sign(weight - centers[0].mean(0))
+    best = direction @ (weight - centers[1:].mean((0, 1))) / 50
+    other = np.sign(weight - centers[1:].mean((0, 1))) @ (weight - centers[1:].mean((0, 1))) / 50
+    assert math.log2(rate / 4 / best) == pytest.approx(0, abs=0.6), "the grid has a factor of 2"
+    assert abs(math.log2(rate / 4 / other)) > 1, "the direction and the size are of different images"
+    assert torch.equal(module.weight, before) and module.weight.grad is None
+
+
+def test_a_student_that_cannot_be_improved_gets_a_small_learning_rate(process_group):
+    module = nn.Linear(3, 1)
+    still = lambda sample: (module.weight - module.weight.detach()).square().sum() + 0 * module.bias.sum()  # noqa: E731
+    assert find_learning_rate(module, [[0]] * 4, still) < 1e-4
 
 
 @hypothesis.settings(deadline=None)
@@ -484,6 +517,15 @@ MATRIX = {
     "average offload all": {"ema": 0.5, "zero_stage": 3, "offload": "all", "json": SHARDED},
     "clipped": {"gradient_clipping": 0.01},
     "fixed": {"fixed_crops": True, "features": "fixed.features"},
+    "index": {"loss": {"balanced": True, "cosine": 1.0, "neighbors": 1.0}},
+    "index sharded": {
+        "loss": {"balanced": True, "cosine": 1.0, "neighbors": 1.0},
+        "shard_teacher": True,
+        "zero_stage": 3,
+        "json": SHARDED,
+    },
+    "found rate": {"base_lr": None, "micro_batch": 2},
+    "found rate bf16": {"base_lr": None, "bf16": True},
     **{f"held out zero{stage}": {**HELD_OUT, "zero_stage": stage, "json": SHARDED} for stage in (1, 3)},
     **({"compiled": {"compile": True}} if shutil.which("g++") else {}),
     "bf16": {"bf16": True},
@@ -595,7 +637,9 @@ def plain_torch(folder: Path, clipping: float, fixed: bool, averaged: bool) -> d
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [name for name in MATRIX if not name.startswith(("bf16", "held", "watched"))])
+@pytest.mark.parametrize(
+    "case", [name for name in MATRIX if not name.startswith(("bf16", "held", "watched", "index", "found"))]
+)
 def test_every_way_to_run_ends_where_plain_torch_ends(matrix, case):
     config = distill_config(**MATRIX[case])
     weights = load_file(matrix / f"{case}.safetensors")
@@ -620,6 +664,13 @@ def test_bf16_trains_float32_weights(matrix):
         assert len(losses(matrix / name)) == 12 and torch.allclose(
             losses(matrix / name), losses(matrix / "zero1"), rtol=0.1
         ), name
+
+
+@pytest.mark.slow
+def test_the_losses_of_an_index_train_with_sharded_parameters_too(matrix):
+    index, sharded, plain = (load_file(matrix / f"{name}.safetensors") for name in ("index", "index sharded", "zero1"))
+    assert relative_distance(index, sharded) < 0.0005 and relative_distance(index, plain) > 0.02
+    assert {f"loss_{name}" for name in ("class_token", "cosine", "neighbors")} <= set(curve_names(matrix / "index"))
 
 
 @pytest.mark.slow
@@ -799,8 +850,12 @@ def test_kept_features_change_no_bit_and_are_what_the_student_learns_from(matrix
 @pytest.mark.slow
 def test_a_run_goes_on_at_another_number_of_processes(matrix):
     """With 2, 1 and 2 processes for steps 0–4, 4–8 and 8–12, in every ZeRO stage."""
-    cases = {name: MATRIX[name] for name in (*STAGES, "average", "average zero0", "average zero3", "bf16")}
-    launch(matrix, 1, {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()})
+    names = (*STAGES, "average", "average zero0", "average zero3", "bf16", "index", "found rate")
+    cases = {name: MATRIX[name] for name in names}
+    one = {f"{name} one": {**case, "after": name, "step": 4} for name, case in cases.items()}
+    one["found rate alone"] = {**MATRIX["found rate"], "micro_batch": 8}
+    one["found rate lost"] = {**one["found rate one"], "lost": True}
+    launch(matrix, 1, one)
     for name in cases:
         seal = json.loads((matrix / f"{name} one" / "checkpoints" / "step00000008" / MANIFEST).read_text())
         assert seal["processes"] == 1 and not list((matrix / f"{name} one" / "checkpoints").glob("*universal*"))
@@ -813,6 +868,11 @@ def test_a_run_goes_on_at_another_number_of_processes(matrix):
         assert relative_distance(uninterrupted, resumed) < (0.005 if name == "bf16" else 0.0005), name
         curves = losses(matrix / name), losses(matrix / f"{name} back")
         assert len(curves[1]) == 12 and torch.allclose(*curves, rtol=0.005 if name == "bf16" else 1e-4), name
+    figures = lambda name: json.loads((matrix / f"{name}.figures").read_text())  # noqa: E731
+    rates = [figures(f"found rate{name}")["peak_learning_rate"] for name in ("", " alone", " one", " back", " lost")]
+    assert len(set(rates)) == 1 and 1e-5 < rates[0] < 1e-2, "another teacher gives another rate, if it is asked"
+    assert figures("found rate bf16")["peak_learning_rate"] / rates[0] in (0.5, 1, 2)
+    assert figures("zero1")["peak_learning_rate"] == 1e-3 * 8 / 256
     # It resumed and did not start again: a different training ends elsewhere.
     assert relative_distance(load_file(matrix / "zero1.safetensors"), load_file(matrix / "clipped.safetensors")) > 0.02
 

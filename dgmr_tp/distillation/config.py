@@ -32,6 +32,10 @@ NON_OUTCOME_KEYS = {
 """Keys that do not decide the outcome of a training: they may change when it is resumed."""
 
 
+MIN_WARMUP_STEPS = 20
+"""Minimum default warm-up of a learning rate that was found: the memory of Adam's second moments at β₂ = 0.95."""
+
+
 class LoopOptions(Config):
     """Options of the training loop that only ``distill`` sets. ``tune_text`` trains with the defaults."""
 
@@ -65,12 +69,14 @@ class TrainingConfig(Config):
     """Optimizer steps."""
     batch_size: int = Field(ge=1)
     """Images a step, over all processes and accumulated micro-batches."""
-    base_lr: float = Field(ge=0)
-    """The peak learning rate is ``base_lr · batch_size / 256``."""
+    base_lr: float | None = Field(default=None, ge=0)
+    """The peak learning rate is ``base_lr · batch_size / 256``. Default: it is found by a line search before the first
+    step, so that the first steps do not undo a recovery."""
     min_lr: float = Field(default=0.0, ge=0)
     """Final learning rate of the cosine schedule. Not scaled by the batch size."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Steps in which the learning rate rises linearly from 0."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps in which the learning rate rises linearly from 0. Default: 0 with ``base_lr``. Without it 5 % of the
+    steps, at least 20 and at most half of them."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices. Norms, biases and embeddings are not decayed."""
     final_weight_decay: float | None = Field(default=None, ge=0)
@@ -135,17 +141,29 @@ class TrainingConfig(Config):
             )
         return micro
 
-    def learning_rate(self, step: int) -> float:
+    @property
+    def peak_learning_rate(self) -> float | None:
+        """The peak learning rate; None if it is to be found."""
+        return None if self.base_lr is None else self.base_lr * self.batch_size / 256
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """The value or the default of ``warmup_steps``."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return 0 if self.base_lr is not None else min(self.steps // 2, max(MIN_WARMUP_STEPS, self.steps // 20))
+
+    def learning_rate(self, step: int, peak: float) -> float:
         """Return the learning rate at ``step``, counted from 0.
 
-        A linear warm-up to ``base_lr · batch_size / 256``, then a cosine to ``min_lr``.
+        A linear warm-up to ``peak``, then a cosine to ``min_lr``.
         """
-        peak = self.base_lr * self.batch_size / 256
-        if step < self.warmup_steps:
-            return peak * (step + 1) / self.warmup_steps
+        warmup = self.num_warmup_steps
+        if step < warmup:
+            return peak * (step + 1) / warmup
         if not peak:
             return 0.0
-        return _cosine(peak, self.min_lr, step - self.warmup_steps, self.steps - self.warmup_steps)
+        return _cosine(peak, self.min_lr, step - warmup, self.steps - warmup)
 
     def decay(self, step: int) -> float:
         """Return the weight decay at ``step``, counted from 0: a cosine to ``final_weight_decay``, or constant."""
@@ -195,6 +213,11 @@ class DistillConfig(LoopOptions, TrainingConfig):
             raise ValueError("bf16 with zero_stage: 0 has no float32 master weights. Set zero_stage to 1, 2 or 3")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all does not work with zero_stage: {self.zero_stage}. Set zero_stage: 3")
+        if self.base_lr is None and self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage: 3 shards the parameters, but finding the learning rate needs all of them on each device. "
+                "Set base_lr"
+            )
         if self.keep_features and self.shard_teacher:
             raise ValueError(
                 "keep_features does not work with shard_teacher, because processes that share a teacher must all run "
@@ -220,6 +243,8 @@ class TuneTextConfig(TrainingConfig):
     """For a Karpathy JSON: the folder of its images."""
     first_caption: bool = False
     """Always use the first of several captions, as in the paper, instead of drawing one for every epoch."""
+    base_lr: float = Field(ge=0)
+    """The peak learning rate is ``base_lr · batch_size / 256``."""
     zero_stage: Literal[1, 2] = 1
     """State that DeepSpeed shards over the processes: 1 optimizer states, 2 also gradients."""
 

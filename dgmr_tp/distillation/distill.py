@@ -132,7 +132,7 @@ def distill(
             flops=lambda: (4 if config.recompute else 3) * student_flops + teacher_ran * teacher_flops,
             scores=scores,
         )
-        step, broken = train(task, config, directory, stop)
+        step, peak, broken = train(task, config, directory, stop)
         broken |= all_gather_dict(held_out_images.broken) if config.held_out else {}
         release_teacher()
         if cache:
@@ -142,7 +142,7 @@ def distill(
     student.module.to("cpu", torch.float32).requires_grad_(True).eval()
     figures = {"processes": get_world_size(), "images": count, "broken_images": broken, "best_step": step}
     settings = config.model_dump(exclude={"hostfile", "keep_features"})
-    return {**settings, "seed": seed, **figures, "teacher": teacher_scores}
+    return {**settings, "seed": seed, "peak_learning_rate": peak, **figures, "teacher": teacher_scores}
 
 
 def _split_held_out(images: Images | Stream, config: DistillConfig, seed: int) -> tuple[Images, Images]:

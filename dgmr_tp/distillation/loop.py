@@ -41,6 +41,7 @@ from dgmr_tp.distillation.processes import (
     fail_together,
     stop_requested,
 )
+from dgmr_tp.distillation.rate_search import NUM_SEARCH_BATCHES, find_learning_rate
 from dgmr_tp.distillation.throughput import Throughput, format_throughput, measure_peak_flops
 from dgmr_tp.distillation.validation import BestWeights, describe_fall, describe_result
 from dgmr_tp.errors import DgmrError, Preempted, first_line
@@ -93,6 +94,8 @@ class TrainingResult(NamedTuple):
 
     0: no step scored higher than the model before the training.
     """
+    peak_learning_rate: float
+    """Given by the configuration, or found."""
     broken: dict[str, str]
     """Images that did not decode, and the errors."""
 
@@ -166,12 +169,16 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
     if config.zero_stage == 3:
         register_external_parameters(module, task.probe)
     optimizer = torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=1.0, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, config.learning_rate)
 
     folder = directory / CHECKPOINT_FOLDER
     checkpoint, damaged = checkpoints.newest(folder)
     if is_main_process():
         _delete_unusable(folder, checkpoint, damaged, config.title)
+    resume_point = checkpoint or Checkpoint(0, world, config.zero_stage)
+    peak = config.peak_learning_rate
+    if peak is None:
+        peak = resume_point.peak_learning_rate or _search_learning_rate(task, config, resume_point)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.learning_rate(step, peak))
     loading = checkpoints.prepare_for_loading(folder, checkpoint) if checkpoint else nullcontext((None, False))
     with loading as (tag, universal):
         engine_config.setdefault("checkpoint", {})["load_universal"] = universal
@@ -184,7 +191,6 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         if universal:  # ZeRO-3 loads one step counter for all groups, which each of them would advance
             for state in optimizer.state.values():
                 state["step"] = state["step"].clone()
-    resume_point = checkpoint or Checkpoint(0, world, config.zero_stage)
     if is_main_process() and resume_point.step:
         position = task.describe_position(resume_point)
         print(f"  {config.title}: resumes at step {resume_point.step} of {config.steps}{position}", flush=True)
@@ -197,7 +203,7 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         engine.compile()
 
     best = BestWeights(folder)
-    broken = _run_steps(task, engine, optimizer, config, average, best, resume_point, directory, stop)
+    broken = _run_steps(task, engine, optimizer, config, peak, average, best, resume_point, directory, stop)
     result = average.full() if average else full_parameters(engine.module)
     weights = {name: value.cpu().clone() for name, value in result if is_main_process()}
     step = config.steps
@@ -210,7 +216,24 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
             tensor.data = tensors[name]
         if not average and best.step >= 0:
             print(f"  {config.title}: {describe_result(read_curve(directory, 'score'), step)}", flush=True)
-    return TrainingResult(step, broken)
+    return TrainingResult(step, peak, broken)
+
+
+def _search_learning_rate(task: Task, config: TrainingConfig, start: Checkpoint) -> float:
+    """Find the peak learning rate on the first batches, on the module that DeepSpeed does not wrap yet."""
+    accumulation_steps = config.batch_size // get_world_size() // config.micro_batch_of(get_world_size())
+    device = current_device()
+
+    def run(inputs: Tensor, **options: Any) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):  # the master weights are float32
+            return task.module(inputs.float(), **options)
+
+    with contextlib.closing(task.samples(start)) as loader:
+        batches = [[next(loader) for _ in range(accumulation_steps)] for _ in range(NUM_SEARCH_BATCHES)]
+    peak = find_learning_rate(task.module, batches, lambda sample: task.total(task.losses(run, sample)))
+    if is_main_process():
+        print(f"  {config.title}: peak learning rate {peak:.2g}, found on {NUM_SEARCH_BATCHES} batches", flush=True)
+    return peak
 
 
 def _run_steps(
@@ -218,19 +241,20 @@ def _run_steps(
     engine: Any,
     optimizer: torch.optim.Optimizer,
     config: TrainingConfig,
+    peak: float,
     average: WeightAverage | None,
     best: BestWeights,
     resume_point: Checkpoint,
     directory: Path,
     stop: Callable[[], bool],
 ) -> dict[str, str]:
-    """Run the steps after ``resume_point`` and return the broken images."""
+    """Run the steps after ``resume_point`` with the peak learning rate ``peak``, and return the broken images."""
     world, device = get_world_size(), current_device()
     folder = directory / CHECKPOINT_FOLDER
     accumulation_steps = engine.gradient_accumulation_steps()
     loader = task.samples(resume_point)
-    peak = world * measure_peak_flops(device, config.precision) if task.flops else 0.0
-    throughput = Throughput(config.batch_size, peak)
+    peak_flops = world * measure_peak_flops(device, config.precision) if task.flops else 0.0
+    throughput = Throughput(config.batch_size, peak_flops)
     broken, shards = dict(resume_point.broken), {}
 
     def evaluate(step: int) -> dict[str, float]:
@@ -297,7 +321,7 @@ def _run_steps(
             if step % config.log_every == 0 or step == config.steps:
                 curves |= {
                     "loss": total,
-                    "learning_rate": config.learning_rate(step - 1),
+                    "learning_rate": config.learning_rate(step - 1, peak),
                     "gradient_norm": norm,
                     **{f"loss_{name}": float(value) for name, value in means.items()},
                     **rates,
@@ -310,7 +334,7 @@ def _run_steps(
                 # A reader that has not delivered an image yet may still be at the first shard.
                 complete = len(positions) == world * max(1, config.workers)
                 shard = min(positions.values()) if complete else resume_point.shard
-                new_checkpoint = Checkpoint(step, world, config.zero_stage, broken=broken, shard=shard)
+                new_checkpoint = Checkpoint(step, world, config.zero_stage, peak, broken=broken, shard=shard)
                 save_start = time.monotonic()
                 average_weights = average.full() if average else ()
                 checkpoints.save(engine, folder, new_checkpoint, average_weights, config.keep_checkpoints)

@@ -56,7 +56,7 @@ class MemoryEstimate:
     """Memory on each device, bytes."""
 
     states: float
-    """Weights, gradients, optimizer states and reduction buffers."""
+    """Weights, gradients, optimizer states and reduction buffers, or what the search for a learning rate needs."""
     image: float
     """Activations of each image that a process works on at a time."""
     startup: float
@@ -113,6 +113,8 @@ class MemoryEstimator:
         states = weights + gradients + (0 if config.offload != "none" else optimizer) + teacher
         states += itemsize * min(MAX_REDUCE_BUCKET, trained) if stage else 0
         states += average * trained / shards
+        if config.base_lr is None and stage < 3:  # the search for it needs a float32 gradient and copy of all weights
+            states = max(states, teacher + 4 * self.student + 8 * trained)
         startup = max(itemsize * self.teacher, teacher + 4 * self.student)
         return MemoryEstimate(states, self.image_bytes[config.recompute], startup)
 
