@@ -279,6 +279,8 @@ def test_a_learning_rate_that_is_found_is_warmed_up():
     assert warmup(steps=1000) == 0 and warmup(base_lr=None, steps=1000, warmup_steps=7) == 7
     with pytest.raises(ValueError, match=r"zero_stage: 3 shards the parameters.* Set base_lr"):
         distill_config(base_lr=None, zero_stage=3)
+    with pytest.raises(ValueError, match=r"steps: 3 are too few batches to find the learning rate on. Set base_lr"):
+        distill_config(base_lr=None, steps=3)
 
 
 @pytest.mark.parametrize("curvature", [10.0, 1e-2])

@@ -36,6 +36,10 @@ MIN_WARMUP_STEPS = 20
 """Minimum default warm-up of a learning rate that was found: the memory of Adam's second moments at β₂ = 0.95."""
 
 
+NUM_SEARCH_BATCHES = 4
+"""Global batches that the search for a learning rate reads: one for the gradient, the others for the loss."""
+
+
 class LoopOptions(Config):
     """Options of the training loop that only ``distill`` sets. ``tune_text`` trains with the defaults."""
 
@@ -213,6 +217,8 @@ class DistillConfig(LoopOptions, TrainingConfig):
             raise ValueError("bf16 with zero_stage: 0 has no float32 master weights. Set zero_stage to 1, 2 or 3")
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all does not work with zero_stage: {self.zero_stage}. Set zero_stage: 3")
+        if self.base_lr is None and self.steps < NUM_SEARCH_BATCHES:
+            raise ValueError(f"steps: {self.steps} are too few batches to find the learning rate on. Set base_lr")
         if self.base_lr is None and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage: 3 shards the parameters, but finding the learning rate needs all of them on each device. "

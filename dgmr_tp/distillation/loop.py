@@ -21,7 +21,7 @@ from torch import Tensor, distributed, nn
 
 from dgmr_tp.distillation import checkpoints
 from dgmr_tp.distillation.checkpoints import Checkpoint
-from dgmr_tp.distillation.config import TrainingConfig
+from dgmr_tp.distillation.config import NUM_SEARCH_BATCHES, TrainingConfig
 from dgmr_tp.distillation.data import Sample
 from dgmr_tp.distillation.engine import (
     MAX_REDUCE_BUCKET,
@@ -41,7 +41,7 @@ from dgmr_tp.distillation.processes import (
     fail_together,
     stop_requested,
 )
-from dgmr_tp.distillation.rate_search import NUM_SEARCH_BATCHES, find_learning_rate
+from dgmr_tp.distillation.rate_search import find_learning_rate
 from dgmr_tp.distillation.throughput import Throughput, format_throughput, measure_peak_flops
 from dgmr_tp.distillation.validation import BestWeights, describe_fall, describe_result
 from dgmr_tp.errors import DgmrError, Preempted, first_line

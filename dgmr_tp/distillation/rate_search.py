@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from dgmr_tp.distillation.data import Sample
 from dgmr_tp.utils.distributed import all_reduce_sum, broadcast_from_main
 
-NUM_SEARCH_BATCHES = 4
-"""Global batches that a search reads: one for the gradient, the others for the loss."""
 FIRST_STEP_SIZE = 1e-6
 MIN_STEP_SIZE, MAX_STEP_SIZE = 1e-9, 1e-2
 RATE_PER_STEP_SIZE = 4
@@ -34,7 +32,7 @@ def find_learning_rate(
 
     Args:
         module: all its parameters are complete on this device, in float32. They are the same after the search.
-        batches: this process's micro-batches of :data:`NUM_SEARCH_BATCHES` global batches.
+        batches: this process's micro-batches of each global batch.
         loss: runs the module on a micro-batch.
     """
     first, *others = batches
