@@ -53,15 +53,16 @@ from dgmr_tp.distillation.bank import compute_bank
 from dgmr_tp.distillation.checkpoints import MANIFEST, Checkpoint
 from dgmr_tp.distillation.config import DistillConfig
 from dgmr_tp.distillation.data import Crops, batches, training_transform
+from dgmr_tp.distillation.distill import distill
 from dgmr_tp.distillation.engine import deepspeed_config, freeze_unused_parameters, parameter_groups
 from dgmr_tp.distillation.feature_cache import FeatureCache
 from dgmr_tp.distillation.loop import curve_names, describe_save, read_curve, training_session
 from dgmr_tp.distillation.losses import LOSSES, DistillationLoss, FeatureTap, Loss
-from dgmr_tp.distillation.processes import FAILURE_FILE
+from dgmr_tp.distillation.processes import FAILURE_FILE, STOP_FILE
 from dgmr_tp.distillation.processes import launch as launch_processes
 from dgmr_tp.distillation.rate_search import find_learning_rate
 from dgmr_tp.distillation.validation import BestWeights, HeldOutSet
-from dgmr_tp.encoders import adapt, open_model
+from dgmr_tp.encoders import OpenedModel, adapt, open_model
 from dgmr_tp.errors import DgmrError, Preempted
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.utils.files import DirectoryLocked, lock_directory
@@ -368,6 +369,13 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.fixture
+def launched(process_group, monkeypatch):
+    """Set the variables that a launcher of one process sets, so that a training runs in this process."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+
+
 class Writer:
     """Writes a checkpoint as DeepSpeed's engine does: files in a folder named by the tag."""
 
@@ -495,6 +503,52 @@ def test_a_training_asks_for_the_step_before_it_to_be_finished(tmp_path):
         run.train_worker("tune_text", "mlp_ratio-1")
 
 
+def test_a_training_resumes_as_it_began_and_says_what_became_of_its_score(launched, tmp_path, capsys):
+    """Bank and learning rate are those of the start. It is one test because DeepSpeed keeps its process group."""
+    scenes.write_classification(tmp_path / "images", 60, seed=5)
+    images = Images.find(tmp_path / "images")
+    loss = {"balanced": True, "cosine": 10.0, "neighbors": 1.0}
+    config = distill_config(base_lr=None, steps=6, held_out=9, evaluate_every=2, loss=loss, checkpoint_every=100)
+
+    def run(name: str, seed: int = 0, teacher: OpenedModel | None = None, **changes) -> tuple[dict, dict, str]:
+        student, changed = (
+            prune(open_model("demo"), criterion="l2", mlp_ratio=1).model,
+            config.model_copy(update=changes),
+        )
+        capsys.readouterr()
+        figures = distill(teacher or open_model("demo"), student, images, changed, tmp_path / name, seed=seed)
+        return figures, student.tower.state_dict(), capsys.readouterr().out
+
+    figures, weights, printed = run("whole")
+    assert figures["best_step"] == 6 and "distillation: step 6 of 6 was kept: its held-out score is 0." in printed
+    assert f"peak learning rate {figures['peak_learning_rate']:.2g}, found on 4 batches" in printed
+    assert "fell" not in printed
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / STOP_FILE).touch()
+    with pytest.raises(Preempted, match="preempted at step 1 of 6"):
+        run("parts")
+    shutil.copytree(tmp_path / "parts", tmp_path / "lost")
+    resumed, resumed_weights, printed = run("parts")
+    assert "resumes at step 1 of 6" in printed and "found on" not in printed
+    assert resumed["peak_learning_rate"] == figures["peak_learning_rate"]
+    assert all(torch.equal(resumed_weights[name], weights[name]) for name in weights)
+    teacher = open_model("demo")
+    for block in teacher.tower.transformer.resblocks:
+        block.mlp.c_proj.weight.data.mul_(0.5)
+    lost, lost_weights, _ = run("lost", teacher=teacher)
+    assert lost["peak_learning_rate"] == figures["peak_learning_rate"], "it is read, not found again"
+    assert not torch.equal(lost_weights["conv1.weight"], weights["conv1.weight"])
+
+    failed, failed_weights, printed = run("failed", base_lr=3.0)
+    (_, start), (_, first), *_ = read_curve(tmp_path / "failed", "score")
+    assert failed["peak_learning_rate"] == 3.0 * 8 / 256 and failed["best_step"] == 0
+    assert f"distillation: the held-out score fell from {start:.4f} to {first:.4f} in the first 2 steps" in printed
+    assert printed.count("the held-out score fell") == 1
+    assert "the start was kept: no step improved its score" in printed
+    begin = prune(open_model("demo"), criterion="l2", mlp_ratio=1).model.tower.state_dict()
+    assert all(torch.equal(failed_weights[name], begin[name]) for name in begin)
+
+
 # The tests below launch processes.
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -544,7 +598,7 @@ def launch(folder: Path, processes: int, cases: dict) -> None:
         **os.environ,
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     program = [
         str(BIN / "torchrun"),
