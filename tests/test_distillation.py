@@ -551,6 +551,41 @@ def test_a_training_resumes_as_it_began_and_says_what_became_of_its_score(launch
 
 # The tests below launch processes.
 
+
+def bank_and_rate(rank: int, world: int, folder: Path) -> None:
+    """Save the bank and the learning rate that the process ``rank`` of ``world`` computes."""
+    store = torch.distributed.FileStore(str(folder / f"store {world}"), world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    os.environ.update({"LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"})
+    torch.set_num_threads(1)
+    preprocess = lambda image: torch.from_numpy(np.array(image.resize((32, 32)))).permute(2, 0, 1) / 128 - 1  # noqa: E731
+    images, objective = Images.find(folder / "images"), DistillationLoss(balanced=True, cosine=1.0, neighbors=1.0)
+    student, teacher = (FeatureTap(adapt(redraw(timm_tower(), seed)), objective) for seed in (1, 2))
+    bank = compute_bank(images, preprocess, lambda batch: teacher(batch, embedding=True), (3, 32, 32), 4, seed=0)
+    crops = Crops(images, preprocess, 0)
+    samples = batches(crops, batch=8, micro=2, seed=0, first_step=0, steps=4, rank=rank, world=world, workers=0)
+    micro = list(samples)
+    steps = [micro[first : first + 4 // world] for first in range(0, len(micro), 4 // world)]
+    loss = lambda sample: objective.total(objective(student(sample.images), teacher(sample.images), bank))  # noqa: E731
+    rate = find_learning_rate(student, steps, loss)
+    torch.save((bank.embeddings, bank.deviations, rate), folder / f"{rank} of {world}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_the_bank_and_the_learning_rate_are_the_same_at_one_and_two_processes(tmp_path):
+    scenes.write_classification(tmp_path / "images", 21, seed=5)
+    for world in (1, 2):
+        torch.multiprocessing.spawn(bank_and_rate, (world, tmp_path), nprocs=world)
+    (alone, deviations, rate), *pair = (torch.load(tmp_path / name) for name in ("0 of 1.pt", "0 of 2.pt", "1 of 2.pt"))
+    assert alone.shape[0] == 21
+    for embeddings, pair_deviations, pair_rate in pair:
+        assert torch.allclose(embeddings, alone, atol=1e-6) and pair_rate == rate
+        assert all(torch.allclose(pair_deviations[name], deviations[name], rtol=1e-6) for name in deviations)
+    assert torch.equal(pair[0][0], pair[1][0]), "the processes have the same bank to the bit"
+    assert not torch.allclose(alone, alone.roll(1, 0), atol=1e-3), "the order counts"
+
+
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Without it, ZeRO-3 does not shard parameters as small as the demo CLIP's."""
