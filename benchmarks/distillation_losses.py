@@ -97,16 +97,17 @@ def embed(model: OpenedModel, images: Tensor) -> Tensor:
 
 
 def train(
-    teacher: OpenedModel, student: OpenedModel, images: Images, variant: dict[str, Any], seen: int, folder: Path
+    teacher: OpenedModel, student: OpenedModel, images: Images, name: str, seen: int, folder: Path
 ) -> dict[str, Any]:
-    """Distill ``student`` in place on ``seen`` images and return the figures."""
+    """Distill ``student`` in place with the variant ``name`` on ``seen`` images, and return the figures."""
     steps = seen // BATCH_SIZE
     fixed = {"steps": steps, "batch_size": BATCH_SIZE, "min_crop": 0.5, "checkpoint_every": steps}
-    config = DistillConfig(**fixed, **variant)
+    config = DistillConfig(**fixed, **VARIANTS[name])
     features = folder / f"{'-'.join(sorted(config.loss.features))}.features"
-    figures = distill(teacher, student, images, config, folder / "training", features=features)
+    training = folder / f"{name}, {seen}"
+    figures = distill(teacher, student, images, config, training, features=features)
     assert figures
-    shutil.rmtree(folder / "training")
+    shutil.rmtree(training)
     return {"steps": steps, "peak_learning_rate": figures["peak_learning_rate"]}
 
 
@@ -152,7 +153,7 @@ def main() -> None:
         if any((row["loss"], row["images"]) == (name, seen) for row in rows):
             return
         student, started = open_model(args.student), time.monotonic()
-        figures = train(teacher, student, images, VARIANTS[name], seen, folder) if seen else {}
+        figures = train(teacher, student, images, name, seen, folder) if seen else {}
         figures |= {"seconds": round(time.monotonic() - started)} if seen else {}
         rows.append({"loss": name, "images": seen, **figures, **measure(student)})
         print(rows[-1], flush=True)
