@@ -280,7 +280,7 @@ def test_a_learning_rate_that_is_found_is_warmed_up():
     assert warmup(steps=1000) == 0 and warmup(base_lr=None, steps=1000, warmup_steps=7) == 7
     with pytest.raises(ValueError, match=r"zero_stage: 3 shards the parameters.* Set base_lr"):
         distill_config(base_lr=None, zero_stage=3)
-    with pytest.raises(ValueError, match=r"steps: 3 are too few batches to find the learning rate on. Set base_lr"):
+    with pytest.raises(ValueError, match=r"steps: 3 is below the 4 batches on which base_lr is found\. Set base_lr"):
         distill_config(base_lr=None, steps=3)
 
 
@@ -305,6 +305,16 @@ def test_a_student_that_cannot_be_improved_gets_a_small_learning_rate(process_gr
     module = nn.Linear(3, 1)
     still = lambda sample: (module.weight - module.weight.detach()).square().sum() + 0 * module.bias.sum()  # noqa: E731
     assert find_learning_rate(module, [[0]] * 4, still) < 1e-4
+
+
+def test_the_search_leaves_parameters_without_a_gradient_alone(process_group):
+    module = nn.Linear(50, 1)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    centers = torch.randn(50) + 0.1 * torch.randn(4, 1, 50)
+    loss = lambda center: (module.weight - center).square().sum()  # noqa: E731
+    rate = find_learning_rate(module, [[center] for center in centers], loss)
+    assert rate > 1e-3, "it moves the weight, on which the loss depends"
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
 @hypothesis.settings(deadline=None)
@@ -1006,7 +1016,7 @@ def test_what_goes_wrong_is_one_sentence_and_costs_at_most_the_steps_since_the_l
     assert "images do not decode, more than distill.max_broken = 0.01; first:" in says("too many broken")
     assert (
         "the loss is" in says("not finite")
-        and "Lower distill.base_lr" in says("not finite")
+        and "Set a lower distill.base_lr" in says("not finite")
         and ".tar:" in says("not finite")
     )
     assert "distill.batch_size = 7 cannot be divided over 2 processes" in says("no share")

@@ -36,7 +36,7 @@ class Checkpoint:
     """World size that wrote it."""
     zero_stage: int
     peak_learning_rate: float | None = None
-    """Of the schedule. A training that resumes does not search for it again."""
+    """Peak of the schedule. A training that resumes does not search for it again."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 of every file, by its path in the checkpoint's folder."""
     broken: dict[str, str] = field(default_factory=dict)

@@ -30,12 +30,8 @@ NON_OUTCOME_KEYS = {
     "max_broken",
 }
 """Keys that do not decide the outcome of a training: they may change when it is resumed."""
-
-
 MIN_WARMUP_STEPS = 20
-"""Minimum default warm-up of a learning rate that was found: the memory of Adam's second moments at β₂ = 0.95."""
-
-
+"""Minimum default warm-up if the learning rate is found. Adam's second moments average over 1 / (1 − β₂) = 20 steps."""
 NUM_SEARCH_BATCHES = 4
 """Global batches that the search for a learning rate reads: one for the gradient, the others for the loss."""
 
@@ -218,7 +214,9 @@ class DistillConfig(LoopOptions, TrainingConfig):
         if self.offload == "all" and self.zero_stage != 3:
             raise ValueError(f"offload: all does not work with zero_stage: {self.zero_stage}. Set zero_stage: 3")
         if self.base_lr is None and self.steps < NUM_SEARCH_BATCHES:
-            raise ValueError(f"steps: {self.steps} are too few batches to find the learning rate on. Set base_lr")
+            raise ValueError(
+                f"steps: {self.steps} is below the {NUM_SEARCH_BATCHES} batches on which base_lr is found. Set base_lr"
+            )
         if self.base_lr is None and self.zero_stage == 3:
             raise ValueError(
                 "zero_stage: 3 shards the parameters, but finding the learning rate needs all of them on each device. "

@@ -95,7 +95,7 @@ class TrainingResult(NamedTuple):
     0: no step scored higher than the model before the training.
     """
     peak_learning_rate: float
-    """Given by the configuration, or found."""
+    """Peak of the schedule, which the configuration sets or the search finds."""
     broken: dict[str, str]
     """Images that did not decode, and the errors."""
 
@@ -424,7 +424,7 @@ def _not_finite_message(what: str, step: int, own_names: list[str], folder: Path
     first_names = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return (
         f"the {what} at step {step} (images {first_names}). The step is not saved, and the last checkpoint is in "
-        f"{folder}. Lower {config.section}.base_lr or look at these images."
+        f"{folder}. Set a lower {config.section}.base_lr or look at these images."
     )
 
 
