@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would children
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no network; without this, every refusal waits for retries
 
 import pytest
