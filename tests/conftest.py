@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from unittest import mock
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would children
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests use no network; without this, every refusal waits for retries
 
 import pytest
@@ -28,6 +27,8 @@ from torch import nn
 from dgmr_tp.cli import main
 from dgmr_tp.encoders import adapt
 from dgmr_tp.pipeline.recipe import parse_recipe
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would children
 
 
 def pytest_runtest_setup() -> None:
