@@ -88,6 +88,14 @@ def main() -> None:
     providers = [name for name in PROVIDERS[args.device] if name in onnxruntime.get_available_providers()]
     builders |= {f"onnxruntime {name}": with_onnxruntime(name) for name in providers}
     rows: dict[str, dict] = {}
+    result = {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "model": args.model,
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "left_out": sorted(set(PROVIDERS[args.device]) - set(providers)),
+        "rows": rows,
+    }
     for name, build in builders.items():
         with tempfile.TemporaryDirectory() as scratch:
             runs = {}
@@ -101,15 +109,8 @@ def main() -> None:
                 times = latencies({label: partial(run_and_wait, run, images[:batch]) for label, run in runs.items()})
                 speedup = times["dense"]["median"] / times["pruned"]["median"]
                 rows[f"{name}, batch {batch}"] = {"faster": speedup, "ideal": ideal, "share": speedup / ideal, **times}
+                atomic_write(args.out, json.dumps(result, indent=1) + "\n")
                 print(f"| {name} | {batch} | {ideal:.2f} | {speedup:.2f} | {speedup / ideal:.2f} |", flush=True)
-    result = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "model": args.model,
-        "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
-        "left_out": sorted(set(PROVIDERS[args.device]) - set(providers)),
-    }
-    atomic_write(args.out, json.dumps({**result, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,12 @@ class Subject:
         """Return ``count`` training images, drawn by ``seed``, in batches of 128."""
         generator = torch.Generator().manual_seed(seed)
         order = self.num_bank + torch.randperm(len(self.train) - self.num_bank, generator=generator)
-        return list(self.train[order[:count]].split(128))
+        return [batch.to(self.device) for batch in self.train[order[:count]].split(128)]
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tower. Images and outputs stay on the CPU."""
+        return next(self.tower.parameters()).device
 
 
 def demo() -> Subject:
@@ -235,7 +240,8 @@ def swin() -> nn.Module:
 
 @torch.no_grad()
 def embeddings(tower: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([tower(batch) for batch in images.split(250)])
+    device = next(tower.parameters()).device
+    return torch.cat([tower(batch.to(device)).cpu() for batch in images.split(250)])
 
 
 @dataclass
@@ -254,10 +260,10 @@ class Outputs:
 def outputs(subject: Subject, tower: nn.Module, with_bank: bool = True) -> Outputs:
     """Return the outputs of ``tower`` for the images of ``subject``."""
     adapter = adapt(tower)
-    states = [last_state(adapter, batch) for batch in subject.test.split(250)]
+    states = [last_state(adapter, batch.to(subject.device)) for batch in subject.test.split(250)]
     return Outputs(
-        torch.cat([adapter.embed(state) for state in states]),
-        torch.cat([adapter.features(adapter.norm(state))[1] for state in states]),
+        torch.cat([adapter.embed(state).cpu() for state in states]),
+        torch.cat([adapter.features(adapter.norm(state))[1].cpu() for state in states]),
         embeddings(tower, subject.train[: subject.num_bank]) if with_bank else subject.train.new_empty(0),
     )
 
@@ -355,7 +361,7 @@ def distilled(subject: Subject, plan: Plan, calibration: list[Tensor], dense: Ou
     torch.manual_seed(0)
     model = copy.deepcopy(prune(subject.tower, calibration, plan=plan).model).requires_grad_(True)
     pool, result = subject.train[subject.num_bank :], {}
-    batches = (pool[torch.randint(len(pool), (64,))] for _ in range(DISTILLATION_STEPS[-1]))
+    batches = (pool[torch.randint(len(pool), (64,))].to(subject.device) for _ in range(DISTILLATION_STEPS[-1]))
     for step in distilling(subject.tower, model, batches, steps=DISTILLATION_STEPS[-1], peak=2.5e-4, weight_decay=0.05):
         if step in DISTILLATION_STEPS:
             result[str(step)] = measured(subject, model.eval(), dense, with_knn=True)
@@ -466,8 +472,9 @@ def run(
 class Store:
     """Cells of figures in a JSON file. Each cell is computed once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: str) -> None:
         self.path = path
+        self.device = torch.cuda.get_device_name() if device == "cuda" else device
         self.cells: dict[str, dict] = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
         self.rankings: dict = {}
 
@@ -481,6 +488,7 @@ class Store:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "machine": platform.machine(),
+            "device": self.device,
             "images": NUM_IMAGES,
         }
         atomic_write(self.path, json.dumps({**setting, "cells": self.cells}, indent=1) + "\n")
@@ -584,10 +592,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="*", help="shares of neurons, such as 1/4 [default: all of the encoder]")
     parser.add_argument("--draws", type=int, default=3, help="maximum number of draws of calibration images")
     parser.add_argument("--no-searches", action="store_true", help="skip AMP's searches and the distillations")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--tables", action="store_true", help="compute nothing, print the tables of the stored cells")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    store, weights = Store(args.out), args.out.parent / "weights"
+    store, weights = Store(args.out, args.device), args.out.parent / "weights"
     halves = {"1/4": 3, "1/2": 3, "1/8": 3}
     subjects = {
         "dinov2s": (lambda: dinov2s(args.dinov2, 98, 12288), halves, True),
@@ -603,7 +612,9 @@ def main() -> None:
         for name in args.only:
             build, sizes, searches = subjects[name]
             sizes = {size: draws for size, draws in sizes.items() if args.sizes is None or size in args.sizes}
-            run(name, build(), store, sizes, args.methods, searches and searching, limit)
+            subject = build()
+            subject.tower.to(args.device)
+            run(name, subject, store, sizes, args.methods, searches and searching, limit)
     store.tables()
     store.draw()
 
