@@ -26,6 +26,7 @@ from dgmr_tp.pipeline.preflight import run_preflight
 from dgmr_tp.pipeline.run import Run
 from dgmr_tp.pipeline.run_directory import RunDirectory, Step, package_versions
 from dgmr_tp.pipeline.stages.distill import DistillStage
+from dgmr_tp.utils.cpus import available_cpus
 from dgmr_tp.utils.files import lock_directory
 
 
@@ -396,7 +397,7 @@ def test_the_distillation_can_be_started_by_hand(small_run, tmp_path):
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
+        "OMP_NUM_THREADS": str(max(1, available_cpus() // 2)),
     }
     arguments = [
         "deepspeed",

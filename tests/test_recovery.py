@@ -223,7 +223,7 @@ def test_behind_a_norm_the_dense_mlp_is_the_target(name):
 def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_are_too_few(monkeypatch, images, few):
     """The MLP keeps 100 neurons, the head reads one token per image, and a tenth of the images is held out."""
     tower, calibration, new_images = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
-    fitted = prune(tower, [calibration], criterion="l2", keep=100).model
+    fitted, _, table = prune(tower, [calibration], criterion="l2", keep=100)
     monkeypatch.setattr("dgmr_tp.pruning.recovery.has_fewer_tokens", lambda *_: False)
     by_class_token = prune(tower, [calibration], criterion="l2", keep=100).model
 
@@ -233,7 +233,20 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
         return float((got - expected).square().mean())
 
     assert (error(fitted) < 0.5 * error(by_class_token)) == few
+    assert [row.images_needed for row in table] == [None] * (len(table) - 1) + [444 if few else None]
     assert torch.equal(fitted.blocks[-1].mlp.fc2.weight, by_class_token.blocks[-1].mlp.fc2.weight) != few
+
+
+@pytest.mark.parametrize(("keep", "needed"), [(1, 100), (20, 100), (23, 102), (100, 444), (101, 448)])
+def test_the_number_of_images_that_is_named_is_the_smallest_that_is_enough(keep, needed):
+    """Ten held-out tokens judge, which 100 images have."""
+    tower = redraw(timm_tower())
+
+    def last_site(images):
+        return prune(tower, [pictures(images)], criterion="l2", keep=keep).table[-1]
+
+    assert last_site(40).images_needed == last_site(needed - 1).images_needed == needed
+    assert last_site(needed).images_needed is None
 
 
 def test_towers_whose_tokens_are_used_are_fitted_on_all_of_them():

@@ -67,6 +67,14 @@ def test_the_errors_of_tuned_blocks_are_shown(small_run, tmp_path):
     assert first["tuned_error"] <= first["block_error"]
     untuned = {"site": "a", "num_kept": 1, "hidden": 2}
     data = collect(tmp_path, "run", {"prune/a": {"sites": [untuned]}, "recover/a": {"sites": [untuned]}})
+    assert data.sizes[0].shortage is None
+    short = [{**untuned, "site": "b", "images_needed": 1707}, untuned]
+    data = collect(tmp_path, "run", {"prune/a": {"sites": [untuned]}, "recover/a": {"sites": short}})
+    console = Console(file=io.StringIO(), width=80)
+    print_table(data, console)
+    page = write_html(data, tmp_path / "report.html").read_text()
+    for text in (console.file.getvalue(), page):
+        assert "oo few calibration images to fit b on the tokens" in text and "1,707 images are enough" in text
     assert "block, tuned" not in write_html(data, tmp_path / "report.html").read_text()
 
 

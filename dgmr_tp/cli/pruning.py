@@ -394,6 +394,7 @@ def _prune_streaming(
 
 def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
     """Write the model directory and print what was cut and recovered."""
+    from dgmr_tp.compression.prune import describe_shortage
     from dgmr_tp.pruning.cost import parameters
 
     pruned.model.module.cpu()
@@ -411,6 +412,8 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
             cells += [f"{row.block_error:.4f}", f"{row.tuned_error:.4f}"]
         table.add_row(*cells)
     out.print(table)
+    if shortage := describe_shortage({row.site: row.images_needed for row in pruned.table}):
+        out.print(shortage, soft_wrap=True)
     if pruned.images:
         if pruned.images.notice:
             out.print(pruned.images.notice, soft_wrap=True)

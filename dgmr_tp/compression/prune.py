@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -49,6 +49,26 @@ class SiteRow(NamedTuple):
     """Relative squared error of the block's output after the refit, before tuning. None without tuning."""
     tuned_error: float | None
     """The same after tuning."""
+    images_needed: int | None = None
+    """Number of calibration images that would suffice to fit the site on the tokens that the head reads alone.
+
+    None if there were enough. Otherwise the site was fitted on all tokens.
+    """
+
+
+def describe_shortage(images_needed: Mapping[str, int | None]) -> str | None:
+    """Return a sentence on the sites that lacked calibration images, or None if there is none.
+
+    Args:
+        images_needed: :attr:`SiteRow.images_needed` by site name.
+    """
+    needed = {site: count for site, count in images_needed.items() if count is not None}
+    if not needed:
+        return None
+    return (
+        f"too few calibration images to fit {', '.join(needed)} on the tokens that the head reads, so all tokens were "
+        f"fitted; {max(needed.values()):,} images are enough"
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,8 @@ def recover_pruned(
             table.append(SiteRow(*size, None, None, False, None, None))
             continue
         tuned = (None, None) if entry.tuning is None else (entry.tuning.before, entry.tuning.after)
-        table.append(SiteRow(*size, entry.cut_error, entry.recovered_error, entry.fit_rejected, *tuned))
+        row = SiteRow(*size, entry.cut_error, entry.recovered_error, entry.fit_rejected, *tuned)
+        table.append(row._replace(images_needed=entry.images_needed))
     return table
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from dgmr_tp.errors import DgmrError, Preempted
+from dgmr_tp.utils.cpus import available_cpus
 from dgmr_tp.utils.distributed import is_main_process
 from dgmr_tp.utils.files import DirectoryLocked, lock_directory
 from dgmr_tp.utils.lazy_imports import require_installed
@@ -81,7 +82,7 @@ def launch(arguments: list[str], processes: int, batch_size: int, stop: Path, ho
         hosts = ["--include", f"localhost:{devices_used}"] if devices_used else ["--num_accelerators", str(processes)]
     else:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // processes)))
     if not hostfile:  # a port that is free here may be taken on the first machine of a host file
         hosts += ["--master_port", str(_free_port())]
     command = [str(scripts / "deepspeed"), *hosts, "--quiet", "--no_local_rank"]

@@ -12,6 +12,7 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from dgmr_tp.compression.prune import describe_shortage
 from dgmr_tp.distillation.validation import describe_fall, describe_result
 from dgmr_tp.export.formats import FORMATS
 from dgmr_tp.pipeline.stages import STAGES
@@ -74,6 +75,8 @@ class SizeReport:
     """``label`` and ``metrics`` of every model and exported file."""
     sites: list[dict[str, Any]]
     has_tuned_blocks: bool
+    shortage: str | None
+    """A sentence on the sites that lacked calibration images."""
     trainings: list[TrainingReport]
     files: list[dict[str, Any]]
     threads: int | None
@@ -186,6 +189,7 @@ def _size_report(
         rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
         sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
         has_tuned_blocks=any(row.get("tuned_error") is not None for row in errors.values()),
+        shortage=describe_shortage({site: row.get("images_needed") for site, row in errors.items()}),
         trainings=[_training_report(str(stage.training_title), of(stage.name)) for stage in trained],
         files=_files(exported),
         threads=exported.get("threads"),
@@ -272,6 +276,8 @@ def print_table(report: Report, console: Console) -> None:
             for sentence in filter(None, (training.result, *training.warnings)):
                 line = f"{size.name}, {training.title.lower()}: {sentence}"
                 console.print(line, highlight=False, soft_wrap=True)
+        if size.shortage:
+            console.print(f"{size.name}: {size.shortage}", highlight=False, soft_wrap=True)
         for stage, count in size.skipped.items():
             console.print(f"{size.name}, {stage}: {count} images did not decode and were skipped", highlight=False)
         if size.not_zero_shot:

@@ -123,6 +123,11 @@ class SiteRecovery:
     """True if the refit did not reduce the held-out error. The layer then keeps its weights from before the refit."""
     tuning: Tuning | None = None
     """Result of tuning the site's block, or None if blocks are not tuned."""
+    images_needed: int | None = None
+    """Number of images with enough tokens that the head reads to fit the site on them alone.
+
+    None if the calibration images have enough. Otherwise the site was fitted on all tokens.
+    """
 
 
 @torch.no_grad()
@@ -185,10 +190,11 @@ def _recover(
         consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
         weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
         widest = max((consumer.in_features for consumer in consumers), default=0)
-        num_held_out = num_images // HELD_OUT_INTERVAL
+        num_held_out, images_needed = num_images // HELD_OUT_INTERVAL, None
         if has_fewer_tokens(weight, num_images - num_held_out, MIN_TOKENS_PER_NEURON * widest) or has_fewer_tokens(
             weight, num_held_out, MIN_HELD_OUT_TOKENS
         ):
+            images_needed = _images_needed(weight, widest)
             weight = token_weights(pruned, state_after, last=False)
         for index, state in enumerate(dense_states):  # in place, because the states of all images are large
             dense_states[index] = dense_block(state)
@@ -200,7 +206,8 @@ def _recover(
             fit, held_out = _site_moments(block, mlp, dense_mlp, consumer, states, dense_states, gain, weight)
             if gain is None:
                 gain = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
-            report.append(_refit_layer(f"{block.name}.{site.name}", consumer, gain, fit, held_out, damping))
+            entry = _refit_layer(f"{block.name}.{site.name}", consumer, gain, fit, held_out, damping)
+            report.append(replace(entry, images_needed=images_needed))
         if tune_steps:
             is_last = depth == len(blocks) - 1
             tuning = tune_block(
@@ -224,6 +231,14 @@ def _recover(
 def _is_held_out(num_images: int, first_image: int = 0) -> Tensor:
     """Return which of ``num_images`` images are held out, the first being number ``first_image``."""
     return torch.arange(first_image, first_image + num_images) % HELD_OUT_INTERVAL == HELD_OUT_INTERVAL - 1
+
+
+def _images_needed(weight: Tensor, neurons: int) -> int:
+    """Return the smallest number of images that fit and judge ``neurons`` on the tokens that have a weight."""
+    tokens = int((weight > 0).sum())
+    fitted = math.ceil(MIN_TOKENS_PER_NEURON * neurons / tokens)
+    with_held_out = (fitted - 1) * HELD_OUT_INTERVAL // (HELD_OUT_INTERVAL - 1) + 1
+    return max(with_held_out, math.ceil(MIN_HELD_OUT_TOKENS / tokens) * HELD_OUT_INTERVAL)
 
 
 def _report_step(steps_before: int, total: int, step: int) -> None:
