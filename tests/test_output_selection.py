@@ -1,6 +1,7 @@
 """Selection on calibration images, against least squares per candidate, LAPACK, and the tower's own activations."""
 
 import copy
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import lapack
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from dgmr_tp import DgmrError, open_model, prune
 from dgmr_tp.cli import app
 from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt
-from dgmr_tp.pruning import MLPPruner, PrecomputedScores, find_sites, last_state, rank_tower
+from dgmr_tp.pruning import MLPPruner, PrecomputedScores, find_sites, last_state, output_selection, rank_tower
 from dgmr_tp.pruning.calibration import token_weights
 from dgmr_tp.pruning.cost import parameters
-from dgmr_tp.pruning.output_selection import rank_neurons
+from dgmr_tp.pruning.output_selection import SELECTION_RULES, rank_neurons
 
 
 def problem(seed, neurons=8, tokens=60, width=4):
@@ -82,6 +84,19 @@ def test_the_first_picks_are_the_same_when_only_they_are_asked_for():
     full, part = ranked(hidden, weight), ranked(hidden, weight, picks=3)
     assert part.order[:3].tolist() == full.order[:3].tolist() and sorted(part.order.tolist()) == list(range(8))
     assert torch.equal(part.error[:4], full.error[:4]) and part.error[4] == part.error[3] > full.error[4]
+
+
+@pytest.mark.parametrize("rule", SELECTION_RULES.values())
+def test_no_pick_waits_for_the_device(rule):
+    """A tensor without values raises an error where a program reads one. On a GPU that would be a wait."""
+    with FakeTensorMode():
+        gram, weight = torch.empty(90, 90, dtype=torch.float64), torch.empty(4, 90, dtype=torch.float64)
+        with pytest.raises(DataDependentOutputException):
+            float(gram.mean())
+        with patch.object(output_selection, "float", lambda _: 1e-9, create=True):  # of the tolerance
+            greedy = output_selection._Greedy(gram, weight, rule)
+        chosen, reductions = greedy.pick_block(64)
+    assert chosen.shape == reductions.shape == (64,)
 
 
 def test_the_gram_is_that_of_the_towers_own_activations(tower):

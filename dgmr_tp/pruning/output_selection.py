@@ -37,7 +37,10 @@ RESIDUAL_TOLERANCE = 1e-9
 NUM_SENSITIVITY_IMAGES = 128
 """Number of images on which the sensitivity of the embedding to an MLP's error is measured."""
 PIVOT_BLOCK = 64
-"""Number of picks between two updates of the residual Gram matrix. Each update is one matrix product."""
+"""Number of picks between two updates of the residual Gram matrix.
+
+Each update is one matrix product. The picks of a block are read from the device together.
+"""
 
 
 def _output_gain(energy: Tensor, variance: Tensor) -> Tensor:
@@ -103,46 +106,73 @@ def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int
     Raises:
         DgmrError: ``by`` is unknown.
     """
-    gain_of = _selection_rule(by)
-    hidden = len(gram)
-    residual = gram.clone()  # R at the start of the current block of picks
-    projected = weight @ gram  # W R at the start of the current block of picks
-    variance = gram.diagonal().clone()  # R_jj after each pick
-    energy = projected.square().sum(0)  # ‖W R_:j‖² after each pick
-    total = float((projected * weight).sum())
-    tolerance = RESIDUAL_TOLERANCE * float(variance.mean())
-    picks = hidden if picks is None else min(picks, hidden)
-    available = torch.ones(hidden, dtype=torch.bool, device=gram.device)
+    hidden, picks = len(gram), len(gram) if picks is None else min(picks, len(gram))
+    greedy = _Greedy(gram, weight, _selection_rule(by))
+    total = float((greedy.projected * weight).sum())
     order: list[int] = []
     error = [1.0]
     while len(order) < picks:
-        # Inside a block, R = residual − columns columnsᵀ and W R = projected − directions columnsᵀ.
-        columns, directions = gram.new_zeros(hidden, PIVOT_BLOCK), gram.new_zeros(len(weight), PIVOT_BLOCK)
-        count = 0
-        while count < PIVOT_BLOCK and len(order) < picks:
-            usable = available & (variance > tolerance)
-            gain = torch.where(usable, gain_of(energy, variance.clamp(min=tolerance or 1)), -1.0)
-            pick = int(gain.argmax())
-            if not usable[pick]:
-                picks = len(order)
-                break
-            scale, coefficients = variance[pick].sqrt(), columns[pick, :count]
-            column = (residual[:, pick] - columns[:, :count] @ coefficients) / scale
-            direction = (projected[:, pick] - directions[:, :count] @ coefficients) / scale
-            along = direction @ projected - columns[:, :count] @ (direction @ directions[:, :count])
-            energy = (energy - 2 * column * along + column.square() * direction.square().sum()).clamp(min=0)
-            variance = (variance - column.square()).clamp(min=0)
-            columns[:, count], directions[:, count] = column, direction
-            count += 1
-            available[pick] = False
-            order.append(pick)
-            error.append(max(0.0, error[-1] - float(direction.square().sum()) / total) if total > 0 else 0.0)
-        residual.addmm_(columns, columns.T, alpha=-1)
-        projected.addmm_(directions, columns.T, alpha=-1)
-    remaining = torch.nonzero(available).flatten()
+        chosen, reductions = greedy.pick_block(min(PIVOT_BLOCK, picks - len(order)))
+        is_usable = reductions >= 0
+        order += chosen[is_usable].tolist()
+        for reduction in reductions[is_usable].tolist():
+            error.append(max(0.0, error[-1] - reduction / total) if total > 0 else 0.0)
+        if not is_usable.all():
+            break
+    remaining = torch.nonzero(greedy.available).flatten()
     order += remaining[gram.diagonal()[remaining].argsort(descending=True, stable=True)].tolist()
     error += [error[-1]] * (hidden + 1 - len(error))
     return Ranking(torch.tensor(order), torch.tensor(error, dtype=torch.float64))
+
+
+class _Greedy:
+    """State of the greedy selection of :func:`rank_neurons`."""
+
+    def __init__(self, gram: Tensor, weight: Tensor, gain_of: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.gain_of = gain_of
+        self.residual = gram.clone()
+        """``R`` before the current block of picks."""
+        self.projected = weight @ gram
+        """``W R`` before the current block of picks."""
+        self.variance = gram.diagonal().clone()
+        """``R_jj`` after each pick."""
+        self.energy = self.projected.square().sum(0)
+        """``‖W R_:j‖²`` after each pick."""
+        self.available = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+        self.tolerance = RESIDUAL_TOLERANCE * float(self.variance.mean())
+
+    def pick_block(self, count: int) -> tuple[Tensor, Tensor]:
+        """Pick ``count`` neurons. Nothing in here waits for the device.
+
+        Returns:
+            The picks, int64 ``[count]``, and by how much each reduces the squared error, ``[count]``. A reduction of −1
+            means that no neuron was left above the tolerance, and that there was no pick.
+        """
+        # Inside a block, R = residual − columns columnsᵀ and W R = projected − directions columnsᵀ.
+        columns = self.residual.new_zeros(len(self.residual), count)
+        directions = self.residual.new_zeros(len(self.projected), count)
+        picks, reductions = [], []
+        for done in range(count):
+            usable = self.available & (self.variance > self.tolerance)
+            gain = torch.where(usable, self.gain_of(self.energy, self.variance.clamp(min=self.tolerance or 1)), -1.0)
+            pick = gain.argmax(0, keepdim=True)  # a tensor, because a number would have to be read from the device
+            is_usable = usable[pick]
+            coefficients = columns[pick, :done].flatten()
+            scale = torch.where(is_usable, self.variance[pick].sqrt(), torch.inf)  # without a pick, column = 0
+            # R is symmetric, and its rows are contiguous.
+            column = (self.residual[pick].flatten() - columns[:, :done] @ coefficients) / scale
+            direction = (self.projected[:, pick].flatten() - directions[:, :done] @ coefficients) / scale
+            reduction = direction.square().sum()
+            along = direction @ self.projected - columns[:, :done] @ (direction @ directions[:, :done])
+            self.energy = (self.energy - 2 * column * along + column.square() * reduction).clamp(min=0)
+            self.variance = (self.variance - column.square()).clamp(min=0)
+            columns[:, done], directions[:, done] = column, direction
+            self.available.index_copy_(0, pick, self.available[pick] & ~is_usable)
+            picks.append(pick)
+            reductions.append(torch.where(is_usable, reduction, -1.0))
+        self.residual.addmm_(columns, columns.T, alpha=-1)
+        self.projected.addmm_(directions, columns.T, alpha=-1)
+        return torch.cat(picks), torch.cat(reductions)
 
 
 @torch.no_grad()
