@@ -10,8 +10,9 @@ continues:
   than ``WEIGHT_TOLERANCE``.
 - ``selection``: DGMR's order of the rows of one MLP of EVA02-CLIP-E, by LAPACK on the CPU and by the paper's loop on
   the GPU in float64.
-- ``ViT-g-14``: ranking by outputs and recovery to hidden = width, with ``--images`` images of 224 pixels, and the peak
-  of GPU memory.
+- ``greedy``: the selection by outputs of all neurons of one MLP of ViT-g/14.
+- ``ViT-g-14 ranking``, ``ViT-g-14 recovery``: ranking by outputs, and recovery to hidden = width, with ``--images``
+  images of 224 pixels, and the peak of GPU memory.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch import Tensor, nn
 
 from dgmr_tp import prune
 from dgmr_tp.compression.calibration import CalibrationImages
+from dgmr_tp.compression.planning import make_plan
 from dgmr_tp.compression.rankings import rank
-from dgmr_tp.encoders import open_model, wrap_tower
+from dgmr_tp.encoders import wrap_tower
+from dgmr_tp.pruning.output_selection import rank_neurons
 from dgmr_tp.pruning.selection import select_diverse_rows
 from dgmr_tp.utils.files import atomic_write
 
@@ -41,10 +44,11 @@ WEIGHT_TOLERANCE = 1e-3
 
 def redraw(module: nn.Module) -> nn.Module:
     """Set every parameter to a random value. As initialized, LayerScales of 1e-5 hide what an MLP does."""
-    generator = torch.Generator().manual_seed(0)
+    device = next(module.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator, device=device)
             parameter.copy_(values * parameter[0].numel() ** -0.5 if parameter.ndim >= 2 else 0.5 + 0.1 * values)
     return module.eval()
 
@@ -102,33 +106,57 @@ def selection() -> dict[str, object]:
     return {"seconds": seconds, "picks_in_common": len({*order.tolist()} & {*picks.tolist()}), "picks": COLUMNS}
 
 
-def papers_tower(count: int) -> dict[str, object]:
-    """Rank and recover a ViT-g/14."""
-    opened = open_model("open_clip:ViT-g-14", "none")
-    redraw(opened.tower).cuda()
-    batches = [batch.cuda() for batch in smooth_images(count, opened.image_size[0]).split(32)]
-    model = wrap_tower(opened.tower)
+def greedy() -> dict[str, object]:
+    """Time the greedy selection by outputs on the GPU, at the shape of an MLP of ViT-g/14."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden, width = 6144, 1408
+    activations = torch.randn(2 * hidden, hidden, generator=generator, device="cuda", dtype=torch.float64)
+    gram = activations.T @ activations / len(activations)
+    weight = torch.randn(width, hidden, generator=generator, device="cuda", dtype=torch.float64)
+    rank_neurons(gram, weight, picks=64)  # warms up
+    return {"seconds": timed(lambda: rank_neurons(gram, weight))[1], "hidden": hidden, "width": width}
+
+
+def vit_g() -> tuple[nn.Module, tuple[int, int]]:
+    """Return the vision tower of ViT-g/14 with random weights, made on the GPU, and its image size."""
+    with torch.device("cuda"):
+        tower = create_model("vit_giant_patch14_clip_224", num_classes=0)
+    return redraw(tower), (224, 224)
+
+
+def ranking(count: int) -> dict[str, object]:
+    """Rank the neurons of ViT-g/14, next to a forward pass of the same images."""
+    tower, size = vit_g()
+    model, batches = wrap_tower(tower), [batch.cuda() for batch in smooth_images(count, size[0]).split(32)]
     with torch.no_grad():
-        forward = timed(lambda: [opened.tower(batch) for batch in batches])[1]
+        tower(batches[0])
+        forward = timed(lambda: [tower(batch) for batch in batches])[1]
     torch.cuda.reset_peak_memory_stats()
-    rankings, ranking = timed(lambda: rank(model, "output", CalibrationImages(batches)))
-    plan = rankings.plan(model, mlp_ratio=1)
-    peaks = {"ranking": torch.cuda.max_memory_allocated() / 1e9}
-    torch.cuda.reset_peak_memory_stats()
-    recovery = timed(lambda: prune(opened.tower, batches, plan=plan))[1]
-    peaks["recovery"] = torch.cuda.max_memory_allocated() / 1e9
+    seconds = timed(lambda: rank(model, "output", CalibrationImages(batches)))[1]
     return {
         "images": count,
-        "seconds": {"forward": forward, "ranking": ranking, "recovery": recovery},
-        "peak_gb": peaks,
+        "seconds": {"forward": forward, "ranking": seconds},
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
+
+
+def recovery(count: int) -> dict[str, object]:
+    """Prune ViT-g/14 to hidden = width by the L2 norms, and recover it."""
+    tower, size = vit_g()
+    batches = [batch.cuda() for batch in smooth_images(count, size[0]).split(32)]
+    plan = make_plan(wrap_tower(tower), "l2", mlp_ratio=1)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timed(lambda: prune(tower, batches, plan=plan))[1]
+    return {"images": count, "seconds": seconds, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=256)
-    parser.add_argument("--only", nargs="*", default=["same result", "selection", "ViT-g-14"])
+    parser.add_argument(
+        "--only", nargs="*", default=["same result", "selection", "greedy", "ViT-g-14 ranking", "ViT-g-14 recovery"]
+    )
     args = parser.parse_args()
     cells = json.loads(args.out.read_text(encoding="utf-8"))["cells"] if args.out.exists() else {}
     setting = {
@@ -141,7 +169,9 @@ def main() -> None:
         f"same result, {criterion}": lambda criterion=criterion: same_result(criterion)
         for criterion in ("dgmr", "l2", "output")
     }
-    work |= {"selection": selection, "ViT-g-14": lambda: papers_tower(args.images)}
+    work |= {"selection": selection, "greedy": greedy}
+    work["ViT-g-14 ranking"] = lambda: ranking(args.images)
+    work["ViT-g-14 recovery"] = lambda: recovery(args.images)
     for name, compute in work.items():
         if name not in cells and name.split(",")[0] in args.only:
             cells[name] = compute()
