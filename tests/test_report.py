@@ -74,7 +74,7 @@ def test_the_errors_of_tuned_blocks_are_shown(small_run, tmp_path):
     print_table(data, console)
     page = write_html(data, tmp_path / "report.html").read_text()
     for text in (console.file.getvalue(), page):
-        assert "oo few calibration images to fit b on the tokens" in text and "1,707 images are enough" in text
+        assert "oo few calibration images for 1 of 2 MLPs; 1,707 are enough" in text
     assert "block, tuned" not in write_html(data, tmp_path / "report.html").read_text()
 
 

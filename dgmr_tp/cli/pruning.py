@@ -413,7 +413,7 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
         table.add_row(*cells)
     out.print(table)
     if shortage := describe_shortage({row.site: row.images_needed for row in pruned.table}):
-        out.print(shortage, soft_wrap=True)
+        out.print(shortage)
     if pruned.images:
         if pruned.images.notice:
             out.print(pruned.images.notice, soft_wrap=True)

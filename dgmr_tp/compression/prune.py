@@ -57,18 +57,15 @@ class SiteRow(NamedTuple):
 
 
 def describe_shortage(images_needed: Mapping[str, int | None]) -> str | None:
-    """Return a sentence on the sites that lacked calibration images, or None if there is none.
+    """Return a line on the sites that lacked calibration images, or None if there is none.
 
     Args:
         images_needed: :attr:`SiteRow.images_needed` by site name.
     """
-    needed = {site: count for site, count in images_needed.items() if count is not None}
+    needed = [count for count in images_needed.values() if count is not None]
     if not needed:
         return None
-    return (
-        f"too few calibration images to fit {', '.join(needed)} on the tokens that the head reads, so all tokens were "
-        f"fitted; {max(needed.values()):,} images are enough"
-    )
+    return f"too few calibration images for {len(needed)} of {len(images_needed)} MLPs; {max(needed):,} are enough"
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class SizeReport:
     sites: list[dict[str, Any]]
     has_tuned_blocks: bool
     shortage: str | None
-    """A sentence on the sites that lacked calibration images."""
+    """A line on the sites that lacked calibration images."""
     trainings: list[TrainingReport]
     files: list[dict[str, Any]]
     threads: int | None
@@ -277,7 +277,7 @@ def print_table(report: Report, console: Console) -> None:
                 line = f"{size.name}, {training.title.lower()}: {sentence}"
                 console.print(line, highlight=False, soft_wrap=True)
         if size.shortage:
-            console.print(f"{size.name}: {size.shortage}", highlight=False, soft_wrap=True)
+            console.print(f"{size.name}: {size.shortage}", highlight=False)
         for stage, count in size.skipped.items():
             console.print(f"{size.name}, {stage}: {count} images did not decode and were skipped", highlight=False)
         if size.not_zero_shot:
