@@ -225,7 +225,9 @@ def _search_learning_rate(task: Task, config: TrainingConfig, start: Checkpoint)
     device = current_device()
 
     def run(inputs: Tensor, **options: Any) -> Any:
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):  # the master weights are float32
+        # The gradient has the precision of the training. The losses that are compared are in float32, because rounding
+        # to bfloat16 hides a small step of the master weights.
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and torch.is_grad_enabled()):
             return task.module(inputs.float(), **options)
 
     with contextlib.closing(task.samples(start)) as loader:
