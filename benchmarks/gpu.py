@@ -117,17 +117,17 @@ def greedy() -> dict[str, object]:
     return {"seconds": timed(lambda: rank_neurons(gram, weight))[1], "hidden": hidden, "width": width}
 
 
-def vit_g() -> tuple[nn.Module, tuple[int, int]]:
-    """Return the vision tower of ViT-g/14 with random weights, made on the GPU, and its image size."""
+def vit_g(count: int) -> tuple[nn.Module, list[Tensor]]:
+    """Return the vision tower of ViT-g/14 with random weights, made on the GPU, and batches of ``count`` images."""
     with torch.device("cuda"):
         tower = create_model("vit_giant_patch14_clip_224", num_classes=0)
-    return redraw(tower), (224, 224)
+    return redraw(tower), [batch.cuda() for batch in smooth_images(count, 224).split(32)]
 
 
 def ranking(count: int) -> dict[str, object]:
     """Rank the neurons of ViT-g/14, next to a forward pass of the same images."""
-    tower, size = vit_g()
-    model, batches = wrap_tower(tower), [batch.cuda() for batch in smooth_images(count, size[0]).split(32)]
+    tower, batches = vit_g(count)
+    model = wrap_tower(tower)
     with torch.no_grad():
         tower(batches[0])
         forward = timed(lambda: [tower(batch) for batch in batches])[1]
@@ -142,8 +142,7 @@ def ranking(count: int) -> dict[str, object]:
 
 def recovery(count: int) -> dict[str, object]:
     """Prune ViT-g/14 to hidden = width by the L2 norms, and recover it."""
-    tower, size = vit_g()
-    batches = [batch.cuda() for batch in smooth_images(count, size[0]).split(32)]
+    tower, batches = vit_g(count)
     plan = make_plan(wrap_tower(tower), "l2", mlp_ratio=1)
     torch.cuda.reset_peak_memory_stats()
     seconds = timed(lambda: prune(tower, batches, plan=plan))[1]
@@ -169,9 +168,12 @@ def main() -> None:
         f"same result, {criterion}": lambda criterion=criterion: same_result(criterion)
         for criterion in ("dgmr", "l2", "output")
     }
-    work |= {"selection": selection, "greedy": greedy}
-    work["ViT-g-14 ranking"] = lambda: ranking(args.images)
-    work["ViT-g-14 recovery"] = lambda: recovery(args.images)
+    work |= {
+        "selection": selection,
+        "greedy": greedy,
+        "ViT-g-14 ranking": lambda: ranking(args.images),
+        "ViT-g-14 recovery": lambda: recovery(args.images),
+    }
     for name, compute in work.items():
         if name not in cells and name.split(",")[0] in args.only:
             cells[name] = compute()

@@ -224,7 +224,7 @@ def test_the_last_block_is_fitted_on_all_tokens_where_those_that_the_head_reads_
     """The MLP keeps 100 neurons, the head reads one token per image, and a tenth of the images is held out."""
     tower, calibration, new_images = redraw(timm_tower()), pictures(images), pictures(100, seed=1)
     fitted, _, table = prune(tower, [calibration], criterion="l2", keep=100)
-    monkeypatch.setattr("dgmr_tp.pruning.recovery.has_fewer_tokens", lambda *_: False)
+    monkeypatch.setattr("dgmr_tp.pruning.recovery._images_needed", lambda *_: 0)
     by_class_token = prune(tower, [calibration], criterion="l2", keep=100).model
 
     def error(model):

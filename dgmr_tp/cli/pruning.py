@@ -412,7 +412,7 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
             cells += [f"{row.block_error:.4f}", f"{row.tuned_error:.4f}"]
         table.add_row(*cells)
     out.print(table)
-    if shortage := describe_shortage({row.site: row.images_needed for row in pruned.table}):
+    if shortage := describe_shortage([row.images_needed for row in pruned.table]):
         out.print(shortage)
     if pruned.images:
         if pruned.images.notice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
@@ -56,13 +56,13 @@ class SiteRow(NamedTuple):
     """
 
 
-def describe_shortage(images_needed: Mapping[str, int | None]) -> str | None:
+def describe_shortage(images_needed: Sequence[int | None]) -> str | None:
     """Return a line on the sites that lacked calibration images, or None if there is none.
 
     Args:
-        images_needed: :attr:`SiteRow.images_needed` by site name.
+        images_needed: :attr:`SiteRow.images_needed` of every site.
     """
-    needed = [count for count in images_needed.values() if count is not None]
+    needed = [count for count in images_needed if count is not None]
     if not needed:
         return None
     return f"too few calibration images for {len(needed)} of {len(images_needed)} MLPs; {max(needed):,} are enough"
@@ -174,8 +174,8 @@ def recover_pruned(
             table.append(SiteRow(*size, None, None, False, None, None))
             continue
         tuned = (None, None) if entry.tuning is None else (entry.tuning.before, entry.tuning.after)
-        row = SiteRow(*size, entry.cut_error, entry.recovered_error, entry.fit_rejected, *tuned)
-        table.append(row._replace(images_needed=entry.images_needed))
+        errors_of_site = (entry.cut_error, entry.recovered_error, entry.fit_rejected)
+        table.append(SiteRow(*size, *errors_of_site, *tuned, images_needed=entry.images_needed))
     return table
 
 

@@ -189,7 +189,7 @@ def _size_report(
         rows=[{"label": label, "metrics": _pick(measured[label], columns)} for label in rows],
         sites=[{**row, **_errors(errors.get(row["site"], {}))} for row in pruned.get("sites", [])],
         has_tuned_blocks=any(row.get("tuned_error") is not None for row in errors.values()),
-        shortage=describe_shortage({site: row.get("images_needed") for site, row in errors.items()}),
+        shortage=describe_shortage([row.get("images_needed") for row in errors.values()]),
         trainings=[_training_report(str(stage.training_title), of(stage.name)) for stage in trained],
         files=_files(exported),
         threads=exported.get("threads"),

@@ -112,12 +112,12 @@ def rank_neurons(gram: Tensor, weight: Tensor, *, by: str = "output", picks: int
     order: list[int] = []
     error = [1.0]
     while len(order) < picks:
-        chosen, reductions = greedy.pick_block(min(PIVOT_BLOCK, picks - len(order)))
-        is_usable = reductions >= 0
-        order += chosen[is_usable].tolist()
-        for reduction in reductions[is_usable].tolist():
+        chosen, reductions = (values.tolist() for values in greedy.pick_block(min(PIVOT_BLOCK, picks - len(order))))
+        count = sum(reduction >= 0 for reduction in reductions)
+        order += chosen[:count]
+        for reduction in reductions[:count]:
             error.append(max(0.0, error[-1] - reduction / total) if total > 0 else 0.0)
-        if not is_usable.all():
+        if count < len(chosen):
             break
     remaining = torch.nonzero(greedy.available).flatten()
     order += remaining[gram.diagonal()[remaining].argsort(descending=True, stable=True)].tolist()
@@ -139,14 +139,14 @@ class _Greedy:
         self.energy = self.projected.square().sum(0)
         """``‖W R_:j‖²`` after each pick."""
         self.available = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        self.tolerance = RESIDUAL_TOLERANCE * float(self.variance.mean())
+        self.tolerance = RESIDUAL_TOLERANCE * self.variance.mean()
 
     def pick_block(self, count: int) -> tuple[Tensor, Tensor]:
         """Pick ``count`` neurons. Nothing in here waits for the device.
 
         Returns:
             The picks, int64 ``[count]``, and by how much each reduces the squared error, ``[count]``. A reduction of −1
-            means that no neuron was left above the tolerance, and that there was no pick.
+            means that no neuron was left above the tolerance, and that there was no pick. These are the last ones.
         """
         # Inside a block, R = residual − columns columnsᵀ and W R = projected − directions columnsᵀ.
         columns = self.residual.new_zeros(len(self.residual), count)
@@ -154,7 +154,7 @@ class _Greedy:
         picks, reductions = [], []
         for done in range(count):
             usable = self.available & (self.variance > self.tolerance)
-            gain = torch.where(usable, self.gain_of(self.energy, self.variance.clamp(min=self.tolerance or 1)), -1.0)
+            gain = torch.where(usable, self.gain_of(self.energy, self.variance), -1.0)
             pick = gain.argmax(0, keepdim=True)  # a tensor, because a number would have to be read from the device
             is_usable = usable[pick]
             coefficients = columns[pick, :done].flatten()
@@ -183,7 +183,7 @@ def rank_tower(
     by: str = "output",
     picks: Mapping[str, int] | None = None,
 ) -> dict[str, Ranking]:
-    """Rank the neurons of every MLP in the blocks of a tower, in one forward pass over the blocks.
+    """Rank the neurons of every MLP of a tower on calibration images. The blocks run once.
 
     Also measures the sensitivity of the embedding to each MLP. On the first :data:`NUM_SENSITIVITY_IMAGES` images, the
     MLP keeps the first eighth of its ranking, is fitted to its dense output, and the remaining blocks run.

@@ -38,7 +38,6 @@ from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, 
 from dgmr_tp.pruning.calibration import (
     Moments,
     detach_output,
-    has_fewer_tokens,
     record_inputs,
     token_weights,
 )
@@ -190,11 +189,9 @@ def _recover(
         consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
         weight = token_weights(pruned, state_after, last=depth == len(blocks) - 1)
         widest = max((consumer.in_features for consumer in consumers), default=0)
-        num_held_out, images_needed = num_images // HELD_OUT_INTERVAL, None
-        if has_fewer_tokens(weight, num_images - num_held_out, MIN_TOKENS_PER_NEURON * widest) or has_fewer_tokens(
-            weight, num_held_out, MIN_HELD_OUT_TOKENS
-        ):
-            images_needed = _images_needed(weight, widest)
+        images_needed = _images_needed(weight, widest)
+        has_few_images = num_images < images_needed
+        if has_few_images:
             weight = token_weights(pruned, state_after, last=False)
         for index, state in enumerate(dense_states):  # in place, because the states of all images are large
             dense_states[index] = dense_block(state)
@@ -207,7 +204,7 @@ def _recover(
             if gain is None:
                 gain = torch.ones(consumer.out_features, dtype=torch.float64, device=consumer.weight.device)
             entry = _refit_layer(f"{block.name}.{site.name}", consumer, gain, fit, held_out, damping)
-            report.append(replace(entry, images_needed=images_needed))
+            report.append(replace(entry, images_needed=images_needed if has_few_images else None))
         if tune_steps:
             is_last = depth == len(blocks) - 1
             tuning = tune_block(
