@@ -601,6 +601,8 @@ SHARDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 """Without it, ZeRO-3 does not shard parameters as small as the demo CLIP's."""
 HELD_OUT = {"held_out": 9, "evaluate_every": 3, "base_lr": 0.03, "log_every": 100}
 """A learning rate at which the score first rises and then falls. 9 images are an uneven share for 2 processes."""
+STILL = {"bf16": True, "steps": 2, "base_lr": 1e-12, "held_out": 9, "evaluate_every": 2}
+"""A training that moves nothing, so that its result is its start."""
 MATRIX = {
     **{name: {"zero_stage": int(name[-1])} for name in STAGES[:3]},
     "zero3": {"zero_stage": 3, "json": SHARDED},
@@ -633,6 +635,8 @@ MATRIX = {
     "bf16 zero2": {"bf16": True, "zero_stage": 2, "micro_batch": 2},
     "bf16 zero3": {"bf16": True, "zero_stage": 3, "json": SHARDED},
     "bf16 average": {"bf16": True, "ema": 0.5},
+    **{f"bf16 still zero{stage}": {**STILL, "zero_stage": stage, "json": SHARDED} for stage in (1, 2, 3)},
+    "bf16 still average": {**STILL, "held_out": 0, "ema": 0.5},
 }
 MATRIX = {name: {**case, "weight_decay": 0.1} for name, case in MATRIX.items()}
 
@@ -765,6 +769,16 @@ def test_bf16_trains_float32_weights(matrix):
         assert len(losses(matrix / name)) == 12 and torch.allclose(
             losses(matrix / name), losses(matrix / "zero1"), rtol=0.1
         ), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in MATRIX if name.startswith("bf16 still")])
+def test_bf16_starts_from_the_float32_weights(matrix, case):
+    weights, before = load_file(matrix / f"{case}.safetensors"), start()
+    rounded = {name: tensor.bfloat16().float() for name, tensor in before.items()}
+    zero = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    assert relative_distance(before, weights, zero) < 1e-6
+    assert relative_distance(before, rounded, zero) > 5e-4
 
 
 @pytest.mark.slow

@@ -70,6 +70,21 @@ def test_refit_minimises_the_stated_objective(seed, damping, with_bias):
     assert not np.allclose(got, other, rtol=1e-6, atol=1e-8)
 
 
+def test_products_in_float32_keep_the_variance_of_a_channel_with_a_large_mean():
+    rng = np.random.default_rng(0)
+    h, y = (rng.standard_normal((4000, 600)) + 1000).astype(np.float32), rng.standard_normal((4000, 3)) - 300
+    y, w = (y + h[:, :3]).astype(np.float32), (rng.random(4000) + 0.1).astype(np.float32)
+    moments = moments_of(h, y, w)
+    joint = np.cov(np.concatenate([h, y], 1).astype(np.float64).T, aweights=w.astype(np.float64), bias=True)
+    hh, yh, yy = moments.second_moments(*moments.means())
+    assert np.abs(hh.numpy() - joint[:600, :600]).max() < 1e-5
+    assert np.abs(yh.numpy() - joint[600:, :600]).max() < 1e-5
+    assert yy == pytest.approx(np.trace(joint[600:, 600:]), rel=1e-5)
+    assert np.allclose(moments.means()[0], np.average(h, axis=0, weights=w.astype(np.float64)), rtol=1e-7)
+    raw = (h * w[:, None]).T @ h / w.sum() - np.outer(*2 * [np.average(h, axis=0, weights=w)])
+    assert np.abs(raw - joint[:600, :600]).max() > 0.01, "without the shift the test would not see the rounding"
+
+
 def test_without_damping_the_solution_nearest_to_the_kept_columns_is_taken():
     h, y, w, weight, bias = problem(0)
     h[:, 3] = h[:, 4]  # duplicates

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import inf, isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 from rich.console import Console
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import check_output
+
+if TYPE_CHECKING:
+    from dgmr_tp.utils.compute import ComputeConfig
 
 
 class Output(Console):
@@ -38,6 +41,17 @@ PretrainedOption = Annotated[
     typer.Option(
         help="Weights for a NAME: the library's tag, a file, hf-hub:ORG/REPO/FILE, or TAG+FILE; none: random."
     ),
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="Device that images run on: cuda, cuda:1 or cpu [default: cuda if there is one].")
+]
+DtypeOption = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="Precision of forward passes that evaluate [default: bfloat16 on a GPU, float32 on a CPU]."),
+]
+SaveDtypeOption = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option("--save-dtype", help="Dtype of the weights that are written [default: the checkpoint's]."),
 ]
 V = TypeVar("V")
 
@@ -171,11 +185,17 @@ def print_skipped(broken: Mapping[str, str], others: Mapping[str, int]) -> None:
         out.print(line, soft_wrap=True)
 
 
-def device() -> str:
-    """Return ``cuda`` if there is a GPU, else ``cpu``."""
-    import torch
+def compute_config(device: str | None, dtype: str | None = None, save_dtype: str | None = None) -> ComputeConfig:
+    """Return the options of the same names as a configuration.
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    Raises:
+        DgmrError: the device does not exist.
+    """
+    from dgmr_tp.utils.compute import ComputeConfig
+
+    config = ComputeConfig.model_validate({"device": device, "dtype": dtype, "save_dtype": save_dtype})
+    config.choose_device()
+    return config
 
 
 def require_new(path: Path, *, replace: bool = False) -> None:

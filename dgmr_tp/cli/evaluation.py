@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from dgmr_tp.cli.common import PretrainedOption, SeedOption, TrustOption, device, number_option, out, path_option
+from dgmr_tp.cli.common import (
+    DeviceOption,
+    DtypeOption,
+    PretrainedOption,
+    SeedOption,
+    TrustOption,
+    compute_config,
+    number_option,
+    out,
+    path_option,
+)
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.utils.files import check_output, check_output_directory, write_json
 
@@ -103,6 +113,8 @@ def evaluate(
     trust_file: TrustOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Evaluate models or exported files on a clip_benchmark data set, by k-NN, or by a linear classifier.
 
@@ -127,6 +139,7 @@ def evaluate(
     if save_classifier:
         check_output(save_classifier, replace=True)
     join_processes()
+    compute = compute_config(device, dtype)
     loading = _Loading(batch_size, workers)
     options: dict[str, Any] = {
         "annotations": annotations,
@@ -140,7 +153,7 @@ def evaluate(
     files: list[Path] = []
     rows: dict[str, Metrics] = {}
     for source in models:
-        loaded = load_encoder(source, pretrained, text=text, trusted=trust_file, device=device())
+        loaded = load_encoder(source, pretrained, text=text, trusted=trust_file, compute=compute)
         is_name = is_library_name(source)
         label = _label(f"{source}-{Path(pretrained).name}" if pretrained and is_name else source, list(rows))
         if kind == "dataset":
@@ -197,7 +210,8 @@ def clip_benchmark(context: typer.Context, trust_file: TrustOption = False) -> N
             weights = {"text": pretrained if given and pretrained != "none" else None}
         else:
             weights = {"pretrained": pretrained if given else None}
-        loaded = load_encoder(model_name, trusted=trust_file, device=device, **weights)
+        compute = compute_config(device, "float32")  # clip_benchmark has an option for mixed precision
+        loaded = load_encoder(model_name, trusted=trust_file, compute=compute, **weights)
         return loaded.clip, loaded.model.preprocess, loaded.model.tokenizer
 
     run_clip_benchmark(context.args, load)
@@ -242,6 +256,7 @@ def compare(
     trust_file: TrustOption = False,
     seed: SeedOption = 0,
     workers: Annotated[int, typer.Option(min=0, help="Number of processes that read images.")] = 0,
+    device: DeviceOption = None,
 ) -> None:
     """Decide whether an index of old embeddings can be kept, by what old and new embeddings of your images retrieve."""
     from dgmr_tp.evaluation.class_embeddings import class_embeddings, read_class_embeddings
@@ -252,6 +267,7 @@ def compare(
 
     require_installed("faiss", "eval")  # before anything is embedded
     check_output_directory(out_dir)
+    compute = compute_config(device, "float32")  # rounding would count as a difference between old and new
     thresholds = _thresholds(keep, convenient)
     is_array = [Path(source).suffix == ".npy" for source in (old, new)]
     if any(is_array) and (not all(is_array) or images or (classes and classes.suffix != ".pt")):
@@ -274,7 +290,7 @@ def compare(
                 "two encoders are compared on images, and none are given. Pass --images DIRECTORY with images like "
                 "those in your index."
             )
-        load = partial(load_encoder, text=text, trusted=trust_file, device=device())
+        load = partial(load_encoder, text=text, trusted=trust_file, compute=compute)
         old_encoder, new_encoder = load(old, old_pretrained), load(new, new_pretrained)
         result = compare_encoders(
             ComparedEncoder(old_encoder.embed, old_encoder.model.preprocess),
@@ -285,7 +301,7 @@ def compare(
             queries=queries,
             thresholds=thresholds,
             seed=seed,
-            device=device(),
+            device=compute.choose_device(),
             workers=workers,
         )
     out_dir.mkdir(parents=True, exist_ok=True)

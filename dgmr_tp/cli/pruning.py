@@ -10,10 +10,13 @@ import typer
 from rich.table import Table
 
 from dgmr_tp.cli.common import (
+    DeviceOption,
+    DtypeOption,
     ModelOption,
     PretrainedOption,
+    SaveDtypeOption,
     SeedOption,
-    device,
+    compute_config,
     finite_number,
     number_option,
     numbers_by_name,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from dgmr_tp.compression.prune import Pruned
     from dgmr_tp.encoders import OpenedModel
     from dgmr_tp.pruning import Amount, Plan
+    from dgmr_tp.utils.compute import ComputeConfig
 
 app = typer.Typer()
 JOURNAL = "search.json"
@@ -96,13 +100,15 @@ def rank(
     criterion: Annotated[str, typer.Option(help="A criterion that needs activations.")] = "output",
     num_images: CalibrationOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Rank all neurons on images, once. plan and prune then take any size from the file."""
     from dgmr_tp.compression.calibration import CalibrationImages
     from dgmr_tp.compression.rankings import rank as rank_model
 
     require_new(file)
-    opened = _open(model, pretrained)
+    opened = _open(model, pretrained, compute_config(device, dtype))
     calibration = CalibrationImages.read(images, opened, num_images, seed)
     rankings = rank_model(opened, criterion, calibration)
     rankings.save(file)
@@ -140,6 +146,8 @@ def amp(
         bool, typer.Option("--two-sided", help="Reject falls of the entropy too. The paper accepts any fall.")
     ] = False,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Find the width of every MLP by AMP's search (arXiv 2603.08100) and write the plan. Resumes where it was stopped.
 
@@ -151,7 +159,7 @@ def amp(
 
     require_new(file)
     join_processes()
-    opened = _open(model, pretrained)
+    opened = _open(model, pretrained, compute_config(device, dtype))
     config = SearchConfig.model_validate(_given(candidates=candidates, temperature=temperature, two_sided=two_sided))
     calibration = CalibrationImages.read(images, opened, num_images or config.images, seed)
     with ExitStack() as stack:
@@ -188,6 +196,8 @@ def plan(
     file: Annotated[
         Path | None, path_option("--out", "-o", help="Also write the plan to this JSON file.", kind="file")
     ] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
 ) -> None:
     """Choose the neurons that stay and print the plan. Changes nothing. Several --budget: one line each."""
     from dgmr_tp.compression.calibration import CalibrationImages
@@ -204,7 +214,8 @@ def plan(
         require_new(file, replace=True)
     if file and len(amounts) > 1:
         raise DgmrError("--out writes one plan. Give one --budget with it.")
-    opened = _open(model, pretrained, with_weights=rankings is None or measures_latency)
+    compute = compute_config(device, dtype)
+    opened = _open(model, pretrained, compute, with_weights=rankings is None or measures_latency)
     calibration = None
     if rankings:
         ranked = Rankings.read(rankings)
@@ -268,6 +279,9 @@ def prune(
     stream: Annotated[
         bool, typer.Option(help="From file to file, MLP by MLP, for towers larger than memory; no recovery.")
     ] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    save_dtype: SaveDtypeOption = None,
 ) -> None:
     """Prune a model, recover it if images are given, and write a model directory."""
     from dgmr_tp.compression.prune import prune as prune_model
@@ -288,6 +302,8 @@ def prune(
             raise DgmrError(
                 "--stream selects by the weights alone and does not recover. Leave out --plan and what needs images."
             )
+        if save_dtype:
+            raise DgmrError("--stream copies the weights in the dtype of the checkpoint. Leave out --save-dtype.")
         _prune_streaming(model, pretrained, out_dir, criterion or "dgmr", seed, amount)
         return
     if plan_file and rankings:
@@ -299,7 +315,7 @@ def prune(
             "--min-cosine and --max-drop find the size themselves, on images. Give --recover IMAGES, and no size or "
             "plan."
         )
-    opened = _open(model, pretrained)
+    opened = _open(model, pretrained, compute_config(device, dtype, save_dtype))
     if has_target:
         from dgmr_tp.compression.quality_target import prune_to_target
 
@@ -351,6 +367,8 @@ def recover(
     damping: DampingOption = None,
     tune_blocks: TuneOption = None,
     seed: SeedOption = 0,
+    device: DeviceOption = None,
+    save_dtype: SaveDtypeOption = None,
 ) -> None:
     """Prune MODEL again by the plan of a pruned directory, and recover it."""
     prune(
@@ -363,6 +381,8 @@ def recover(
         damping=damping,
         tune_blocks=tune_blocks,
         seed=seed,
+        device=device,
+        save_dtype=save_dtype,
     )
 
 
@@ -371,15 +391,14 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _open(model: str, pretrained: str | None, *, with_weights: bool = True) -> OpenedModel:
-    """Open a model on the device, or its shapes alone."""
+def _open(model: str, pretrained: str | None, compute: ComputeConfig, *, with_weights: bool = True) -> OpenedModel:
+    """Open a model for running as ``compute`` says, or its shapes alone."""
     from dgmr_tp.encoders import open_model
 
     if not with_weights:
         return open_model(model, pretrained, weights="none")
     opened = open_model(model, pretrained)
-    opened.module.to(device())
-    return opened
+    return opened.with_compute(compute)
 
 
 def _prune_streaming(
@@ -397,7 +416,6 @@ def _save(dense: OpenedModel, pruned: Pruned, directory: Path) -> None:
     from dgmr_tp.compression.prune import describe_shortage
     from dgmr_tp.pruning.cost import parameters
 
-    pruned.model.module.cpu()
     pruned.model.save(directory, pruned.plan)
     has_errors = any(row.cut_error is not None for row in pruned.table)
     is_tuned = any(row.tuned_error is not None for row in pruned.table)

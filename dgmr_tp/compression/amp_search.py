@@ -88,6 +88,19 @@ def search(
             f"amp compares groups of {config.candidates} images, got {len(images)}. Give more images or fewer "
             "candidates."
         )
+    with model.running():
+        return _search(model, images, threshold, config, objective, journal, seed)
+
+
+def _search(
+    model: OpenedModel,
+    images: CalibrationImages,
+    threshold: float,
+    config: SearchConfig,
+    objective: Objective,
+    journal: Path | None,
+    seed: int,
+) -> SearchResult:
     groups = images.groups(model, config.candidates)
     adapter, sites = model.adapter, {site.name: site for site in model.sites}
     checksums = [float(batch.double().sum()) for group in groups for batch in group]

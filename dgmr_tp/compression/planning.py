@@ -108,7 +108,7 @@ def _importance(
     if isinstance(rule, GradientCriterion):
         require_images(criterion, images)
         assert images is not None
-        with rule.importance(model, images.groups(model, ENTROPY_GROUP_SIZE)) as importance:
+        with model.running(), rule.importance(model, images.groups(model, ENTROPY_GROUP_SIZE)) as importance:
             yield importance
     else:
         assert not isinstance(rule, ActivationCriterion)

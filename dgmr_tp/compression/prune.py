@@ -18,6 +18,7 @@ from dgmr_tp.encoders import OpenedModel, open_model, wrap_tower
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning import Amount, MLPPruner, Plan, SiteRecovery, recover
 from dgmr_tp.pruning.allocation import given_amount
+from dgmr_tp.utils.compute import ComputeConfig
 from dgmr_tp.utils.config import Config
 from dgmr_tp.utils.modules import check_weights
 
@@ -101,8 +102,8 @@ def prune(
     Args:
         model: a name or directory that :func:`open_model` opens, an OpenedModel, or a vision tower as a module.
         images: unlabeled images for recovery and for criteria that need them: a folder, a tar, a folder of tars, a URL
-            of shards, or preprocessed batches ``[batch, 3, height, width]``. They run on the model's device.
-            None: no recovery.
+            of shards, or preprocessed batches ``[batch, 3, height, width]``. They run on the GPU if ``model`` is a
+            name and there is one, on :attr:`OpenedModel.device`, or where the module is. None: no recovery.
         pretrained: weights, for a model given by its library's name.
         criterion: a name in :data:`dgmr_tp.compression.criteria.CRITERIA`, or any torch-pruning importance.
             Default: ``output`` with images, ``dgmr`` without.
@@ -164,7 +165,8 @@ def recover_pruned(
     """Recover ``pruned`` in place, if images are given, and return a row per site of ``plan``."""
     errors: dict[str, SiteRecovery] = {}
     if images is not None:
-        report = recover(dense.adapter, pruned.adapter, images.on(dense), damping=damping, tune_steps=tune_steps)
+        with dense.running(), pruned.running():
+            report = recover(dense.adapter, pruned.adapter, images.on(dense), damping=damping, tune_steps=tune_steps)
         errors = {entry.site: entry for entry in report}
     table = []
     for name, site in plan.sites.items():
@@ -181,7 +183,7 @@ def recover_pruned(
 
 def _opened(model: str | OpenedModel | nn.Module, pretrained: str | None) -> OpenedModel:
     if isinstance(model, str):
-        return open_model(model, pretrained)
+        return open_model(model, pretrained).with_compute(ComputeConfig.model_validate({}))
     if pretrained is not None:
         raise DgmrError(f"pretrained = {pretrained} belongs to a model given by name. Leave it out.")
     return wrap_tower(model) if isinstance(model, nn.Module) else model

@@ -149,7 +149,6 @@ def prune_to_target(
         pruned, trial = try_size(count)
         trials.append(trial)
         if trial.met:
-            pruned.model.module.cpu()  # the device holds the dense model and one trial
             best, high = pruned, count
         else:
             low = count
@@ -163,7 +162,6 @@ def prune_to_target(
             f"{name} = {limit} is not met even at {last.parameters:,} of {cost.total:,} parameters: {last.value:.4f}, "
             f"95 % bound {last.bound:.4f}. Hold out more images, or set a lower target."
         )
-    best.model.module.to(next(model.tower.parameters()).device)
     return TargetResult(best, trials)
 
 
@@ -197,7 +195,7 @@ def _check_images(
 @torch.no_grad()
 def _embeddings(model: OpenedModel, images: CalibrationImages) -> Tensor:
     encoder = ImageEncoder(model.adapter)
-    with evaluating(model.tower):
+    with model.running(), evaluating(model.tower):
         rows = [check_embeddings(encoder(batch), "the held-out images").float().cpu() for batch in images.on(model)]
     return torch.cat(rows)
 

@@ -80,7 +80,8 @@ class Rankings:
             return fit()
         if model.image_size is None:
             raise DgmrError("a budget of latency needs the image size. Open the tower with open_model.")
-        return widths_for_latency(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
+        with model.running():
+            return widths_for_latency(budget["latency"], fit, model.tower, model.sites, model.image_size, round_to)
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, atomically. An existing file is replaced."""
@@ -151,7 +152,8 @@ def rank(
         )
     require_images(criterion, images)
     assert images is not None
-    sites = rank_tower(model.adapter, images.on(model), by=rule.rule, picks=picks)
+    with model.running():
+        sites = rank_tower(model.adapter, images.on(model), by=rule.rule, picks=picks)
     return Rankings(model.name, criterion, sites, {name: model.weight_hashes[name] for name in sites})
 
 

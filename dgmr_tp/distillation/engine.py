@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,24 @@ def full_parameters(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in _trained_parameters(module):
         value = get_full_parameter(parameter)
         yield name, (parameter.detach() if value is None else value).float()
+
+
+@torch.no_grad()
+def set_master_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Set the float32 master weights that DeepSpeed made from the rounded parameters of a bf16 training.
+
+    Args:
+        module: as DeepSpeed wraps it.
+        values: the trained parameters by name, unsharded and in float32.
+    """
+    set_local_shard = require("deepspeed", "distill").utils.safe_set_local_fp32_param
+    for name, parameter in _trained_parameters(module):
+        shard, start = _local_shard(parameter)
+        value = values[name].flatten()[start:][: len(shard)]
+        if hasattr(parameter, "ds_id"):
+            set_local_shard(parameter, nn.functional.pad(value, (0, len(shard) - len(value))))  # the last one is padded
+        else:
+            shard.copy_(value)
 
 
 class WeightAverage:

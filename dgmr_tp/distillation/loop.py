@@ -32,6 +32,7 @@ from dgmr_tp.distillation.engine import (
     full_parameters,
     parameter_groups,
     register_external_parameters,
+    set_master_weights,
     start_deepspeed,
 )
 from dgmr_tp.distillation.processes import (
@@ -179,6 +180,7 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
     if peak is None:
         peak = resume_point.peak_learning_rate or _search_learning_rate(task, config, resume_point)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.learning_rate(step, peak))
+    start = {name: parameter.data for name, parameter in module.named_parameters()} if config.bf16 else {}
     loading = checkpoints.prepare_for_loading(folder, checkpoint) if checkpoint else nullcontext((None, False))
     with loading as (tag, universal):
         engine_config.setdefault("checkpoint", {})["load_universal"] = universal
@@ -188,6 +190,9 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         engine.eval()
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
+        elif start:
+            set_master_weights(engine.module, start)
+        del start
         if universal:  # ZeRO-3 loads one step counter for all groups, which each of them would advance
             for state in optimizer.state.values():
                 state["step"] = state["step"].clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,7 +49,16 @@ def build_device(weights: Weights) -> AbstractContextManager[Any]:
     return contextlib.nullcontext() if weights == "memory" else torch.device("meta")
 
 
-def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def checkpoint_dtype(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """Return the floating-point dtype that most values of a checkpoint have. float64 counts as float32."""
+    counts = Counter({torch.float32: 0})
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            counts[tensor.dtype if tensor.dtype != torch.float64 else torch.float32] += tensor.numel()
+    return counts.most_common(1)[0][0]
+
+
+def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> torch.dtype:
     """Resize every Linear and norm to its tensors, and load ``tensors`` strictly.
 
     Buffers that every model computes itself (:data:`HARMLESS_BUFFERS`) may be missing or unknown. Heads that the module
@@ -60,6 +70,9 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
         module: the module to load into.
         tensors: by name in ``module``.
         source: name of the checkpoint in messages.
+
+    Returns:
+        The dtype of the checkpoint; see :func:`checkpoint_dtype`.
 
     Raises:
         DgmrError: a tensor is missing, unknown, of another shape, or quantized; names the first one and ``source``.
@@ -86,6 +99,7 @@ def load_by_shape(module: nn.Module, tensors: Mapping[str, Tensor], source: str 
                 f"{tuple(expected[key].shape)}. Check that it is a checkpoint of this model."
             )
     module.load_state_dict(tensors, assign=any(parameter.is_meta for parameter in module.parameters()))
+    return checkpoint_dtype(tensors)
 
 
 def _expected_by(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:

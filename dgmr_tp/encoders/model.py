@@ -13,14 +13,17 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,9 +33,11 @@ from dgmr_tp.errors import DgmrError, first_line
 from dgmr_tp.pruning import Plan, Site, TowerAdapter, find_sites
 from dgmr_tp.pruning.plan import weight_sha256
 from dgmr_tp.pruning.sites import sites_inside
+from dgmr_tp.utils.compute import DTYPES, ComputeConfig, dtype_name, on_device
 from dgmr_tp.utils.files import check_room, staging_directory
 from dgmr_tp.utils.lazy_imports import require
 
+logger = logging.getLogger(__name__)
 DEMO = Path(__file__).resolve().parent.parent / "data" / "demo_clip"
 """Model directory of the small CLIP that ships with the package."""
 NAMED_LIBRARIES = ("open_clip", "timm")
@@ -52,7 +57,7 @@ class OpenedModel:
     library: str
     """``open_clip``, ``timm`` or ``transformers``. Empty for a bare tower (:func:`wrap_tower`)."""
     module: nn.Module
-    """The whole model: a CLIP with its text tower, or the vision model alone."""
+    """The whole model: a CLIP with its text tower, or the vision model alone. In float32, unless it is on disk."""
     tower_path: str
     """Path of the vision tower in ``module``, such as ``visual``. Empty if the tower is ``module``."""
     name: str
@@ -65,6 +70,12 @@ class OpenedModel:
     """open_clip's model_cfg. Models of the other libraries contain their config."""
     tokenizer: Callable[[list[str]], Tensor] | None = None
     """Maps texts to token ids ``[n, length]``."""
+    dtype: torch.dtype = torch.float32
+    """Dtype of the checkpoint, in which :meth:`save` writes the weights."""
+    device: torch.device | None = None
+    """Device on which images run through the tower (:meth:`running`). None: where the tower is."""
+    precision: torch.dtype = torch.float32
+    """:attr:`TowerAdapter.precision` of the adapter."""
     source: Path | None = None
     """The model directory that was opened. :meth:`save` copies its tokenizer files."""
 
@@ -81,7 +92,13 @@ class OpenedModel:
             DgmrError: no adapter is known for the tower's class.
         """
         outside = {"projection": self.module.visual_projection} if hasattr(self.module, "visual_projection") else {}
-        return adapt(self.tower, self.name, **outside)
+        adapter = adapt(self.tower, self.name, **outside)
+        adapter.precision = self.precision
+        return adapter
+
+    def running(self) -> AbstractContextManager[None]:
+        """Return a context in which the model is on :attr:`device`."""
+        return on_device(self.module, self.device)
 
     @property
     def has_adapter(self) -> bool:
@@ -146,17 +163,35 @@ class OpenedModel:
         """Name of the weights file in a model directory of this library."""
         return _loader(self.library).WEIGHTS_NAME
 
+    def with_compute(self, config: ComputeConfig) -> OpenedModel:
+        """Return the same model for running as ``config`` says. The module is shared, and stays where it is.
+
+        Raises:
+            DgmrError: the device does not exist.
+        """
+        dtype = DTYPES[config.save_dtype] if config.save_dtype else self.dtype
+        return replace(self, device=config.choose_device(), precision=config.choose_dtype(), dtype=dtype)
+
     def copy(self) -> OpenedModel:
         """Return the same model with its own weights. Sites, hashes and adapter are computed anew."""
         return replace(self, module=copy.deepcopy(self.module), config=copy.deepcopy(self.config))
 
-    def save(self, directory: Path, plan: Plan | None = None, *, final: Path | None = None) -> None:
+    def save(
+        self,
+        directory: Path,
+        plan: Plan | None = None,
+        *,
+        final: Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Write a model directory atomically.
 
         Args:
             directory: a path that does not exist yet.
             plan: the plan that the encoder was pruned by. It is stored next to the weights.
             final: the path that the directory will be moved to, if any. Its README and its config name that path.
+            dtype: of the weights in the file. Default: :attr:`dtype`. Weights that float16 cannot represent are
+                written in float32, with a warning.
 
         Raises:
             DgmrError: ``directory`` exists or cannot be written, or the model is a bare tower.
@@ -165,12 +200,16 @@ class OpenedModel:
         loader = _loader(self.library)
         with staging_directory(directory) as staging:
             state = self.module.state_dict()
-            size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+            tensors = _in_dtype(state, dtype or self.dtype)
+            if not all(map(_is_finite, tensors.values())):
+                name = dtype_name(dtype or self.dtype)
+                logger.warning("%s has weights out of the range of %s. They are saved in float32.", self.name, name)
+                tensors = _in_dtype(state, torch.float32)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
             check_room(staging.parent, size, f"the model {self.name}")
             if hasattr(loader, "save_weights"):
-                loader.save_weights(self, staging)
+                loader.save_weights(self, staging, tensors)
             else:
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
                 save_file(tensors, staging / loader.WEIGHTS_NAME, metadata={"format": "pt"})
             self.finish(staging, plan, final or directory)
 
@@ -193,7 +232,8 @@ class OpenedModel:
         if plan is not None:
             (staging / "plan.json").write_text(plan.to_json() + "\n", "utf-8")
         hidden = {site.name: site.hidden for site in sites_inside(module_sites, self.tower_path)}
-        sidecar = {"format": 1, "library": self.library, "encoder": self.name, "hidden": hidden}
+        dtype = dtype_name(self.dtype)
+        sidecar = {"format": 1, "library": self.library, "encoder": self.name, "dtype": dtype, "hidden": hidden}
         (staging / SIDECAR_NAME).write_text(json.dumps(sidecar, indent=1) + "\n", "utf-8")
         has_trunk = (staging / "trunk").is_dir()
         readme = _readme(self, final, stock_code, hidden, has_trunk)
@@ -425,7 +465,8 @@ def load_pruned(directory: str | Path, name: str | None = None, *, weights: Weig
         opened = _loader("timm").from_directory(directory, name, weights)
     else:
         opened = _loader("transformers").from_directory(directory, name, weights, sidecar.get("hidden"))
-    return _checked(replace(opened, source=directory), weights)
+    dtype = DTYPES.get(sidecar.get("dtype", ""), opened.dtype)
+    return _checked(replace(opened, source=directory, dtype=dtype), weights)
 
 
 def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
@@ -443,11 +484,13 @@ def _checked(model: OpenedModel, weights: Weights) -> OpenedModel:
         )
     tensors = {} if weights == "none" else model.module.state_dict()
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not _is_finite(tensor):
+        if not tensor.is_meta and not _is_finite(tensor):
             raise DgmrError(
                 f"the weights of {model.name} contain NaN or infinity in {name!r}, so every embedding would be wrong. "
                 "Take another checkpoint, such as one saved before the training diverged."
             )
+    if weights == "memory":
+        model.module.float()
     return model
 
 
@@ -455,9 +498,22 @@ def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
 
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors on the CPU, with all floating-point ones except single numbers in ``dtype``."""
+    tensors = {}
+    for name, tensor in state.items():
+        is_cast = tensor.is_floating_point() and tensor.numel() > 1  # not the logarithmic scale of a CLIP
+        tensors[name] = tensor.detach().to("cpu", dtype if is_cast else tensor.dtype).contiguous()
+    return tensors
+
+
 def _is_finite(tensor: Tensor) -> bool:
     """Return whether all values are finite. Minimum and maximum need no copy of a large tensor."""
-    return not tensor.numel() or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    return (
+        not tensor.is_floating_point()
+        or not tensor.numel()
+        or all(bool(bound.isfinite()) for bound in tensor.aminmax())
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import open_clip
+import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, set_model_preprocess_cfg
 from open_clip.transform import merge_preprocess_dict
@@ -74,12 +75,13 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
         )
     except Exception as error:  # no network: open_clip raises exceptions of many types
         raise DgmrError(f"open_clip:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
+    dtype = torch.float32
     if file and weights != "none":
-        _load_release(module, file, tower_only=tag is not None)
+        dtype = _load_release(module, file, tower_only=tag is not None)
     if file and not tag:
         _apply_common_preprocessing(module, name, tags)
         _report_activation(name, config)
-    return _opened(module, config, name, f"open_clip:{name}", weights)
+    return _opened(module, config, name, f"open_clip:{name}", weights, dtype)
 
 
 def _tag_and_file(pretrained: str | None, tags: Sequence[str]) -> tuple[str | None, str | None]:
@@ -131,13 +133,16 @@ def _report_activation(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
+def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> torch.dtype:
     """Load a published checkpoint with open_clip's keys, OpenAI's, EVA-CLIP's, or those of a bare vision tower.
 
     Args:
         module: the model to load into.
         file: path or hub name of the checkpoint.
         tower_only: load the vision tower of the file and keep all other weights.
+
+    Returns:
+        The dtype of the file. float32 if it contains the vision tower alone.
 
     Raises:
         DgmrError: the file does not fit, or it contains the vision tower alone and ``tower_only`` is False.
@@ -146,16 +151,14 @@ def _load_release(module: nn.Module, file: str, *, tower_only: bool) -> None:
     if any(
         name.startswith(("visual.", "text", "transformer.resblocks.")) and "logit_scale" in tensors for name in tensors
     ):
-        load_by_shape(module, _to_open_clip_keys(tensors, module, file), file)
-    elif tower_only:
+        return load_by_shape(module, _to_open_clip_keys(tensors, module, file), file)
+    if tower_only:
         tower = {f"visual.{name.removeprefix('visual.')}": tensor for name, tensor in tensors.items()}
         if not hasattr(module.visual, "trunk"):
             resize_pos_embed(tower, module)
         load_by_shape(module.visual, _to_tower_keys(tower, module.visual, file), file)
-    else:
-        raise DgmrError(
-            f"{file} holds the vision tower alone. Name the text tower's weights too: --pretrained TAG+{file}"
-        )
+        return torch.float32
+    raise DgmrError(f"{file} holds the vision tower alone. Name the text tower's weights too: --pretrained TAG+{file}")
 
 
 def _to_open_clip_keys(tensors: dict[str, Tensor], module: nn.Module, file: str) -> dict[str, Tensor]:
@@ -200,12 +203,13 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
             f"{directory}/open_clip_config.json does not describe a model: {first_line(error)}. "
             "Correct it, or fetch it again."
         ) from error
+    dtype = torch.float32
     if weights != "none":
         path = next(
             (directory / file for file in WEIGHTS_NAMES if (directory / file).exists()), directory / WEIGHTS_NAME
         )
-        load_by_shape(module, _to_open_clip_keys(read_tensors(path), module, str(path)), path)
-    return _opened(module, config["model_cfg"], schema, name, weights)
+        dtype = load_by_shape(module, _to_open_clip_keys(read_tensors(path), module, str(path)), path)
+    return _opened(module, config["model_cfg"], schema, name, weights, dtype)
 
 
 def _create(name: str, weights: Weights, **options: Any) -> nn.Module:
@@ -260,7 +264,9 @@ def relocate(directory: Path) -> bool:
     return True
 
 
-def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, weights: Weights) -> OpenedModel:
+def _opened(
+    module: nn.Module, config: dict[str, Any], schema: str, name: str, weights: Weights, dtype: torch.dtype
+) -> OpenedModel:
     preprocess_config = dict(module.visual.preprocess_cfg)
     if config.get("text_cfg", {}).get("tokenizer_kwargs", {}).get("trust_remote_code"):
         raise DgmrError(
@@ -289,6 +295,7 @@ def _opened(module: nn.Module, config: dict[str, Any], schema: str, name: str, w
         preprocess_config,
         config,
         tokenizer,
+        dtype=dtype,
     )
 
 

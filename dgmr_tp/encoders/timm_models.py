@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import timm
+import torch
 from timm.data import create_transform, resolve_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -51,16 +52,17 @@ def by_name(name: str, pretrained: str | None, weights: Weights, image_size: int
     if is_file or weights == "none":
         with build_device(weights):
             module = timm.create_model(full_name, **size)
+        dtype = torch.float32
         if is_file and weights != "none":
-            _load_file(module, str(pretrained))
+            dtype = _load_file(module, str(pretrained))
             if not tag:
                 _report_preprocessing(architecture, tags)
-        return _opened(module, f"timm:{name}", image_size)
+        return _opened(module, f"timm:{name}", dtype, image_size)
     try:
         module = timm.create_model(full_name, pretrained=pretrained is not None, **size)
     except Exception as error:  # without network, timm raises exceptions of many types
         raise DgmrError(f"timm:{name}: cannot load pretrained {tag!r}: {first_line(error)}") from error
-    return _opened(module, f"timm:{name}", image_size)
+    return _opened(module, f"timm:{name}", torch.float32, image_size)
 
 
 def _report_preprocessing(architecture: str, tags: Sequence[str]) -> None:
@@ -78,17 +80,18 @@ def _report_preprocessing(architecture: str, tags: Sequence[str]) -> None:
         )
 
 
-def _load_file(module: nn.Module, file: str) -> None:
-    """Load a published checkpoint, whatever head it has, and whether it has one or not."""
+def _load_file(module: nn.Module, file: str) -> torch.dtype:
+    """Load a published checkpoint, whatever head it has, and whether it has one or not. Returns its dtype."""
     tensors = to_timm_keys(read_tensors(local_file(file)), module, file)
     head = [name for name, layer in module.named_modules() if layer is module.get_classifier() and name]
     if head and not any(name.startswith(f"{head[0]}.") for name in tensors):
         logger.info("%s: has no head, so the model has none", file)
         module.reset_classifier(0)
-    load_by_shape(module, tensors, file)
+    dtype = load_by_shape(module, tensors, file)
     classifier = module.get_classifier()
     if isinstance(classifier, nn.Linear):  # a fine-tuned checkpoint may have another number of classes
         module.num_classes = classifier.out_features  # type: ignore[assignment]
+    return dtype
 
 
 def to_timm_keys(tensors: dict[str, Tensor], module: nn.Module, source: str) -> dict[str, Tensor]:
@@ -124,13 +127,14 @@ def from_directory(directory: Path, name: str, weights: Weights) -> OpenedModel:
             f"{directory}/config.json does not describe a timm model: {first_line(error)}. "
             "Correct it, or fetch it again."
         ) from error
+    dtype = torch.float32
     if weights != "none":
         path = weights_file(directory)
-        load_by_shape(module, read_tensors(path), path)
-    return _opened(module, name)
+        dtype = load_by_shape(module, read_tensors(path), path)
+    return _opened(module, name, dtype)
 
 
-def _opened(module: nn.Module, name: str, image_size: int | None = None) -> OpenedModel:
+def _opened(module: nn.Module, name: str, dtype: torch.dtype, image_size: int | None = None) -> OpenedModel:
     try:
         config = resolve_data_config({} if image_size is None else {"img_size": image_size}, model=module)
         transform = create_transform(**config)
@@ -140,7 +144,7 @@ def _opened(module: nn.Module, name: str, image_size: int | None = None) -> Open
         raise DgmrError(
             f"{name}: its pretrained_cfg does not describe a preprocessing: {first_line(error)}. Correct config.json."
         ) from error
-    return OpenedModel("timm", module, "", name, transform, config)
+    return OpenedModel("timm", module, "", name, transform, config, dtype=dtype)
 
 
 def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequence[Site]) -> str | None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from transformers.utils import logging
 
-from dgmr_tp.encoders.checkpoint import Weights, build_device, load_by_shape, weights_file
+from dgmr_tp.encoders.checkpoint import Weights, build_device, checkpoint_dtype, load_by_shape, weights_file
 from dgmr_tp.encoders.checkpoint_file import check_weights_file, read_tensors
 from dgmr_tp.encoders.internvit import RELEASE_ARCHITECTURE, config_from_release, tensors_from_release
 from dgmr_tp.encoders.model import TOKENIZER_FILE_PREFIXES, OpenedModel, has_adapter, read_json
@@ -54,13 +54,15 @@ def from_directory(
                 f"{directory}/config.json does not describe an InternViT: {first_line(error)}. "
                 "Correct it, or fetch it again."
             ) from error
+        dtype = torch.float32
         if weights != "none":
             path = weights_file(directory)
-            load_by_shape(module, tensors_from_release(read_tensors(path)), path)
+            dtype = load_by_shape(module, tensors_from_release(read_tensors(path)), path)
     elif weights == "none":
-        module = _build_on_meta(directory, architecture, hidden or {})
+        module, dtype = _build_on_meta(directory, architecture, hidden or {}), torch.float32
     else:  # transformers maps the weights from disk, too
         module = _load_by_transformers(directory, architecture, hidden or {})
+        dtype = checkpoint_dtype(module.state_dict())
     tower_path = _tower_path(module)
     if tower_path is None:
         raise DgmrError(
@@ -72,7 +74,9 @@ def from_directory(
     if has_tokenizer and hasattr(module, "get_text_features"):
         tokenizer = _Tokenizer(directory, module.config.text_config.max_position_embeddings)
     preprocess, config = _Preprocess(processor), _preprocess_config(processor)
-    return OpenedModel("transformers", module.eval(), tower_path, name, preprocess, config, tokenizer=tokenizer)
+    return OpenedModel(
+        "transformers", module.eval(), tower_path, name, preprocess, config, tokenizer=tokenizer, dtype=dtype
+    )
 
 
 def _class(directory: Path, architecture: str) -> Any:
@@ -218,10 +222,12 @@ def _preprocess_config(processor: Any) -> dict[str, Any]:
     }
 
 
-def save_weights(model: OpenedModel, directory: Path) -> None:
-    """Write the weights with transformers, which renames keys and makes shards."""
+def save_weights(model: OpenedModel, directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the weights ``tensors`` with transformers, which renames keys and makes shards."""
     with _no_progress_bar():
-        model.module.save_pretrained(directory, max_shard_size=MAX_SHARD_SIZE)
+        model.module.save_pretrained(directory, state_dict=tensors, max_shard_size=MAX_SHARD_SIZE)
+    # transformers writes the dtype of the module, and opens a model in the dtype of the config
+    model.module.config.dtype = checkpoint_dtype(tensors)
 
 
 def save_config(model: OpenedModel, directory: Path, final: Path, sites: Sequence[Site]) -> str | None:

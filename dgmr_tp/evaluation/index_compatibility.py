@@ -178,7 +178,7 @@ def compare_encoders(
     queries: int = 1000,
     thresholds: Thresholds | None = None,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     workers: int = 0,
 ) -> dict[str, Any]:
     """Embed the same images with both encoders and compare the embeddings.

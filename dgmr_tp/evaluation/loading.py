@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from dgmr_tp.encoders import OpenedModel, is_library_name, open_model
@@ -15,6 +16,7 @@ from dgmr_tp.evaluation.zero_shot import as_clip
 from dgmr_tp.export.bundle import MANIFEST
 from dgmr_tp.export.formats import is_exported_file, open_exported
 from dgmr_tp.pruning import ImageEncoder
+from dgmr_tp.utils.compute import ComputeConfig
 from dgmr_tp.utils.files import read_json, sha256
 from dgmr_tp.utils.modules import state_sha256
 
@@ -29,11 +31,16 @@ class LoadedEncoder:
     """Module with ``encode_image`` and, if the model has a text tower, ``encode_text``."""
     embed: Callable[[Tensor], Tensor]
     """Maps images to embeddings, both on ``device``."""
-    device: str
+    device: torch.device
 
 
 def load_encoder(
-    source: str, pretrained: str | None = None, *, text: str | None = None, trusted: bool = False, device: str = "cpu"
+    source: str,
+    pretrained: str | None = None,
+    *,
+    text: str | None = None,
+    trusted: bool = False,
+    compute: ComputeConfig | None = None,
 ) -> LoadedEncoder:
     """Load a model or an exported file. A file runs on the CPU, and its images and embeddings are on ``device``.
 
@@ -43,7 +50,8 @@ def load_encoder(
         text: for a file, the model with its preprocessing and text tower. Default: the model in the file's
             ``export.json``.
         trusted: open exported files that contain code.
-        device: device of the model and of the images.
+        compute: device of the model and of the images, and precision of the forward passes. Default: float32 on the
+            CPU.
 
     Raises:
         DgmrError: as :func:`dgmr_tp.open_model` and :func:`~dgmr_tp.export.formats.open_exported`, or the model of a
@@ -56,6 +64,8 @@ def load_encoder(
     if origin and origin.sha256 not in (None, state_sha256(model.module)):
         remedy = "Name its weights with --pretrained" if is_library_name(name) else "Name that model with --text"
         raise DgmrError(f"{name} has other weights than the model that {source} was exported from. {remedy}.")
+    model = model.with_compute(compute or ComputeConfig(device="cpu", dtype="float32"))
+    device = model.device
     model.module.to(device).eval()
     return LoadedEncoder(model, as_clip(model, exported), exported or ImageEncoder(model.adapter), device)
 

@@ -83,7 +83,7 @@ def as_clip(model: OpenedModel, encode_image: Callable[[Tensor], Tensor] | None 
         model: the model.
         encode_image: image encoder to use instead of the model's own.
     """
-    if encode_image is None and hasattr(model.module, "encode_image"):
+    if encode_image is None and hasattr(model.module, "encode_image") and not model.has_adapter:
         return CLIPWithEncoder(model.module, model.module.encode_image)  # type: ignore[arg-type]
     return CLIPWithEncoder(model.text or model.module, encode_image or ImageEncoder(model.adapter))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ class RunContext:
         self.trusted = trusted
         self.run_directory = run_directory
         self.stages = stages
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = recipe.compute.choose_device()
         self._fingerprints: dict[str, str | None] = {}
         self._dense: OpenedModel | None = None
 
@@ -56,18 +56,9 @@ class RunContext:
     def dense(self) -> OpenedModel:
         """The dense model, opened at first use. Stages do not change it, and leave it on the CPU."""
         if self._dense is None:
-            self._dense = open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
+            opened = open_model(**self.recipe.model.options, pretrained=self.recipe.model.pretrained)
+            self._dense = opened.with_compute(self.recipe.compute)
         return self._dense
-
-    @contextmanager
-    def dense_on_device(self) -> Iterator[OpenedModel]:
-        """Move the dense model to the run's device inside the context."""
-        dense = self.dense
-        dense.module.to(self.device)
-        try:
-            yield dense
-        finally:
-            dense.module.cpu()
 
     def release_dense(self) -> None:
         """Free the dense model's memory. The next use opens it again."""
@@ -111,6 +102,7 @@ class RunContext:
         """Return what decides the dense model, for a manifest."""
         model = self.recipe.model
         section: dict[str, Any] = {"model": model.model_dump(), "files": self.fingerprint(model.source)}
+        section["save_dtype"] = self.recipe.compute.save_dtype
         if model.pretrained:
             section["pretrained_files"] = self.fingerprint(model.pretrained)
         return section
@@ -148,7 +140,21 @@ class RunContext:
 
     def open_model_of(self, step: str) -> OpenedModel:
         """Open the model that a finished step made."""
-        return open_model(str(self.run_directory.folder(step) / "model"))
+        return open_model(str(self.run_directory.folder(step) / "model")).with_compute(self.recipe.compute)
+
+    def save_model(self, model: OpenedModel, plan: Plan, folder: Path, step: str) -> None:
+        """Write the model that a step makes, in float32 if a later stage goes on with it.
+
+        Args:
+            model: the model.
+            plan: by which it was pruned.
+            folder: staging directory of the step.
+            step: key of the step.
+        """
+        is_last = step == self.last_model_step(step.partition("/")[2])
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        final = self.run_directory.folder(step) / "model"
+        model.save(folder / "model", plan, final=final, dtype=None if is_last else torch.float32)
 
     def plan(self, size: str) -> Plan:
         """Read the plan of a size."""

@@ -26,6 +26,7 @@ from dgmr_tp.export.config import ExportConfig
 from dgmr_tp.pipeline.stages.evaluate import EvaluateSection
 from dgmr_tp.pipeline.stages.prune import PruneSection
 from dgmr_tp.pipeline.stages.scenes import ScenesSection
+from dgmr_tp.utils.compute import ComputeConfig
 from dgmr_tp.utils.config import Config, DataPath, data_paths, expand_home
 from dgmr_tp.utils.yaml_reader import RefusedYAMLError, compose_yaml, parse_yaml
 
@@ -61,7 +62,7 @@ class ModelSection(Config):
 
 
 class Recipe(Config):
-    """A run. Every key except ``name``, ``model``, ``images`` and ``prune`` may be left out, and its stage with it."""
+    """A run. ``name``, ``model``, ``images`` and ``prune`` are needed. A stage without a section is left out."""
 
     name: str
     """Name of the run in the report. The run directory is ``runs/NAME`` by default. A recipe file may leave it out; the
@@ -69,6 +70,7 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     """Seed of all random choices."""
     model: ModelSection
+    compute: ComputeConfig = Field(default_factory=lambda: ComputeConfig.model_validate({}))
     scenes: ScenesSection | None = None
     images: Annotated[str, DataPath(urls=True)]
     """Unlabeled images: a folder, a tar, a folder of tars, a URL of shards, or ``scenes:images``. A ``pipe:`` URL runs

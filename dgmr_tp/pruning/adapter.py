@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -52,9 +53,18 @@ class TowerAdapter(ABC):
     gives_tokens: bool = False
     """True if callers use the patch tokens after the last block, as dense tasks and language models do."""
 
+    precision: torch.dtype = torch.float32
+    """Precision of forward passes that evaluate the tower. Calibration activations and training do not use it."""
+
     def __init__(self, tower: nn.Module, name: str) -> None:
         self.tower: Any = tower
         self.name = name
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return a context that computes in :attr:`precision`."""
+        if self.precision == torch.float32:
+            return nullcontext()  # torch.export would record a disabled autocast
+        return torch.autocast(next(self.tower.parameters()).device.type, self.precision)
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -89,7 +99,10 @@ class TowerAdapter(ABC):
 
 
 class ImageEncoder(nn.Module):
-    """A tower as one module from images to embeddings, whatever else its own ``forward`` returns."""
+    """A tower as one module from images to embeddings, whatever else its own ``forward`` returns.
+
+    With another :attr:`TowerAdapter.precision` than float32, the embeddings are still float32.
+    """
 
     def __init__(self, adapter: TowerAdapter) -> None:
         super().__init__()
@@ -98,7 +111,9 @@ class ImageEncoder(nn.Module):
         self.adapter = adapter
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.adapter.embed(last_state(self.adapter, images))
+        with self.adapter.autocast():
+            embeddings = self.adapter.embed(last_state(self.adapter, images))
+        return embeddings if self.adapter.precision == torch.float32 else embeddings.float()
 
 
 def check_embeddings(embeddings: Tensor, source: str) -> Tensor:

@@ -107,7 +107,7 @@ def gate_scores(
     images = 0
     with evaluating(adapter.tower), _frozen(adapter.tower), torch.enable_grad():
         for batch, embedding_gradient, scale in _embedding_gradients(adapter, groups, objective or entropy()):
-            with gate_inputs(*consumers.values()) as gates:
+            with gate_inputs(*consumers.values()) as gates, adapter.autocast():
                 embeddings = adapter.embed(last_state(adapter, batch))
             gate_list = [gates[layer] for layer in consumers.values()]
             gradients = torch.autograd.grad(embeddings, gate_list, embedding_gradient.to(embeddings))
@@ -135,7 +135,8 @@ def weight_gradients(
                 parameter.requires_grad_(True)
                 parameter.grad = None
             for batch, embedding_gradient, scale in _embedding_gradients(adapter, groups, objective or entropy()):
-                embeddings = adapter.embed(last_state(adapter, batch))
+                with adapter.autocast():
+                    embeddings = adapter.embed(last_state(adapter, batch))
                 embeddings.backward((embedding_gradient / scale).to(embeddings))
         for parameter in parameters:  # a process without a group takes part in the sum
             parameter.grad = all_reduce_sum(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -274,9 +275,10 @@ def _states_before(
 ) -> list[tuple[int, list[Tensor]]]:
     """Return the states before block ``depth`` of this process's groups, each with the index of its group."""
     blocks = adapter.blocks()[:depth]
-    states = [
-        (index, [run_blocks(blocks, adapter.stem(batch)) for batch in group]) for index, group in own_share(groups)
-    ]
+    with adapter.autocast():
+        states = [
+            (index, [run_blocks(blocks, adapter.stem(batch)) for batch in group]) for index, group in own_share(groups)
+        ]
     state.image_blocks += depth * sum(len(batch) for group in groups for batch in group)
     return states
 
@@ -292,7 +294,8 @@ def _evaluate(
     blocks = adapter.blocks()
     totals = torch.zeros(3, dtype=torch.float64)  # sum of the objective, groups, images
     for index, batches in states:
-        embeddings = torch.cat([adapter.embed(run_blocks(blocks[depth:], tokens)) for tokens in batches])
+        with adapter.autocast():
+            embeddings = torch.cat([adapter.embed(run_blocks(blocks[depth:], tokens)) for tokens in batches])
         totals += torch.tensor([float(objective(embeddings, index)), 1, len(embeddings)], dtype=torch.float64)
     totals = all_reduce_sum(totals)
     state.image_blocks += int(totals[2]) * (len(blocks) - depth)
@@ -311,7 +314,7 @@ def _embedding_gradients(
     multiplied by a power of two, the third value, so that half precision can represent it.
     """
     for index, group in own_share(groups):
-        with torch.no_grad():
+        with torch.no_grad(), adapter.autocast():
             embeddings = torch.cat([adapter.embed(last_state(adapter, batch)) for batch in group])
         embeddings = embeddings.float().requires_grad_(True)
         (gradient,) = torch.autograd.grad(objective(embeddings, index), embeddings)

@@ -22,6 +22,9 @@ from dgmr_tp.pruning.adapter import TowerAdapter, used_tokens
 ROUNDING_TOLERANCE = 1e-10
 """Variance, relative to the mean square, below which a target is constant. float32 rounds to about 1e-14."""
 
+GRAM_BLOCK = 512
+"""Number of rows of a Gram matrix that are computed at a time."""
+
 
 def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor:
     """Return the weight of each token of ``state`` ``[batch, tokens, width]``, float64 ``[tokens]``, with sum 1.
@@ -116,42 +119,58 @@ def detach_output(module: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
         handle.remove()
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in float32 if its precision is lower."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 class Moments:
-    """Weighted first and second moments of pairs ``(h, y)``, in float64. The pairs are not stored."""
+    """Weighted first and second moments of pairs ``(h, y)``, without storing the pairs.
+
+    The products of a batch are computed in the batch's dtype and summed in float64. They are taken about the means of
+    the first batch. A channel whose mean is large compared with its deviation therefore keeps its variance.
+    """
 
     def __init__(self) -> None:
         self.weight = 0.0
+        self.rounding = 0.0
+        """Relative rounding error of the products."""
         zero = torch.zeros((), dtype=torch.float64)
+        self.origin_h, self.origin_y = zero, zero
         self.h, self.y, self.hh, self.yh, self.yy = zero, zero, zero, zero, zero
 
     def add(self, h: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add rows ``h`` ``[n, k]`` and ``y`` ``[n, d]`` with weights ``[n]``."""
-        h, y, weight = h.double(), y.double(), weight.double()
-        weighted = h * weight[:, None]
-        self.weight += float(weight.sum())
-        self.h = weighted.sum(0) + self.h
-        self.y = weight @ y + self.y
-        self.hh = h.T @ weighted + self.hh
-        self.yh = y.T @ weighted + self.yh
-        self.yy = weight @ y.square() + self.yy
+        """Add rows ``h`` ``[n, k]`` and ``y`` ``[n, d]`` of one dtype, float32 or float64, with weights ``[n]``."""
+        if not self.weight:
+            self.origin_h, self.origin_y = h.mean(0), y.mean(0)
+            self.rounding = torch.finfo(h.dtype).eps
+        root = weight.to(h).sqrt()
+        h, y = (h - self.origin_h) * root[:, None], (y - self.origin_y) * root[:, None]
+        self.weight += float(weight.double().sum())
+        self.h = (root @ h).double() + self.h
+        self.y = (root @ y).double() + self.y
+        self.hh = _gram(h).double() + self.hh
+        self.yh = (y.T @ h).double() + self.yh
+        self.yy = y.square().sum(0).double() + self.yy
 
     def last_channels(self, count: int) -> Moments:
         """Return the moments of ``h`` and the last ``count`` channels of ``y``."""
         part = copy.copy(self)
         part.y, part.yh, part.yy = self.y[-count:], self.yh[-count:], self.yy[-count:]
+        part.origin_y = self.origin_y[-count:]
         return part
 
     def means(self) -> tuple[Tensor, Tensor]:
-        """Return the means of ``h`` ``[k]`` and ``y`` ``[d]``."""
-        return self.h / self.weight, self.y / self.weight
+        """Return the means of ``h`` ``[k]`` and ``y`` ``[d]``, float64."""
+        return self.origin_h + self.h / self.weight, self.origin_y + self.y / self.weight
 
     def second_moments(self, h0: Tensor, y0: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return ``Σ_hh`` ``[k, k]``, ``Σ_yh`` ``[d, k]`` and ``tr Σ_yy`` about the points ``h0`` and ``y0``.
+        """Return ``Σ_hh`` ``[k, k]``, ``Σ_yh`` ``[d, k]`` and ``tr Σ_yy`` about the points ``h0`` and ``y0``, float64.
 
         All are per unit of weight. About the means they are covariances.
         """
-        mean_h, mean_y = self.means()
-        dh, dy = mean_h - h0, mean_y - y0
+        mean_h, mean_y = self.h / self.weight, self.y / self.weight  # relative to the origins
+        dh, dy = self.origin_h + mean_h - h0, self.origin_y + mean_y - y0
         hh = self.hh / self.weight - torch.outer(mean_h, mean_h) + torch.outer(dh, dh)
         yh = self.yh / self.weight - torch.outer(mean_y, mean_h) + torch.outer(dy, dh)
         return hh, yh, max(0.0, float(self.yy.sum()) / self.weight - float(mean_y @ mean_y) + float(dy @ dy))
@@ -168,7 +187,18 @@ class Moments:
         error = yy - 2 * float((weight * yh).sum()) + float(((weight @ hh) * weight).sum()) + float(offset @ offset)
         if not math.isfinite(error):
             return math.inf
-        negligible = ROUNDING_TOLERANCE * float(self.yy.sum()) / self.weight
+        negligible = ROUNDING_TOLERANCE * (yy + float(mean_y @ mean_y))
         if yy <= negligible:
             return 0.0 if error <= negligible else math.inf
         return max(0.0, error) / yy
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Return ``rowsᵀ rows`` of ``[n, k]``. Only the blocks on and above the diagonal are multiplied."""
+    width = rows.shape[1]
+    gram = rows.new_empty(width, width)
+    for start in range(0, width, GRAM_BLOCK):
+        end = min(start + GRAM_BLOCK, width)
+        gram[start:end, start:] = rows[:, start:end].T @ rows[:, start:]
+        gram[end:, start:end] = gram[start:end, end:].T
+    return gram

@@ -27,13 +27,15 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
-from dgmr_tp.pruning.calibration import Moments, has_fewer_tokens, record_inputs, token_weights
+from dgmr_tp.pruning.calibration import Moments, at_least_float32, has_fewer_tokens, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
 
 RESIDUAL_TOLERANCE = 1e-9
 """Residual variance, relative to the mean variance, at which a neuron counts as a linear function of earlier picks."""
+GRAM_ROUNDING = 1e-6
+"""The same, relative to the neuron's own variance. Products in float32 round to about 1e-7."""
 NUM_SENSITIVITY_IMAGES = 128
 """Number of images on which the sensitivity of the embedding to an MLP's error is measured."""
 PIVOT_BLOCK = 64
@@ -139,7 +141,7 @@ class _Greedy:
         self.energy = self.projected.square().sum(0)
         """``‖W R_:j‖²`` after each pick."""
         self.available = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-        self.tolerance = RESIDUAL_TOLERANCE * self.variance.mean()
+        self.tolerance = torch.maximum(GRAM_ROUNDING * self.variance, RESIDUAL_TOLERANCE * self.variance.mean())
 
     def pick_block(self, count: int) -> tuple[Tensor, Tensor]:
         """Pick ``count`` neurons. Nothing in here waits for the device.
@@ -186,7 +188,8 @@ def rank_tower(
     """Rank the neurons of every MLP of a tower on calibration images. The blocks run once.
 
     Also measures the sensitivity of the embedding to each MLP. On the first :data:`NUM_SENSITIVITY_IMAGES` images, the
-    MLP keeps the first eighth of its ranking, is fitted to its dense output, and the remaining blocks run.
+    MLP keeps the first eighth of its ranking, is fitted to its dense output, and the remaining blocks run in
+    :attr:`TowerAdapter.precision`.
 
     Args:
         adapter: the dense tower. It is unchanged.
@@ -230,7 +233,7 @@ def rank_tower(
                 with record_inputs(*consumers) as inputs:
                     states[index] = block(state)
                 for consumer, site_moments in zip(consumers, moments, strict=True):
-                    rows = inputs[consumer][:, weighted_tokens].flatten(0, 1)
+                    rows = at_least_float32(inputs[consumer][:, weighted_tokens]).flatten(0, 1)
                     no_targets = rows[:, :0]
                     site_moments.add(rows, no_targets, weight[weighted_tokens].repeat(len(state)))
             for site, consumer, site_moments in zip(sites, consumers, moments, strict=True):
@@ -272,8 +275,9 @@ def _first_images(states: list[Tensor]) -> list[Tensor]:
 
 def _embeddings(adapter: TowerAdapter, states: Iterable[Tensor], depth: int) -> Tensor:
     """Run the tower from states before block ``depth``. Returns float64 ``[images, embedding]``."""
-    embeddings = torch.cat([adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states])
-    return check_embeddings(embeddings, "the calibration images")
+    with adapter.autocast():
+        embeddings = [adapter.embed(run_blocks(adapter.blocks()[depth:], state)).double() for state in states]
+    return check_embeddings(torch.cat(embeddings), "the calibration images")
 
 
 @contextmanager

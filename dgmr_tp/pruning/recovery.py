@@ -37,6 +37,7 @@ from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import (
     Moments,
+    at_least_float32,
     detach_output,
     record_inputs,
     token_weights,
@@ -103,7 +104,8 @@ def refit(moments: Moments, weight: Tensor, bias: Tensor | None, damping: float)
     except scipy.linalg.LinAlgError:  # the ridge is below rounding
         change = None
     if change is None:
-        change = scipy.linalg.lstsq(normal, residual, cond=len(normal) * torch.finfo(torch.float64).eps)[0]
+        cutoff = max(len(normal) * torch.finfo(torch.float64).eps, 8 * moments.rounding)
+        change = scipy.linalg.lstsq(normal, residual, cond=cutoff)[0]
     fitted = weight + torch.from_numpy(change.T).to(weight)
     return fitted, None if bias is None else mean_y - fitted @ mean_h
 
@@ -303,10 +305,12 @@ def _site_moments(
         with record_inputs(mlp, consumer) as inputs:
             after = block(state)
         hidden = inputs[consumer][:, weighted_tokens]
-        targets = dense_mlp(inputs[mlp])[:, weighted_tokens].double()
+        output = at_least_float32(consumer(hidden))
+        hidden, targets = at_least_float32(hidden), at_least_float32(dense_mlp(inputs[mlp])[:, weighted_tokens])
         if gain is not None:
-            missing = dense_state[:, weighted_tokens].double() - after[:, weighted_tokens].double()
-            targets = torch.cat([gain * targets, gain * consumer(hidden).double() + missing], dim=-1)
+            missing = at_least_float32(dense_state[:, weighted_tokens]) - at_least_float32(after[:, weighted_tokens])
+            targets = torch.cat([targets, output], dim=-1) * gain.repeat(2).to(targets)
+            targets[..., -gain.numel() :] += missing
         is_held_out = _is_held_out(len(state), first_image).to(state.device)
         first_image += len(state)
         for moments, selected in ((fit, ~is_held_out), (held_out, is_held_out)):

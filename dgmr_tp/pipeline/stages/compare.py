@@ -64,11 +64,14 @@ class CompareStage(Stage):
 def _compare(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     section = context.recipe.compare
     assert section
-    new = context.open_model_of(context.last_model_step(size))
-    with context.dense_on_device() as old:
+    # In float32, because rounding would count as a difference between old and new.
+    full = context.recipe.compute.model_copy(update={"dtype": "float32"})
+    old = context.dense.with_compute(full)
+    new = context.open_model_of(context.last_model_step(size)).with_compute(full)
+    with old.running(), new.running():
         return compare_encoders(
-            _encoder(context, old),
-            _encoder(context, new),
+            _encoder(old),
+            _encoder(new),
             context.resolve(section.images),
             classifier=class_embeddings(old, context.resolve(section.classes)) if section.classes else None,
             count=section.count,
@@ -80,5 +83,5 @@ def _compare(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
         )
 
 
-def _encoder(context: RunContext, model: OpenedModel) -> ComparedEncoder:
-    return ComparedEncoder(ImageEncoder(model.adapter).to(context.device).eval(), model.preprocess)
+def _encoder(model: OpenedModel) -> ComparedEncoder:
+    return ComparedEncoder(ImageEncoder(model.adapter).eval(), model.preprocess)

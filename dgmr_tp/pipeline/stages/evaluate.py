@@ -71,14 +71,15 @@ class EvaluateStage(Stage):
         section = context.recipe.evaluate
         if section is None:
             return []
-        describe = partial(describe_evaluation, section)
+
+        def describe() -> dict[str, Any]:
+            return {**describe_evaluation(section), "dtype": context.recipe.compute.dtype}
 
         def describe_dense() -> dict[str, Any]:
             return {**describe(), **context.describe_model()}
 
         def evaluate_dense(folder: Path) -> dict[str, Any]:
-            with context.dense_on_device() as dense:
-                return {DENSE: _measure_model(context, dense, folder, DENSE)}
+            return {DENSE: _measure_model(context, context.dense, folder, DENSE)}
 
         # First: a model or data set that cannot be evaluated shows before anything is computed.
         steps = [
@@ -128,19 +129,24 @@ def describe_evaluation(section: EvaluateSection) -> dict[str, Any]:
 def _evaluate_size(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     figures = {}
     for label, step in context.model_steps(size).items():
-        model = context.open_model_of(step)
-        model.module.to(context.device)
-        figures[label] = _measure_model(context, model, folder, label)
+        figures[label] = _measure_model(context, context.open_model_of(step), folder, label)
     return figures
 
 
 def _measure_model(context: RunContext, model: OpenedModel, folder: Path, label: str) -> dict[str, dict[str, float]]:
-    """Metrics of a model on everything that the recipe evaluates, by data set."""
+    """Return the metrics of a model on everything that the recipe evaluates, by data set."""
+    with model.running():
+        return _measure_running_model(context, model, folder, label)
+
+
+def _measure_running_model(
+    context: RunContext, model: OpenedModel, folder: Path, label: str
+) -> dict[str, dict[str, float]]:
     section = context.recipe.evaluate
     assert section
     encoder = ImageEncoder(model.adapter).eval()
     options = {"device": context.device, "batch_size": section.batch_size}
-    metrics = measure_datasets(context, model, as_clip(model).to(context.device).eval(), folder, label)
+    metrics = measure_datasets(context, model, as_clip(model).eval(), folder, label)
     own: dict[str, dict[str, float]] = {}
     if section.knn:
         bank, test = (Images.find(context.resolve(path)) for path in (section.knn.train, section.knn.test))

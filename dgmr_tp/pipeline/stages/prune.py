@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,6 +196,8 @@ def _describe(context: RunContext, amount: dict[str, Any]) -> dict[str, Any]:
         **amount,
         "seed": recipe.seed,
     }
+    if criterion_named(recipe.prune.criterion).needs == "gradients" or recipe.prune.has_quality_target:
+        section["dtype"] = recipe.compute.dtype
     if "threshold" in amount:
         section |= {"search": recipe.prune.search.model_dump(), **context.describe_images()}
     elif criterion_named(recipe.prune.criterion).needs == "gradients":
@@ -216,8 +217,7 @@ def _prune(context: RunContext, size: str, amount: dict[str, Any], folder: Path)
     dense = context.dense
     plan, search_figures = _plan_of_size(context, amount, folder)
     pruned, table = prune_by_plan(dense, plan)
-    shutil.rmtree(folder / "model", ignore_errors=True)
-    pruned.save(folder / "model", plan, final=context.run_directory.folder(f"prune/{size}") / "model")
+    context.save_model(pruned, plan, folder, f"prune/{size}")
     sites = [{"site": row.site, "width": row.width, "hidden": row.hidden, "num_kept": row.num_kept} for row in table]
     return {"dense": _cost(dense), "pruned": _cost(pruned), "sites": sites, **search_figures}
 
@@ -228,24 +228,24 @@ def _plan_of_size(context: RunContext, amount: dict[str, Any], folder: Path) -> 
     needs = criterion_named(recipe.prune.criterion).needs
     if needs == "weights":
         return make_plan(context.dense, recipe.prune.criterion, seed=recipe.seed, **amount), {}
-    with context.dense_on_device() as dense:  # runs images there, and measures a budget of latency there
-        if recipe.prune.has_quality_target:
-            return _plan_for_target(context, dense, amount)
-        if needs == "activations":
-            return read_rankings(context).plan(dense, **amount), {}
-        search_config = recipe.prune.search
-        count = search_config.images if "threshold" in amount else recipe.num_calibration_images
-        images = CalibrationImages.read(context.images_source, dense, count, recipe.seed)
-        if "threshold" not in amount:
-            plan = make_plan(dense, recipe.prune.criterion, images, seed=recipe.seed, **amount)
-            return plan, {"broken_images": images.broken}
-        journal = folder / JOURNAL
-        result = search(
-            dense, images, threshold=amount["threshold"], config=search_config, journal=journal, seed=recipe.seed
-        )
-        forward_passes = result.image_blocks / len(dense.adapter.blocks())
-        figures = {"entropy": result.entropy, "image_forwards": forward_passes, "broken_images": images.broken}
-        return result.plan, figures
+    dense = context.dense
+    if recipe.prune.has_quality_target:
+        return _plan_for_target(context, dense, amount)
+    if needs == "activations":
+        return read_rankings(context).plan(dense, **amount), {}
+    search_config = recipe.prune.search
+    count = search_config.images if "threshold" in amount else recipe.num_calibration_images
+    images = CalibrationImages.read(context.images_source, dense, count, recipe.seed)
+    if "threshold" not in amount:
+        plan = make_plan(dense, recipe.prune.criterion, images, seed=recipe.seed, **amount)
+        return plan, {"broken_images": images.broken}
+    journal = folder / JOURNAL
+    result = search(
+        dense, images, threshold=amount["threshold"], config=search_config, journal=journal, seed=recipe.seed
+    )
+    forward_passes = result.image_blocks / len(dense.adapter.blocks())
+    figures = {"entropy": result.entropy, "image_forwards": forward_passes, "broken_images": images.broken}
+    return result.plan, figures
 
 
 def _plan_for_target(context: RunContext, dense: OpenedModel, amount: dict[str, Any]) -> tuple[Plan, dict[str, Any]]:

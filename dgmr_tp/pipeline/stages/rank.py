@@ -36,15 +36,17 @@ class RankStage(Stage):
             return []
 
         def describe() -> dict[str, Any]:
-            section = {"criterion": recipe.prune.criterion, "calibration": recipe.num_calibration_images}
+            section = {
+                "criterion": recipe.prune.criterion,
+                "calibration": recipe.num_calibration_images,
+                "dtype": recipe.compute.dtype,
+            }
             return {**context.describe_model(), **section, **context.describe_images()}
 
         def work(folder: Path) -> dict[str, Any]:
-            with context.dense_on_device() as dense:
-                images = CalibrationImages.read(
-                    context.images_source, dense, recipe.num_calibration_images, recipe.seed
-                )
-                rankings = rank(dense, recipe.prune.criterion, images)
+            count = recipe.num_calibration_images
+            images = CalibrationImages.read(context.images_source, context.dense, count, recipe.seed)
+            rankings = rank(context.dense, recipe.prune.criterion, images)
             rankings.save(folder / "rankings.safetensors")
             sensitivity = {name: ranking.sensitivity for name, ranking in rankings.sites.items()}
             return {"sensitivity": sensitivity, "broken_images": images.broken}

@@ -49,11 +49,8 @@ def _recover(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     assert section
     plan = context.plan(size)
     pruned = context.open_model_of(context.last_model_step(size, before="recover"))
-    pruned.module.to(context.device)
-    with context.dense_on_device() as dense:
-        images = CalibrationImages.read(context.images_source, dense, section.images, context.recipe.seed)
-        table = recover_pruned(dense, pruned, plan, images, damping=section.damping, tune_steps=section.tune_steps)
-    pruned.module.cpu()
-    pruned.save(folder / "model", plan, final=context.run_directory.folder(f"recover/{size}") / "model")
+    images = CalibrationImages.read(context.images_source, context.dense, section.images, context.recipe.seed)
+    table = recover_pruned(context.dense, pruned, plan, images, damping=section.damping, tune_steps=section.tune_steps)
+    context.save_model(pruned, plan, folder, f"recover/{size}")
     sites = [row._asdict() for row in table]
     return {"sites": sites, "broken_images": dict(images.broken), "other_files": sum(images.others.values())}

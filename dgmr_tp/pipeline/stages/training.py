@@ -96,10 +96,7 @@ class TrainingStage(Stage):
         model = context.open_model_of(step.inputs[0])
         figures = self.train(context, model, folder, step)
         if figures is not None:
-            shutil.rmtree(folder / "model", ignore_errors=True)
-            model.save(
-                folder / "model", context.plan(step.size), final=context.run_directory.folder(step.key) / "model"
-            )
+            context.save_model(model, context.plan(step.size), folder, step.key)
             write_json(folder / FIGURES, figures)
 
 
