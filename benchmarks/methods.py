@@ -540,8 +540,7 @@ class Store:
                 if "image_blocks" in rows[0]:
                     blocks = len(rows[0]["widths"])
                     sensitivity_cost = NUM_SENSITIVITY_IMAGES * (blocks + blocks * (blocks + 1) // 2)
-                    # The ranking runs the first batch of 128 images once more, to find the tokens.
-                    ranking_cost = (NUM_IMAGES + 128) * blocks + sensitivity_cost
+                    ranking_cost = NUM_IMAGES * blocks + sensitivity_cost
                     search_cost = rows[0]["image_blocks"]
                     print(
                         f"cost in images × blocks, forward: {method} {search_cost:,}, ranking {ranking_cost:,}: "

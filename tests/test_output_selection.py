@@ -179,7 +179,7 @@ def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_
     FAMILIES[family](tmp_path / "model")
     model = open_model(str(tmp_path / "model"))
     model.module.eval()
-    images = pictures(64)  # fewer than NUM_SENSITIVITY_IMAGES
+    images = pictures(64)  # no more than NUM_SENSITIVITY_IMAGES
     batches = images.split(30)
     rankings = rank_tower(model.adapter, batches)
     with torch.no_grad():

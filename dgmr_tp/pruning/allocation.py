@@ -169,8 +169,8 @@ def fitted_widths(
     """Return the widths with the smallest total loss under a budget, by site name. Widths differ between sites.
 
     Each loss curve is replaced by its lower convex hull. On the hulls the optimum is that of a linear program, whose
-    basic solution leaves at most one site per limit between two corners of its hull. The remaining budget goes to the
-    neurons that still fit.
+    basic solution leaves at most one site per limit between two corners of its hull. With one limit, it takes the edges
+    of the hulls by gain per cost. The remaining budget goes to the neurons that still fit.
 
     Each site keeps at least one neuron in :data:`MIN_WIDTH_DIVISOR`, because a curve from few images does not justify
     the removal of a whole MLP.
@@ -198,13 +198,14 @@ def fitted_widths(
     scale = {key: max(1.0, float(remaining[key])) for key in limits}
     prices = [[costs[key].neuron[site.name] * neurons / scale[key] for site, neurons, _ in edges] for key in limits]
     gains = np.array([gain for _, _, gain in edges])
-    solution = scipy.optimize.linprog(
-        -gains / max(gains.max(), 1e-300), A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1)
-    )
     density = gains / np.sum(prices, axis=0)
+    shares = np.zeros(len(edges))  # with one limit, the order by gain per cost is optimal
+    if len(limits) > 1:
+        objective = -gains / max(gains.max(), 1e-300)
+        shares = scipy.optimize.linprog(objective, A_ub=prices, b_ub=np.ones(len(limits)), bounds=(0, 1)).x
     stopped = set()  # sites with an edge that did not fit, after which no edge can be added
     # Complete edges of the solution come first, then the others by gain per cost.
-    for index in np.lexsort((-density, -solution.x)):
+    for index in np.lexsort((-density, -shares)):
         site, neurons, gain = edges[index]
         if gain <= 0 or site.name in stopped:
             continue

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
-from dgmr_tp.pruning.adapter import TowerAdapter, check_embeddings, run_blocks, stem_states
+from dgmr_tp.pruning.adapter import Block, TowerAdapter, check_embeddings, run_blocks, stem_states
 from dgmr_tp.pruning.calibration import Moments, at_least_float32, has_fewer_tokens, record_inputs, token_weights
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
@@ -36,7 +36,7 @@ RESIDUAL_TOLERANCE = 1e-9
 """Residual variance, relative to the mean variance, at which a neuron counts as a linear function of earlier picks."""
 GRAM_ROUNDING = 1e-6
 """The same, relative to the neuron's own variance. Products in float32 round to about 1e-7."""
-NUM_SENSITIVITY_IMAGES = 128
+NUM_SENSITIVITY_IMAGES = 64
 """Number of images on which the sensitivity of the embedding to an MLP's error is measured."""
 PIVOT_BLOCK = 64
 """Number of picks between two updates of the residual Gram matrix.
@@ -219,23 +219,10 @@ def rank_tower(
                 "Give other images, or more."
             )
         for depth, block in enumerate(blocks):
-            state_after = block(states[0])
             sites = sites_inside(adapter.sites, block.name)
-            weight = token_weights(adapter, state_after, last=depth == len(blocks) - 1)
-            widest = max((site.hidden for site in sites), default=0)
-            if has_fewer_tokens(weight, sum(map(len, states)), widest):
-                weight = token_weights(adapter, state_after, last=False)
             consumers = [cast(nn.Linear, block.module.get_submodule(site.consumer)) for site in sites]
-            moments = [Moments() for _ in consumers]
-            weighted_tokens = torch.nonzero(weight).flatten()
             states_before = _first_images(states)
-            for index, state in enumerate(states):
-                with record_inputs(*consumers) as inputs:
-                    states[index] = block(state)
-                for consumer, site_moments in zip(consumers, moments, strict=True):
-                    rows = at_least_float32(inputs[consumer][:, weighted_tokens]).flatten(0, 1)
-                    no_targets = rows[:, :0]
-                    site_moments.add(rows, no_targets, weight[weighted_tokens].repeat(len(state)))
+            moments = _run_block(adapter, block, consumers, states, last=depth == len(blocks) - 1)
             for site, consumer, site_moments in zip(sites, consumers, moments, strict=True):
                 name = f"{block.name}.{site.name}"
                 mean, mean_target = site_moments.means()
@@ -260,6 +247,27 @@ def rank_tower(
                 rankings[name] = ranking
             report_progress("rank", depth + 1, len(blocks))
         return rankings
+
+
+def _run_block(
+    adapter: TowerAdapter, block: Block, consumers: list[nn.Linear], states: list[Tensor], *, last: bool
+) -> list[Moments]:
+    """Replace the states before a block by those after it. Returns the moments of the inputs of each consumer."""
+    moments = [Moments() for _ in consumers]
+    num_images, widest = sum(map(len, states)), max((consumer.in_features for consumer in consumers), default=0)
+    weight = torch.empty(0)
+    for index, state in enumerate(states):
+        with record_inputs(*consumers) as inputs:
+            states[index] = block(state)
+        if index == 0:
+            weight = token_weights(adapter, states[0], last=last)
+            if has_fewer_tokens(weight, num_images, widest):
+                weight = token_weights(adapter, states[0], last=False)
+        weighted_tokens = torch.nonzero(weight).flatten()
+        for consumer, site_moments in zip(consumers, moments, strict=True):
+            rows = at_least_float32(inputs[consumer][:, weighted_tokens]).flatten(0, 1)
+            site_moments.add(rows, rows[:, :0], weight[weighted_tokens].repeat(len(state)))
+    return moments
 
 
 def _first_images(states: list[Tensor]) -> list[Tensor]:
