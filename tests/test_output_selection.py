@@ -20,8 +20,8 @@ from dgmr_tp.cli import app
 from dgmr_tp.compression.rankings import Rankings
 from dgmr_tp.compression.streaming import prune_streaming
 from dgmr_tp.encoders import adapt
-from dgmr_tp.pruning import MLPPruner, PrecomputedScores, find_sites, last_state, rank_tower
-from dgmr_tp.pruning.calibration import token_weights
+from dgmr_tp.pruning import MLPPruner, PrecomputedScores, find_sites, last_state, output_selection, rank_tower
+from dgmr_tp.pruning.calibration import sample_tokens, token_weights
 from dgmr_tp.pruning.cost import parameters
 from dgmr_tp.pruning.output_selection import SELECTION_RULES, _Greedy, rank_neurons
 
@@ -174,8 +174,9 @@ def test_more_picks_than_a_panel_change_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("family", FORMS)
-def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_path):
-    """The reference prunes each MLP alone to an eighth, refits it with numpy, and runs the tower."""
+def test_sensitivity_is_what_a_cut_of_one_mlp_does_to_the_embedding(family, tmp_path, monkeypatch):
+    """The reference prunes each MLP alone to an eighth, refits it with numpy on all tokens, and runs the tower."""
+    monkeypatch.setattr(output_selection, "TOKENS_PER_NEURON", 10**6)
     FAMILIES[family](tmp_path / "model")
     model = open_model(str(tmp_path / "model"))
     model.module.eval()
@@ -357,3 +358,28 @@ def test_an_unknown_selection_rule_is_refused(tower):
         ranked(hidden, weight, by="typo")
     with pytest.raises(DgmrError, match="unknown selection rule 'typo'"):
         rank_tower(adapt(tower), [pictures(12)], by="typo")
+
+
+def test_a_sample_of_tokens_keeps_every_weight_on_average():
+    weight = torch.tensor([0.5, *[0.05] * 10, 0.0], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([sample_tokens(weight, 4, generator) for _ in range(4000)])
+    assert ((draws > 0).sum(1) == 4).all() and (draws[:, 0] == 0.5).all()
+    assert torch.allclose(draws.sum(1), weight.sum())
+    assert torch.allclose(draws.mean(0), weight, atol=0.01) and len(draws.unique(dim=0)) > 50
+    assert sample_tokens(weight, 11, generator) is weight
+    even = torch.full((8,), 0.125, dtype=torch.float64)
+    assert (sample_tokens(even, 2, generator) > 0).sum() == 2
+
+
+@torch.no_grad()
+def test_few_tokens_of_many_images_rank_as_all_do(tower, monkeypatch):
+    images = list(pictures(256).split(32))
+    monkeypatch.setattr(output_selection, "TOKENS_PER_NEURON", 10**6)
+    everything = rank(tower, images=images)
+    monkeypatch.setattr(output_selection, "TOKENS_PER_NEURON", 8)
+    sampled = rank(tower, images=images)
+    kept = lambda rankings: {name: set(site.order[:48].tolist()) for name, site in rankings.sites.items()}  # noqa: E731
+    shared = [len(kept(everything)[name] & kept(sampled)[name]) / 48 for name in everything.sites]
+    assert sum(shared) / len(shared) > 0.6  # 48 random neurons of 192 would share a quarter
+    assert kept(everything) != kept(sampled), "all tokens were used"

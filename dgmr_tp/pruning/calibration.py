@@ -57,6 +57,25 @@ def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor
     return weight.double() / weight.sum()
 
 
+def sample_tokens(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Return ``weight`` ``[tokens]`` on a random choice of ``count`` tokens, and 0 elsewhere. Its sum stays.
+
+    Tokens with more than an equal share, such as the class token, are always chosen. The weights of the other chosen
+    tokens are scaled, so that every moment keeps its expectation. All tokens stay if there are no more than ``count``.
+    """
+    tokens = torch.nonzero(weight).flatten()
+    if len(tokens) <= count:
+        return weight
+    is_heavy = weight[tokens] > weight.sum() / count
+    heavy, light = tokens[is_heavy], tokens[~is_heavy]
+    order = torch.randperm(len(light), generator=generator).to(weight.device)
+    chosen = light[order[: max(1, count - len(heavy))]]
+    sampled = torch.zeros_like(weight)
+    sampled[heavy] = weight[heavy]
+    sampled[chosen] = weight[chosen] * (weight[light].sum() / weight[chosen].sum())
+    return sampled
+
+
 def has_fewer_tokens(weight: Tensor, images: int, minimum: int) -> bool:
     """Return whether ``images`` have fewer tokens with a weight than ``minimum``.
 

@@ -17,6 +17,7 @@ weights. Both rules are in :data:`SELECTION_RULES`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +28,14 @@ from torch import Tensor, nn
 
 from dgmr_tp.errors import DgmrError
 from dgmr_tp.pruning.adapter import Block, TowerAdapter, check_embeddings, run_blocks, stem_states
-from dgmr_tp.pruning.calibration import Moments, at_least_float32, has_fewer_tokens, record_inputs, token_weights
+from dgmr_tp.pruning.calibration import (
+    Moments,
+    at_least_float32,
+    has_fewer_tokens,
+    record_inputs,
+    sample_tokens,
+    token_weights,
+)
 from dgmr_tp.pruning.sites import sites_inside
 from dgmr_tp.utils.modules import check_weights, evaluating, full_float32
 from dgmr_tp.utils.progress import report_progress
@@ -36,6 +44,11 @@ RESIDUAL_TOLERANCE = 1e-9
 """Residual variance, relative to the mean variance, at which a neuron counts as a linear function of earlier picks."""
 GRAM_ROUNDING = 1e-6
 """The same, relative to the neuron's own variance. Products in float32 round to about 1e-7."""
+TOKENS_PER_NEURON = 16
+"""Number of tokens, over all images, that the Gram matrix of an MLP is computed from, per neuron.
+
+Tokens of one image resemble each other. On DINOv2 ViT-S/14, half of the tokens rank as well as all.
+"""
 NUM_SENSITIVITY_IMAGES = 64
 """Number of images on which the sensitivity of the embedding to an MLP's error is measured."""
 PIVOT_BLOCK = 64
@@ -252,10 +265,13 @@ def rank_tower(
 def _run_block(
     adapter: TowerAdapter, block: Block, consumers: list[nn.Linear], states: list[Tensor], *, last: bool
 ) -> list[Moments]:
-    """Replace the states before a block by those after it. Returns the moments of the inputs of each consumer."""
+    """Replace the states before a block by those after it. Returns the moments of the inputs of each consumer.
+
+    The moments are of :data:`TOKENS_PER_NEURON` tokens. Every batch has other ones.
+    """
     moments = [Moments() for _ in consumers]
     num_images, widest = sum(map(len, states)), max((consumer.in_features for consumer in consumers), default=0)
-    weight = torch.empty(0)
+    weight, generator = torch.empty(0), torch.Generator().manual_seed(0)
     for index, state in enumerate(states):
         with record_inputs(*consumers) as inputs:
             states[index] = block(state)
@@ -263,10 +279,11 @@ def _run_block(
             weight = token_weights(adapter, states[0], last=last)
             if has_fewer_tokens(weight, num_images, widest):
                 weight = token_weights(adapter, states[0], last=False)
-        weighted_tokens = torch.nonzero(weight).flatten()
+        sampled = sample_tokens(weight, math.ceil(TOKENS_PER_NEURON * widest / num_images), generator)
+        tokens = torch.nonzero(sampled).flatten()
         for consumer, site_moments in zip(consumers, moments, strict=True):
-            rows = at_least_float32(inputs[consumer][:, weighted_tokens]).flatten(0, 1)
-            site_moments.add(rows, rows[:, :0], weight[weighted_tokens].repeat(len(state)))
+            rows = at_least_float32(inputs[consumer][:, tokens]).flatten(0, 1)
+            site_moments.add(rows, rows[:, :0], sampled[tokens].repeat(len(state)))
     return moments
 
 
