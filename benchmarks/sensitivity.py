@@ -1,4 +1,4 @@
-"""How many images the sensitivity of each MLP needs: the loss of the fitted widths by the number of images.
+"""Measure the loss of the fitted widths by the number of images that measure the sensitivity.
 
     CIFAR10_DIR=.../cifar10 python benchmarks/sensitivity.py --dinov2 DINOV2.safetensors \\
         --out benchmarks/results/sensitivity.json

@@ -368,6 +368,8 @@ def test_a_sample_of_tokens_keeps_every_weight_on_average():
     assert torch.allclose(draws.sum(1), weight.sum())
     assert torch.allclose(draws.mean(0), weight, atol=0.01) and len(draws.unique(dim=0)) > 50
     assert sample_tokens(weight, 11, generator) is weight
+    one = torch.stack([sample_tokens(weight, 1, generator) for _ in range(100)])
+    assert (one[:, 0] == 0.5).all() and ((one > 0).sum(1) == 2).all(), "the class token was dropped"
     even = torch.full((8,), 0.125, dtype=torch.float64)
     assert (sample_tokens(even, 2, generator) > 0).sum() == 2
 

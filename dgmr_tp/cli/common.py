@@ -43,7 +43,7 @@ PretrainedOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[
-    str | None, typer.Option(help="Device that images run on: cuda, cuda:1 or cpu [default: cuda if there is one].")
+    str | None, typer.Option(help="Device that images run on: cuda or cpu [default: cuda if there is one].")
 ]
 DtypeOption = Annotated[
     Literal["float32", "bfloat16"] | None,

@@ -88,54 +88,42 @@ def search(
             f"amp compares groups of {config.candidates} images, got {len(images)}. Give more images or fewer "
             "candidates."
         )
-    with model.running():
-        return _search(model, images, threshold, config, objective, journal, seed)
-
-
-def _search(
-    model: OpenedModel,
-    images: CalibrationImages,
-    threshold: float,
-    config: SearchConfig,
-    objective: Objective,
-    journal: Path | None,
-    seed: int,
-) -> SearchResult:
-    groups = images.groups(model, config.candidates)
     adapter, sites = model.adapter, {site.name: site for site in model.sites}
-    checksums = [float(batch.double().sum()) for group in groups for batch in group]
-    request = {
-        **config.model_dump(),
-        "threshold": threshold,
-        "seed": seed,
-        "encoder": model.name,
-        "weights": model.weight_hashes,
-        "image_checksums": checksums,
-        "objective": objective.__qualname__,
-    }
+    with model.running():
+        groups = images.groups(model, config.candidates)
+        checksums = [float(batch.double().sum()) for group in groups for batch in group]
+        request = {
+            **config.model_dump(),
+            "threshold": threshold,
+            "seed": seed,
+            "encoder": model.name,
+            "weights": model.weight_hashes,
+            "image_checksums": checksums,
+            "objective": objective.__qualname__,
+        }
 
-    def remember(state: SearchState) -> None:
-        if journal and is_main_process():
-            atomic_write(journal, to_json({"request": request, "state": asdict(state)}))
+        def remember(state: SearchState) -> None:
+            if journal and is_main_process():
+                atomic_write(journal, to_json({"request": request, "state": asdict(state)}))
 
-    # Only the main process's disk may hold the journal.
-    state = broadcast_from_main(lambda: _read_journal(journal, request))
-    scores = gate_scores(adapter, groups, objective)
-    dense_mlps = {name: model.tower.get_submodule(name) for name in sites}
-    try:  # in place: there may be no room for a second tower
-        result = search_widths(
-            adapter,
-            scores,
-            groups,
-            threshold=threshold,
-            two_sided=config.two_sided,
-            objective=objective,
-            state=state,
-            remember=remember,
-        )
-    finally:
-        for name, mlp in dense_mlps.items():
-            model.tower.set_submodule(name, mlp)
+        # Only the main process's disk may hold the journal.
+        state = broadcast_from_main(lambda: _read_journal(journal, request))
+        scores = gate_scores(adapter, groups, objective)
+        dense_mlps = {name: model.tower.get_submodule(name) for name in sites}
+        try:  # in place: there may be no room for a second tower
+            result = search_widths(
+                adapter,
+                scores,
+                groups,
+                threshold=threshold,
+                two_sided=config.two_sided,
+                objective=objective,
+                state=state,
+                remember=remember,
+            )
+        finally:
+            for name, mlp in dense_mlps.items():
+                model.tower.set_submodule(name, mlp)
     assert result.baseline is not None
     decided = {
         name: SitePlan(site.width, site.hidden, result.kept[name], model.weight_hashes[name])

@@ -208,7 +208,7 @@ def set_master_weights(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     set_local_shard = require("deepspeed", "distill").utils.safe_set_local_fp32_param
     for name, parameter in _trained_parameters(module):
         shard, start = _local_shard(parameter)
-        value = values[name].flatten()[start:][: len(shard)]
+        value = values[name].flatten()[start:][: len(shard)].to(shard)
         if hasattr(parameter, "ds_id"):
             set_local_shard(parameter, nn.functional.pad(value, (0, len(shard) - len(value))))  # the last one is padded
         else:

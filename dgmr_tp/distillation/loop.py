@@ -180,7 +180,9 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
     if peak is None:
         peak = resume_point.peak_learning_rate or _search_learning_rate(task, config, resume_point)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: config.learning_rate(step, peak))
-    start = {name: parameter.data for name, parameter in module.named_parameters()} if config.bf16 else {}
+    start = {}
+    if config.bf16 and not checkpoint:  # DeepSpeed would start from the rounded weights
+        start = {name: parameter.detach().cpu() for name, parameter in module.named_parameters() if name not in frozen}
     loading = checkpoints.prepare_for_loading(folder, checkpoint) if checkpoint else nullcontext((None, False))
     with loading as (tag, universal):
         engine_config.setdefault("checkpoint", {})["load_universal"] = universal
@@ -190,9 +192,9 @@ def train(task: Task, config: TrainingConfig, directory: Path, stop: Callable[[]
         engine.eval()
         if tag:
             engine.load_checkpoint(str(folder), tag=tag)
-        elif start:
+        if start:
             set_master_weights(engine.module, start)
-        del start
+        del start  # not needed during the training
         if universal:  # ZeRO-3 loads one step counter for all groups, which each of them would advance
             for state in optimizer.state.values():
                 state["step"] = state["step"].clone()

@@ -1,6 +1,7 @@
 """Zero-shot classification, retrieval and linear probe, measured with clip_benchmark's data sets and metric functions.
 
-The results are written in clip_benchmark's JSON form. Mixed precision (amp) is always off. The metrics are the ones
+The results are written in clip_benchmark's JSON form. clip_benchmark's mixed precision (amp) is off. Images are encoded
+in the model's precision, which is float32 unless a GPU or the caller sets another. In float32 the metrics are the ones
 that clip_benchmark's command line reports with ``--no_amp``, except for the linear probe on a CPU, which clip_benchmark
 does not have; see :mod:`dgmr_tp.evaluation.linear_probe`.
 """

@@ -143,7 +143,7 @@ class RunContext:
         return open_model(str(self.run_directory.folder(step) / "model")).with_compute(self.recipe.compute)
 
     def save_model(self, model: OpenedModel, plan: Plan, folder: Path, step: str) -> None:
-        """Write the model that a step makes, in float32 if a later stage goes on with it.
+        """Write the model of a step, in float32 if a later stage reads it.
 
         Args:
             model: the model.

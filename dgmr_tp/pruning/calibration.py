@@ -58,15 +58,16 @@ def token_weights(adapter: TowerAdapter, state: Tensor, *, last: bool) -> Tensor
 
 
 def sample_tokens(weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return ``weight`` ``[tokens]`` on a random choice of ``count`` tokens, and 0 elsewhere. Its sum stays.
+    """Return ``weight`` ``[tokens]`` with 0 at all but ``count`` randomly chosen tokens, and the same sum.
 
-    Tokens with more than an equal share, such as the class token, are always chosen. The weights of the other chosen
-    tokens are scaled, so that every moment keeps its expectation. All tokens stay if there are no more than ``count``.
+    Tokens with more than twice an equal share, such as the class token, are always chosen, and at least one other. The
+    weights of the others are scaled, so that every moment keeps its expectation. All tokens stay if there are no more
+    than ``count``.
     """
     tokens = torch.nonzero(weight).flatten()
     if len(tokens) <= count:
         return weight
-    is_heavy = weight[tokens] > weight.sum() / count
+    is_heavy = weight[tokens] > 2 * weight[tokens].mean()
     heavy, light = tokens[is_heavy], tokens[~is_heavy]
     order = torch.randperm(len(light), generator=generator).to(weight.device)
     chosen = light[order[: max(1, count - len(heavy))]]

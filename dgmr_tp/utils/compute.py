@@ -22,10 +22,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 class ComputeConfig(Config):
-    """Device and precision in which towers run. Trainings have their own precision and use all GPUs."""
+    """Device and precision in which towers run. A training has its own precision, and GPUs by ``processes``."""
 
     device: str | None = None
-    """``cuda``, ``cuda:1`` or ``cpu``. Default: the GPU if there is one. Selection by weights runs on the CPU."""
+    """``cuda`` or ``cpu``. Default: the GPU if there is one. Selection by weights runs on the CPU."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of the forward passes of evaluation, comparison, sensitivity and AMP. Default: bfloat16 on a GPU,
     float32 on a CPU. Calibration activations and recovery are always float32."""
@@ -34,7 +34,7 @@ class ComputeConfig(Config):
     its last stage."""
 
     def choose_device(self) -> torch.device:
-        """Return the device.
+        """Return :attr:`device`, or its default.
 
         Raises:
             DgmrError: there is no such device.
@@ -59,8 +59,8 @@ class ComputeConfig(Config):
 def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
     """Move a module to ``device`` inside the context, and back at its end. None: leave it where it is."""
     before = next(module.parameters()).device
-    module.to(device or before)
     try:
+        module.to(device or before)
         yield
     finally:
         module.to(before)

@@ -32,7 +32,7 @@ KNN_TITLE, HEAD_TITLE = "k-NN", "linear head"
 
 
 class EvaluateSection(Config):
-    """What the dense model and every model of the run are evaluated on."""
+    """Evaluation of the dense model and of every model of the run."""
 
     datasets: list[DatasetConfig] = Field(default_factory=list)
     """clip_benchmark data sets."""
@@ -79,7 +79,8 @@ class EvaluateStage(Stage):
             return {**describe(), **context.describe_model()}
 
         def evaluate_dense(folder: Path) -> dict[str, Any]:
-            return {DENSE: _measure_model(context, context.dense, folder, DENSE)}
+            with context.dense.running():
+                return {DENSE: _measure_model(context, context.dense, folder, DENSE)}
 
         # First: a model or data set that cannot be evaluated shows before anything is computed.
         steps = [
@@ -129,19 +130,14 @@ def describe_evaluation(section: EvaluateSection) -> dict[str, Any]:
 def _evaluate_size(context: RunContext, size: str, folder: Path) -> dict[str, Any]:
     figures = {}
     for label, step in context.model_steps(size).items():
-        figures[label] = _measure_model(context, context.open_model_of(step), folder, label)
+        model = context.open_model_of(step)
+        with model.running():
+            figures[label] = _measure_model(context, model, folder, label)
     return figures
 
 
 def _measure_model(context: RunContext, model: OpenedModel, folder: Path, label: str) -> dict[str, dict[str, float]]:
-    """Return the metrics of a model on everything that the recipe evaluates, by data set."""
-    with model.running():
-        return _measure_running_model(context, model, folder, label)
-
-
-def _measure_running_model(
-    context: RunContext, model: OpenedModel, folder: Path, label: str
-) -> dict[str, dict[str, float]]:
+    """Return the metrics of a running model on everything that the recipe evaluates, by data set."""
     section = context.recipe.evaluate
     assert section
     encoder = ImageEncoder(model.adapter).eval()

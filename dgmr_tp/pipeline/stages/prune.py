@@ -110,7 +110,7 @@ class PruneSection(Config):
 
     @property
     def has_quality_target(self) -> bool:
-        """Whether the sizes are found by a quality target."""
+        """True if a quality target finds the sizes."""
         return self._way in QUALITY_TARGETS
 
     @property

@@ -1,4 +1,4 @@
-"""What the two training stages share: launching the processes, and the entry point of each launched process."""
+"""Base class of the training stages. It launches the processes, and is the entry point of each of them."""
 
 from __future__ import annotations
 
